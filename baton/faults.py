@@ -1,0 +1,83 @@
+"""Named points in the code where a test can delay, stop or kill a process.
+
+Nothing happens unless ``BATON_FAULTS_FILE`` names a JSON file when the process
+starts. The file is read again at every hit, so that a test can change it while
+the process runs::
+
+    {"decode.receiving": {"action": "delay", "seconds": 1.5, "worker": "decode-0"}}
+
+Actions: ``delay`` (seconds), ``stop`` (SIGSTOP to itself), ``kill`` (SIGKILL to
+itself), ``fail`` (raise InternalError). ``worker`` limits it to one worker id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from baton.errors import InternalError
+
+POINTS = frozenset(
+    {
+        "gateway.admitted",  # a request holds its place, nothing is opened yet
+        "decode.open",  # decode has read an Open, nothing is reserved
+        "decode.reserved",  # blocks are reserved, the gateway does not know
+        "prefill.proceed",  # prefill may start
+        "prefill.chunk",  # before each prefill step
+        "prefill.offer",  # a chunk is announced
+        "prefill.commit",  # before the commit record is sent
+        "prefill.released",  # before Release is acknowledged
+        "decode.attach",  # before the transfer is attached
+        "decode.copy",  # before each range is copied
+        "decode.release",  # every byte is copied, Release not sent
+        "decode.step",  # before each decode step
+    }
+)
+
+
+class Faults:
+    """One process's fault points; made once, by its composition root."""
+
+    def __init__(self, path: Path | None, worker_id: str) -> None:
+        self._path = path
+        self._worker_id = worker_id
+
+    @classmethod
+    def from_environment(cls, worker_id: str) -> Faults:
+        path = os.environ.get("BATON_FAULTS_FILE")
+        return cls(Path(path) if path else None, worker_id)
+
+    def _planned(self, point: str) -> dict[str, Any] | None:
+        if point not in POINTS:
+            raise InternalError(f"no fault point is named {point!r}")
+        if self._path is None or not self._path.exists():
+            return None
+        plan: dict[str, Any] | None = json.loads(self._path.read_text() or "{}").get(point)
+        if plan is None or plan.get("worker", self._worker_id) != self._worker_id:
+            return None
+        return plan
+
+    def _act(self, point: str, plan: dict[str, Any]) -> float:
+        """Seconds still to wait, after everything that is not a delay."""
+        if plan["action"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if plan["action"] == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if plan["action"] == "fail":
+            raise InternalError(f"fault injected at {point}")
+        return float(plan.get("seconds", 0.0)) if plan["action"] == "delay" else 0.0
+
+    def hit(self, point: str) -> None:
+        """For threads. Costs an attribute look-up where no faults are planned."""
+        if self._path is not None and (plan := self._planned(point)) is not None:
+            time.sleep(self._act(point, plan))
+
+    async def wait(self, point: str) -> None:
+        """For coroutines; a delay leaves the event loop running."""
+        if self._path is not None and (plan := self._planned(point)) is not None:
+            await asyncio.sleep(self._act(point, plan))

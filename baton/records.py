@@ -1,0 +1,52 @@
+"""What a worker says of itself in the registry (Redis), and where it says it.
+
+A record lives under ``worker_key`` with a time to live that every heartbeat
+renews: a worker that stops beating is forgotten without anybody's help.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Role = Literal["prefill", "decode"]
+
+
+class WorkerRecord(BaseModel):
+    """One registered worker. Addresses are ``host:port``; the epoch is hex."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    worker_id: str
+    role: Role
+    epoch: str
+    protocol_version: int
+    generation: str
+    address: str
+    """Of the Session service; on a prefill worker the Transfer service too."""
+    metrics_address: str
+    model: str
+    digest: str
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    pid: int
+    host: str
+    started_at: float
+    """Unix time, seconds."""
+
+
+def worker_key(cluster: str, worker_id: str) -> str:
+    """Redis key of a worker's record."""
+    return f"baton:{cluster}:worker:{worker_id}"
+
+
+def worker_pattern(cluster: str) -> str:
+    """Redis pattern that matches every worker's record."""
+    return f"baton:{cluster}:worker:*"
+
+
+def gateway_key(cluster: str, gateway_id: str) -> str:
+    """Redis key of a gateway's presence."""
+    return f"baton:{cluster}:gateway:{gateway_id}"

@@ -1,0 +1,132 @@
+"""Every Prometheus metric, declared once; recorded where it happens.
+
+Each process makes its own ``CollectorRegistry`` and one of the two classes
+below on it. Labels are bounded: workers, roles, outcomes, never requests.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_LATENCY_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+
+
+class GatewayMetrics:
+    """What a gateway knows of its requests."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "baton_requests",
+            "Requests that ended, by how: ok, cancelled, or an error code",
+            ["outcome"],
+            registry=registry,
+        )
+        self.requests_in_flight = Gauge(
+            "baton_requests_in_flight", "Requests begun and not ended", registry=registry
+        )
+        self.choices_queued = Gauge(
+            "baton_choices_queued", "Choices waiting for admission", registry=registry
+        )
+        self.time_to_first_token = Histogram(
+            "baton_time_to_first_token_seconds",
+            "From a choice's submission to its first token",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.inter_token_latency = Histogram(
+            "baton_inter_token_latency_seconds",
+            "Between two tokens of one choice",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.attempts = Counter(
+            "baton_attempts",
+            "Attempts of choices: first, or repeated after an error code",
+            ["cause"],
+            registry=registry,
+        )
+        self.workers = Gauge(
+            "baton_workers", "Workers with a live Session", ["role"], registry=registry
+        )
+        self.registry_up = Gauge(
+            "baton_registry_up", "1 while Redis answers this gateway", registry=registry
+        )
+
+
+class WorkerMetrics:
+    """What a worker knows of its engine and its hand-offs."""
+
+    def __init__(self, registry: CollectorRegistry, *, worker_id: str, role: str) -> None:
+        labels = {"worker": worker_id, "role": role}
+        names = list(labels)
+        kv_blocks = Gauge(
+            "baton_kv_blocks",
+            "Blocks of the KV pool by state",
+            [*names, "state"],
+            registry=registry,
+        )
+        self.kv_blocks = {
+            state: kv_blocks.labels(**labels, state=state)
+            for state in ("free", "cached", "referenced", "quarantined")
+        }
+        handoff_bytes = Counter(
+            "baton_kv_handoff_bytes",
+            "KV bytes handed over and acknowledged",
+            [*names, "transport", "direction"],
+            registry=registry,
+        )
+        self.handoff_bytes = {
+            (transport, direction): handoff_bytes.labels(
+                **labels, transport=transport, direction=direction
+            )
+            for transport in ("shared_memory", "gloo")
+            for direction in ("sent", "received")
+        }
+        self.handoff_seconds = Histogram(
+            "baton_kv_handoff_seconds",
+            "On decode, from a transfer's commit record to its blocks being usable",
+            names,
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        ).labels(**labels)
+        handoffs = Counter(
+            "baton_kv_handoffs",
+            "Hand-offs that ended, by how",
+            [*names, "outcome"],
+            registry=registry,
+        )
+        self.handoffs = lambda outcome: handoffs.labels(**labels, outcome=outcome)
+        prompt_tokens = Counter(
+            "baton_prompt_tokens",
+            "Input tokens by where their KV came from",
+            [*names, "source"],
+            registry=registry,
+        )
+        self.prompt_tokens = {
+            source: prompt_tokens.labels(**labels, source=source)
+            for source in ("computed", "cached", "received")
+        }
+        self.output_tokens = Counter(
+            "baton_output_tokens", "Tokens sampled", names, registry=registry
+        ).labels(**labels)
+        self.steps = Counter("baton_engine_steps", "Engine steps", names, registry=registry).labels(
+            **labels
+        )
+        self.step_seconds = Histogram(
+            "baton_engine_step_seconds",
+            "Duration of an engine step",
+            names,
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        ).labels(**labels)
+        self.running = Gauge(
+            "baton_sequences_running", "Sequences being computed", names, registry=registry
+        ).labels(**labels)
+        self.waiting = Gauge(
+            "baton_sequences_waiting", "Sequences waiting", names, registry=registry
+        ).labels(**labels)
+        self.preemptions = Counter(
+            "baton_preemptions", "Sequences that gave up their blocks", names, registry=registry
+        ).labels(**labels)

@@ -1,0 +1,222 @@
+"""The life of a worker process, from its first port to its last.
+
+1. STARTING: ports are open, nobody knows of them.
+2. SERVING: registered. It ends on ``stop``, on a lost registration, or when the
+   engine thread dies.
+3. DRAINING: deregistered, admits nothing; what runs may end within the bound.
+4. STOPPED: what was left has been refused with an error that can be retried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc.aio
+from prometheus_client import CollectorRegistry, start_http_server
+from redis.exceptions import RedisError
+
+from baton.config import BatonConfig
+from baton.errors import BatonError, ConfigurationError, DrainingError, InternalError
+from baton.protocol import PROTOCOL_VERSION
+from baton.records import Role, WorkerRecord
+from baton.v1 import session_pb2 as pb
+from baton.worker.engine_thread import EngineThread
+from baton.worker.inbox import Inbox
+from baton.worker.outbox import Outbox
+from baton.worker.registration import Registration
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.05
+FLUSH_S = 0.2
+"""Time for the last events to leave before the port closes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this process is; the same facts go to the registry and to gateways."""
+
+    worker_id: str
+    role: Role
+    epoch: bytes
+    model: str
+    digest: bytes
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    generation: str
+
+    def welcome(self) -> pb.Welcome:
+        return pb.Welcome(
+            protocol_version=PROTOCOL_VERSION,
+            generation=self.generation,
+            worker_id=self.worker_id,
+            role=self.role,
+            epoch=self.epoch,
+            model=self.model,
+            digest=self.digest,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            max_model_len=self.max_model_len,
+        )
+
+    def record(self, *, address: str, metrics_address: str) -> WorkerRecord:
+        return WorkerRecord(
+            worker_id=self.worker_id,
+            role=self.role,
+            epoch=self.epoch.hex(),
+            protocol_version=PROTOCOL_VERSION,
+            generation=self.generation,
+            address=address,
+            metrics_address=metrics_address,
+            model=self.model,
+            digest=self.digest.hex(),
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            max_model_len=self.max_model_len,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            started_at=time.time(),
+        )
+
+
+class LoopWorker(Protocol):
+    """What both pools' workers offer to the process around them."""
+
+    @property
+    def idle(self) -> bool: ...
+
+    def drain(self) -> None: ...
+
+    def fail_all(self, error: BatonError) -> None: ...
+
+    def step(self) -> bool: ...
+
+
+def report_from(outbox: Outbox, metrics_page: bytes) -> pb.Report:
+    """How the worker stood after its last step, with its metrics page."""
+    load = outbox.load
+    return pb.Report(
+        num_steps=load.num_steps,
+        num_waiting=load.num_waiting,
+        num_running=load.num_running,
+        num_waiting_tokens=load.num_waiting_tokens,
+        blocks=pb.BlockCounts(
+            free=load.free,
+            cached=load.cached,
+            referenced=load.referenced,
+            quarantined=load.quarantined,
+        ),
+        metrics=metrics_page,
+    )
+
+
+class WorkerHost:
+    """Starts, registers, drains and stops one worker; ``run`` is its whole life."""
+
+    def __init__(
+        self,
+        *,
+        config: BatonConfig,
+        identity: Identity,
+        worker: LoopWorker,
+        inbox: Inbox,
+        registry: CollectorRegistry,
+        redis_url: str,
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._worker = worker
+        self._inbox = inbox
+        self._registry = registry
+        self._redis_url = redis_url
+        self._fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._thread = EngineThread(inbox, step=worker.step, on_fatal=self._on_fatal)
+
+    def _on_fatal(self, error: BaseException) -> None:
+        if not self._fatal.done():
+            self._fatal.set_exception(InternalError(f"the engine died: {error!r}"))
+
+    async def run(
+        self,
+        server: grpc.aio.Server,
+        *,
+        host: str,
+        port: int,
+        metrics_port: int,
+        stop: asyncio.Event,
+    ) -> None:
+        """Serves until ``stop``. Raises InternalError when the engine dies and
+        ConfigurationError when a port or the registry cannot be had."""
+        address = await self._listen(server, host, port)
+        page, page_thread = start_http_server(metrics_port, host, self._registry)
+        metrics_address = f"{host}:{page.server_address[1]}"
+        registration = Registration(
+            self._redis_url,
+            self._identity.record(address=address, metrics_address=metrics_address),
+            self._config.registry,
+        )
+        self._thread.start()
+        try:
+            await self._register(registration)
+            logger.info("%s serves on %s", self._identity.worker_id, address)
+            await self._until_over(stop, registration)
+            await self._drain(registration)
+        finally:
+            await server.stop(grace=FLUSH_S)
+            await asyncio.to_thread(self._thread.stop, timeout_s=self._config.gateway.drain_s)
+            await asyncio.to_thread(page.shutdown)
+            page.server_close()
+            page_thread.join()
+            logger.info("%s has stopped", self._identity.worker_id)
+
+    async def _listen(self, server: grpc.aio.Server, host: str, port: int) -> str:
+        try:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise ConfigurationError(f"cannot listen on {host}:{port}: {error}") from None
+        await server.start()
+        return f"{host}:{bound}"
+
+    async def _register(self, registration: Registration) -> None:
+        try:
+            await registration.start()
+        except (RedisError, OSError) as error:
+            await registration.close()
+            raise ConfigurationError(
+                f"cannot register: the Redis at REDIS_URL does not answer ({error})"
+            ) from error
+
+    async def _until_over(self, stop: asyncio.Event, registration: Registration) -> None:
+        waits = [
+            asyncio.ensure_future(self._fatal),
+            asyncio.ensure_future(stop.wait()),
+            asyncio.ensure_future(registration.lost.wait()),
+        ]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits[1:]:
+            task.cancel()
+        if self._fatal.done():
+            await registration.close()
+            self._fatal.result()
+
+    async def _drain(self, registration: Registration) -> None:
+        await registration.close()
+        self._inbox.post(self._worker.drain)
+        bound_s = 0.0 if registration.lost.is_set() else self._config.gateway.drain_s
+        ends_at = time.monotonic() + bound_s
+        while time.monotonic() < ends_at and not self._fatal.done():
+            await asyncio.sleep(POLL_S)
+            if self._worker.idle:
+                break
+        self._inbox.post(
+            self._worker.fail_all,
+            DrainingError(f"{self._identity.worker_id} has gone away"),
+        )
+        await asyncio.sleep(FLUSH_S)

@@ -1,0 +1,180 @@
+"""What a decode worker computes next: decode first, then local prefill in chunks.
+
+A stream is
+
+1. QUEUED: it has no blocks, and waits for room (a reservation, or a local prefill);
+2. RECEIVING: its blocks are reserved and the hand-off fills them;
+3. RUNNING: it is in the batch, decoding or prefilling here;
+4. ENDED.
+
+Room for tokens still to come is taken as decode goes. When it runs out, the
+stream that was admitted last gives its blocks up and goes back to QUEUED, to be
+recomputed here (prompt and emitted tokens): the oldest always gets on, so the
+pool cannot lock up. RECEIVING streams are never preempted: their blocks have
+writes in flight.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass, field
+
+from engine.engine import Scheduled
+from engine.kv_cache.kv_cache import KvCache
+from engine.sequence import Sequence
+from kv_transfer.keys import TransferKey
+
+from baton.v1 import session_pb2 as pb
+from baton.worker.outbox import InputUse
+from baton.worker.session_server import StreamKey
+from engine.intake import StopRule
+
+
+class StreamState(enum.Enum):
+    QUEUED = enum.auto()
+    RECEIVING = enum.auto()
+    RUNNING = enum.auto()
+    ENDED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class DecodeStream:
+    """One attempt of one choice, as this worker sees it."""
+
+    key: StreamKey
+    request_id: str
+    sequence: Sequence
+    stop: StopRule
+    deadline: float
+    """On the monotonic clock, seconds."""
+    transfer: TransferKey | None
+    """None: this worker prefills by itself."""
+    handoff: pb.Handoff | None
+    queued_at: float
+    state: StreamState = StreamState.QUEUED
+    num_input_tokens: int = 0
+    """Prompt and tokens emitted by earlier attempts."""
+    use: InputUse = field(default_factory=InputUse)
+    counted: bool = False
+    """Its input is computed once, and has been counted."""
+
+
+class DecodeScheduler:
+    """Owns the queue and the batch; the block pool is the cache's."""
+
+    def __init__(
+        self, kv: KvCache, *, max_num_batched_tokens: int, max_num_seqs: int, watermark_blocks: int
+    ) -> None:
+        self._kv = kv
+        self._budget = max_num_batched_tokens
+        self._max_running = max_num_seqs
+        self._watermark = watermark_blocks
+        self._queued: deque[DecodeStream] = deque()
+        self._running: list[DecodeStream] = []  # in order of admission
+        self._num_receiving = 0
+        self.num_preemptions = 0
+
+    @property
+    def queued(self) -> tuple[DecodeStream, ...]:
+        return tuple(self._queued)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queued) + self._num_receiving
+
+    @property
+    def num_tokens_to_compute(self) -> int:
+        """Input tokens still to compute here, queued local prefills counted whole."""
+        local = [s for s in self._queued if s.transfer is None]
+        return sum(s.sequence.num_remaining for s in [*local, *self._running])
+
+    def enqueue(self, stream: DecodeStream) -> None:
+        self._queued.append(stream)
+
+    def remove(self, stream: DecodeStream) -> None:
+        """→ ENDED, from any state; its blocks stay the caller's business."""
+        if stream.state is StreamState.QUEUED:
+            self._queued.remove(stream)
+        elif stream.state is StreamState.RECEIVING:
+            self._num_receiving -= 1
+        elif stream.state is StreamState.RUNNING:
+            self._running.remove(stream)
+        stream.state = StreamState.ENDED
+
+    def received(self, stream: DecodeStream) -> None:
+        """RECEIVING → RUNNING."""
+        self._num_receiving -= 1
+        self._run(stream)
+
+    def _run(self, stream: DecodeStream) -> None:
+        stream.state = StreamState.RUNNING
+        self._running.append(stream)
+
+    def admit(self) -> list[DecodeStream]:
+        """QUEUED → RECEIVING or RUNNING, in order, while there is room above the watermark.
+
+        Returns the streams that are RECEIVING now: their hand-off is to begin.
+        """
+        receiving: list[DecodeStream] = []
+        while self._queued and len(self._running) + self._num_receiving < self._max_running:
+            stream = self._queued[0]
+            if not self._take_blocks(stream.sequence):
+                break
+            self._queued.popleft()
+            if stream.transfer is None:
+                self._run(stream)
+            else:
+                stream.state = StreamState.RECEIVING
+                self._num_receiving += 1
+                receiving.append(stream)
+        return receiving
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        """Blocks for the whole input, leaving the watermark free while others run."""
+        others = len(self._running) + self._num_receiving
+        self._kv.hold_prefix(sequence)
+        counts = self._kv.pool.counts()
+        needed = self._kv.layout.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        room = counts.free + counts.cached - needed >= (self._watermark if others else 0)
+        if room and self._kv.ensure_blocks(sequence, sequence.num_tokens):
+            return True
+        self._kv.free(sequence)
+        return False
+
+    def schedule(self) -> list[Scheduled]:
+        """Chunks for one step: every decoding stream one token, then local prefills."""
+        for stream in list(self._running):
+            if stream.state is StreamState.RUNNING and stream.sequence.num_remaining == 1:
+                self._make_room(stream)
+        budget = self._budget
+        chunks: list[Scheduled] = []
+        order = sorted(self._running, key=lambda s: s.sequence.num_remaining > 1)
+        for stream in order:
+            if budget == 0:
+                break
+            num_tokens = min(stream.sequence.num_remaining, budget)
+            budget -= num_tokens
+            chunks.append(Scheduled(stream.sequence, num_tokens))
+        return chunks
+
+    def _make_room(self, stream: DecodeStream) -> None:
+        """A block for the stream's next token, preempting from the youngest on."""
+        while not self._kv.ensure_blocks(stream.sequence, stream.sequence.num_tokens):
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is stream:
+                return
+
+    def _preempt(self, victim: DecodeStream) -> None:
+        """RUNNING → QUEUED, first in line, to be recomputed by this worker."""
+        self._running.remove(victim)
+        self._kv.free(victim.sequence)
+        victim.transfer = None
+        victim.state = StreamState.QUEUED
+        self._queued.appendleft(victim)
+        self.num_preemptions += 1

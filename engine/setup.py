@@ -1,0 +1,81 @@
+"""From a configuration to what a worker's engine needs, sized before it is built."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from baton.block_hash import HashDomain
+from baton.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from baton.config import BatonConfig
+from baton.errors import ConfigurationError
+from baton.kv_layout import KvDtype, KvLayout
+from baton.protocol import PROTOCOL_VERSION
+from engine.platform import resolve_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """Everything about an engine that is known before its memory is taken."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    layout: KvLayout
+    digest: bytes
+    domain: HashDomain
+    max_model_len: int
+    served_name: str
+    threads: int
+
+
+def plan_engine(config: BatonConfig, *, secret: str) -> EnginePlan:
+    """Raises CheckpointError and ConfigurationError, before anything large is done."""
+    checkpoint = open_checkpoint(config.model)
+    model, engine = checkpoint.config, config.engine
+    dtype = resolve_dtype(engine.dtype)
+    dtype_name = cast(KvDtype, str(dtype).removeprefix("torch."))
+    one_block = KvLayout(
+        1, model.num_kv_heads, model.num_layers, engine.block_size, model.head_dim, dtype_name
+    )
+    num_blocks = engine.kv_cache_bytes // one_block.block_bytes - 1
+    if num_blocks < 1:
+        raise ConfigurationError(
+            f"engine.kv_cache_bytes is {engine.kv_cache_bytes}: too small for two blocks of "
+            f"{one_block.block_bytes} bytes; raise it"
+        )
+    limit = engine.max_model_len or model.max_position
+    if limit > model.max_position:
+        raise ConfigurationError(
+            f"engine.max_model_len is {limit}, but {checkpoint.name} was trained for "
+            f"{model.max_position} tokens; lower it"
+        )
+    layout = KvLayout(
+        num_blocks,
+        model.num_kv_heads,
+        model.num_layers,
+        engine.block_size,
+        model.head_dim,
+        dtype_name,
+    )
+    return EnginePlan(
+        checkpoint=checkpoint,
+        dtype=dtype,
+        layout=layout,
+        digest=layout.digest(
+            weights_revision=checkpoint.revision,
+            generation=config.generation,
+            protocol_version=PROTOCOL_VERSION,
+        ),
+        domain=HashDomain(
+            key=hashlib.blake2b(secret.encode(), digest_size=32, person=b"baton-blocks").digest(),
+            weights_revision=checkpoint.revision,
+            kv_dtype=dtype_name,
+        ),
+        max_model_len=min(limit, num_blocks * engine.block_size),
+        served_name=config.served_model_name or checkpoint.name,
+        threads=engine.threads or len(os.sched_getaffinity(0)),
+    )

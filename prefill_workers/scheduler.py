@@ -1,0 +1,117 @@
+"""What a prefill worker computes next: first come, first served, in chunks.
+
+A job is
+
+1. WAITING for the decode side's reservation; it does not block others;
+2. QUEUED once the gateway says Proceed;
+3. RUNNING from the step that takes all its blocks, so that two half-computed
+   prompts can never wait for each other's room;
+4. LEASED when its input is computed and its blocks belong to the hand-off.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from engine.engine import Scheduled
+from engine.kv_cache.kv_cache import KvCache
+from engine.sequence import Sequence
+from kv_transfer.keys import TransferKey
+
+from baton.worker.outbox import InputUse
+from baton.worker.session_server import StreamKey
+from engine.intake import StopRule
+
+
+class JobState(enum.Enum):
+    WAITING = enum.auto()
+    QUEUED = enum.auto()
+    RUNNING = enum.auto()
+    LEASED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class PrefillJob:
+    """One attempt of one choice, as this worker sees it."""
+
+    key: StreamKey
+    request_id: str
+    sequence: Sequence
+    stop: StopRule
+    transfer: TransferKey
+    deadline: float
+    """On the monotonic clock, seconds."""
+    state: JobState = JobState.WAITING
+    num_held_tokens: int = 0
+    """Leading tokens that decode already holds."""
+    use: InputUse = field(default_factory=InputUse)
+
+
+class PrefillScheduler:
+    """Owns the order of jobs; the block pool is the cache's."""
+
+    def __init__(self, kv: KvCache, *, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+        self._kv = kv
+        self._budget = max_num_batched_tokens
+        self._max_running = max_num_seqs
+        self._queued: OrderedDict[StreamKey, PrefillJob] = OrderedDict()
+        self._running: OrderedDict[StreamKey, PrefillJob] = OrderedDict()
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queued)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_tokens_to_compute(self) -> int:
+        """Input tokens still to compute, queued jobs counted whole."""
+        jobs = [*self._queued.values(), *self._running.values()]
+        return sum(job.sequence.num_remaining for job in jobs)
+
+    def enqueue(self, job: PrefillJob) -> None:
+        """WAITING → QUEUED."""
+        job.state = JobState.QUEUED
+        self._queued[job.key] = job
+
+    def remove(self, job: PrefillJob) -> None:
+        """Forgets a job in any state; its blocks stay the caller's business."""
+        self._queued.pop(job.key, None)
+        self._running.pop(job.key, None)
+
+    def schedule(self) -> tuple[list[Scheduled], list[PrefillJob]]:
+        """Chunks for one step within the token budget, and the jobs admitted by it."""
+        admitted = self._admit()
+        budget = self._budget
+        chunks: list[Scheduled] = []
+        for job in self._running.values():
+            if budget == 0:
+                break
+            num_tokens = min(job.sequence.num_remaining, budget)
+            budget -= num_tokens
+            chunks.append(Scheduled(job.sequence, num_tokens))
+        return chunks, admitted
+
+    def _admit(self) -> list[PrefillJob]:
+        """QUEUED → RUNNING, in order, while blocks for the whole input are to be had."""
+        admitted: list[PrefillJob] = []
+        while self._queued and len(self._running) < self._max_running:
+            job = next(iter(self._queued.values()))
+            self._kv.hold_prefix(job.sequence)
+            if not self._kv.ensure_blocks(job.sequence, job.sequence.num_tokens):
+                self._kv.free(job.sequence)
+                break
+            del self._queued[job.key]
+            job.state = JobState.RUNNING
+            self._running[job.key] = job
+            admitted.append(job)
+        return admitted
+
+    def finish(self, job: PrefillJob) -> None:
+        """RUNNING → LEASED: the input is computed."""
+        del self._running[job.key]
+        job.state = JobState.LEASED

@@ -1,0 +1,71 @@
+"""The gRPC edge of a prefill worker: a gateway's messages become commands."""
+
+from __future__ import annotations
+
+import time
+
+from kv_transfer.keys import TransferKey
+
+from baton.errors import BatonError, InvalidRequestError, WorkerLostError
+from baton.v1 import session_pb2 as pb
+from baton.worker.inbox import Inbox
+from baton.worker.outbox import Outbox
+from baton.worker.session_server import StreamKey
+from engine.intake import check_open, sequence_from_open, stop_rule
+from engine.setup import EnginePlan
+from prefill_workers.scheduler import PrefillJob
+from prefill_workers.worker import PrefillWorker
+
+
+class PrefillService:
+    """Implements SessionHandler; runs on the event loop, acts on the engine thread."""
+
+    def __init__(
+        self,
+        *,
+        worker: PrefillWorker,
+        plan: EnginePlan,
+        epoch: bytes,
+        inbox: Inbox,
+        outbox: Outbox,
+    ) -> None:
+        self._worker = worker
+        self._plan = plan
+        self._epoch = epoch
+        self._inbox = inbox
+        self._outbox = outbox
+
+    def on_open(self, key: StreamKey, message: pb.Open) -> None:
+        try:
+            job = self._job(key, message)
+        except BatonError as error:
+            self._inbox.post(self._outbox.failed, key, error)
+        else:
+            self._inbox.post(self._worker.open, job)
+
+    def _job(self, key: StreamKey, message: pb.Open) -> PrefillJob:
+        check_open(message, self._plan)
+        if not message.HasField("handoff"):
+            raise InvalidRequestError("a prefill worker needs a hand-off to prefill for")
+        handoff = message.handoff
+        if handoff.prefill_epoch != self._epoch:
+            raise WorkerLostError("this prefill worker was restarted since it was chosen")
+        return PrefillJob(
+            key=key,
+            request_id=message.request_id,
+            sequence=sequence_from_open(key, message, self._plan),
+            stop=stop_rule(message),
+            transfer=TransferKey(
+                handoff.transfer_id, message.attempt, handoff.prefill_epoch, handoff.decode_epoch
+            ),
+            deadline=time.monotonic() + message.remaining_ms / 1000,
+        )
+
+    def on_proceed(self, key: StreamKey, num_held_tokens: int) -> None:
+        self._inbox.post(self._worker.proceed, key, num_held_tokens)
+
+    def on_cancel(self, key: StreamKey) -> None:
+        self._inbox.post(self._worker.cancel, key)
+
+    def on_session_lost(self, session: int) -> None:
+        self._inbox.post(self._worker.session_lost, session)
