@@ -6,7 +6,6 @@ import asyncio
 
 from engine.engine import Engine
 from kv_transfer.client import KvReceiver
-from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -26,11 +25,20 @@ from decode_workers.scheduler import DecodeScheduler
 from decode_workers.service import DecodeService
 from decode_workers.worker import DecodeWorker
 from engine.setup import EnginePlan, plan_engine
+from kv_transfer.keys import TransferKey
 
 
 def _build_engine(plan: EnginePlan) -> tuple[Engine, KvMemory]:
     memory = KvMemory(plan.layout.num_bytes)
-    return Engine.from_plan(plan, memory.buffer), memory
+    engine = Engine(
+        plan.checkpoint,
+        dtype=plan.dtype,
+        layout=plan.layout,
+        memory=memory.buffer,
+        domain=plan.domain,
+        threads=plan.threads,
+    )
+    return engine, memory
 
 
 async def serve(

@@ -20,15 +20,13 @@ import enum
 from collections import deque
 from dataclasses import dataclass, field
 
-from engine.engine import Scheduled
-from engine.kv_cache.kv_cache import KvCache
-from engine.sequence import Sequence
-from kv_transfer.keys import TransferKey
-
 from baton.v1 import session_pb2 as pb
 from baton.worker.outbox import InputUse
 from baton.worker.session_server import StreamKey
 from engine.intake import StopRule
+from engine.kv_cache.kv_cache import KvCache
+from engine.sequence import Scheduled, Sequence
+from kv_transfer.keys import TransferKey
 
 
 class StreamState(enum.Enum):

@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from engine.engine import Engine, Sampled
+from engine.engine import Engine
 from kv_transfer.client import KvReceiver
-from kv_transfer.keys import TransferKey
 
 from baton.config import EngineConfig, KvTransferConfig
 from baton.errors import (
@@ -30,6 +29,8 @@ from baton.worker.inbox import Inbox
 from baton.worker.outbox import InputUse, Load, Outbox
 from baton.worker.session_server import StreamKey
 from decode_workers.scheduler import DecodeScheduler, DecodeStream, StreamState
+from engine.sequence import Sampled
+from kv_transfer.keys import TransferKey
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class DecodeWorker:
             return
         assert stream.transfer is not None
         del self._transfers[stream.transfer]
-        self._quarantined[stream.transfer] = self._engine.kv.surrender(stream.sequence)
+        self._quarantined[stream.transfer] = self._engine.kv.quarantine(stream.sequence)
         if cancel_transfer:
             self._on_loop(self._receiver.cancel, stream.transfer)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 from engine.engine import Engine
-from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
 from kv_transfer.service import KvSender
 from prometheus_client import CollectorRegistry, generate_latest
@@ -22,6 +21,7 @@ from baton.worker.outbox import Outbox
 from baton.worker.process import run
 from baton.worker.session_server import SessionServer
 from engine.setup import EnginePlan, plan_engine
+from kv_transfer.keys import TransferKey
 from prefill_workers.scheduler import PrefillScheduler
 from prefill_workers.service import PrefillService
 from prefill_workers.worker import PrefillWorker
@@ -29,7 +29,15 @@ from prefill_workers.worker import PrefillWorker
 
 def _build_engine(plan: EnginePlan) -> tuple[Engine, KvMemory]:
     memory = KvMemory(plan.layout.num_bytes)
-    return Engine.from_plan(plan, memory.buffer), memory
+    engine = Engine(
+        plan.checkpoint,
+        dtype=plan.dtype,
+        layout=plan.layout,
+        memory=memory.buffer,
+        domain=plan.domain,
+        threads=plan.threads,
+    )
+    return engine, memory
 
 
 async def serve(

@@ -15,14 +15,12 @@ import enum
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from engine.engine import Scheduled
-from engine.kv_cache.kv_cache import KvCache
-from engine.sequence import Sequence
-from kv_transfer.keys import TransferKey
-
 from baton.worker.outbox import InputUse
 from baton.worker.session_server import StreamKey
 from engine.intake import StopRule
+from engine.kv_cache.kv_cache import KvCache
+from engine.sequence import Scheduled, Sequence
+from kv_transfer.keys import TransferKey
 
 
 class JobState(enum.Enum):

@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from engine.engine import Engine, Sampled, Scheduled
-from kv_transfer.keys import TransferKey
+from engine.engine import Engine
 from kv_transfer.service import KvSender
 
 from baton.config import EngineConfig
@@ -31,6 +30,8 @@ from baton.v1 import session_pb2 as pb
 from baton.worker.inbox import Inbox
 from baton.worker.outbox import InputUse, Load, Outbox
 from baton.worker.session_server import StreamKey
+from engine.sequence import Sampled, Scheduled
+from kv_transfer.keys import TransferKey
 from prefill_workers.scheduler import JobState, PrefillJob, PrefillScheduler
 
 logger = logging.getLogger(__name__)

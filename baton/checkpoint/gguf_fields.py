@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeVar
 
 from baton.errors import CheckpointError
 
-T = TypeVar("T", int, float, str, bool, list)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ def _add_bos(tokenizer: Tokenizer, fields: GgufFields, tokens: list[str]) -> Non
     index = fields.require("tokenizer.ggml.bos_token_id", int)
     bos = _token(fields, "tokenizer.ggml.bos_token_id")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, index)]
+        single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, index)]
     )
 
 

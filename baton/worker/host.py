@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc.aio
 from prometheus_client import CollectorRegistry, start_http_server
@@ -194,7 +194,7 @@ class WorkerHost:
             ) from error
 
     async def _until_over(self, stop: asyncio.Event, registration: Registration) -> None:
-        waits = [
+        waits: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(self._fatal),
             asyncio.ensure_future(stop.wait()),
             asyncio.ensure_future(registration.lost.wait()),

@@ -1,0 +1,70 @@
+"""Servers and the oracle, each made once for the tests that share it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.server import BatonServer
+
+Serving = Callable[..., BatonServer]
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """Starts servers as asked; stops them, and shows that no process is left."""
+    servers: list[BatonServer] = []
+
+    def start(**options: Any) -> BatonServer:
+        server = BatonServer(tmp_path_factory.mktemp("server"), **options)
+        servers.append(server)
+        return server.start()
+
+    yield start
+    for server in servers:
+        children = server.descendants()
+        status = server.stop()
+        left = [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        assert status == 0, server.log
+        assert not left, f"processes left behind: {left}\n{server.log}"
+
+
+class Oracle:
+    """`transformers` with the same weights, in fp32."""
+
+    def __init__(self) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from baton.checkpoint.checkpoint import open_checkpoint
+        from baton.config import DEFAULT_MODEL
+        from engine.weights.load import hf_folder
+
+        self._torch = torch
+        checkpoint = open_checkpoint(DEFAULT_MODEL)
+        self.eos_token_ids = set(checkpoint.eos_token_ids)
+        folder = hf_folder(checkpoint, torch.float32)
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._model.eval()
+
+    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """What follows ``prompt``; ends after an end-of-sequence token."""
+        with self._torch.inference_mode():
+            output = self._model.generate(
+                input_ids=self._torch.tensor([prompt]),
+                attention_mask=self._torch.ones(1, len(prompt), dtype=self._torch.long),
+                do_sample=False,
+                max_new_tokens=num_tokens,
+                pad_token_id=0,
+            )
+        return [int(token) for token in output[0, len(prompt) :]]
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Oracle:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Oracle()

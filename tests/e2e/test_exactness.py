@@ -1,0 +1,90 @@
+"""At fp32, greedy answers are those of `transformers`, token for token."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from support.prompts import CHATS, LENGTHS, long_text
+from support.server import BatonServer
+
+from e2e.conftest import Oracle, Serving
+
+NUM_TOKENS = 16
+SETTINGS: dict[str, Any] = {
+    "engine": {"dtype": "float32", "kv_cache_bytes": 402_653_184},
+}
+DEPLOYMENTS: dict[str, dict[str, Any]] = {
+    "shared_memory": {"kv_transfer": {"transport": "shared_memory"}},
+    "gloo": {"kv_transfer": {"transport": "gloo"}},
+    "colocated": {"prefill": {"replicas": 0}},
+}
+
+Prompt = tuple[str, list[int]]
+
+
+@pytest.fixture(scope="session")
+def expected(oracle: Oracle) -> dict[str, tuple[list[int], list[int]]]:
+    """name → (prompt's token ids, the oracle's answer)."""
+    from tokenizers import Tokenizer
+
+    from baton.checkpoint.checkpoint import open_checkpoint
+    from baton.config import DEFAULT_MODEL
+    from router.tokenization.chat_template import ChatTemplate
+
+    checkpoint = open_checkpoint(DEFAULT_MODEL)
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    text = tokenizer.encode(long_text(), add_special_tokens=False).ids
+    prompts = {f"{length} tokens": text[:length] for length in LENGTHS}
+    template = ChatTemplate(checkpoint)
+    for chat in CHATS:
+        rendered = template.render([{"role": "user", "content": chat}])
+        prompts[chat] = tokenizer.encode(rendered, add_special_tokens=False).ids
+    return {name: (ids, oracle.greedy(ids, NUM_TOKENS)) for name, ids in prompts.items()}
+
+
+@pytest.fixture(scope="module", params=list(DEPLOYMENTS))
+def server(request: pytest.FixtureRequest, serving: Serving) -> BatonServer:
+    return serving(settings={**SETTINGS, **DEPLOYMENTS[request.param]})
+
+
+def answer(server: BatonServer, name: str, prompt: list[int]) -> list[int]:
+    if name not in CHATS:
+        choice = server.complete(prompt=prompt, max_tokens=NUM_TOKENS)["choices"][0]
+    else:
+        body = {
+            "model": server.model(),
+            "messages": [{"role": "user", "content": name}],
+            "temperature": 0,
+            "max_tokens": NUM_TOKENS,
+            "return_token_ids": True,
+        }
+        with server.client() as client:
+            response = client.post("/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        choice = response.json()["choices"][0]
+    token_ids: list[int] = choice["token_ids"]
+    return token_ids
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_greedy_answers_equal_the_oracles(
+    server: BatonServer, expected: dict[str, tuple[list[int], list[int]]], concurrency: int
+) -> None:
+    assert len(expected) == 30
+    with ThreadPoolExecutor(concurrency) as pool:
+        futures = {
+            name: pool.submit(answer, server, name, prompt)
+            for name, (prompt, _) in expected.items()
+        }
+        answers = {name: future.result() for name, future in futures.items()}
+    differing = {
+        name: (answers[name], wanted)
+        for name, (_, wanted) in expected.items()
+        if answers[name] != wanted
+    }
+    assert not differing
+    server.wait_at_rest()

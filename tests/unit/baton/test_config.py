@@ -1,0 +1,69 @@
+"""Configuration: parsed once, frozen, and every fault named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from baton.config import BatonConfig, load_config, parse_config
+from baton.errors import ConfigurationError
+
+
+def test_unknown_setting_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigurationError, match=r"engine\.block_sise.*did you mean 'block_size'"):
+        parse_config({"engine": {"block_sise": 8}})
+
+
+def test_every_fault_gets_a_line() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_config({"gateway": {"port": 70000}, "engine": {"dtype": "float8"}})
+    assert len(caught.value.message.splitlines()) == 2
+    assert "gateway.port" in caught.value.message
+    assert "engine.dtype" in caught.value.message
+
+
+def test_no_decode_worker_is_refused_because_nothing_could_answer() -> None:
+    with pytest.raises(ConfigurationError, match="decode"):
+        parse_config({"decode": {"replicas": 0}})
+
+
+def test_default_deadline_over_the_maximum_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="max_deadline_s"):
+        parse_config({"gateway": {"default_deadline_s": 10, "max_deadline_s": 5}})
+
+
+def test_command_line_wins_over_file_and_file_over_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "baton.yaml"
+    path.write_text("engine: {block_size: 8, threads: 3}\nprefill: {replicas: 2}\n")
+    config = load_config(path, {"engine": {"threads": 1}})
+    assert (config.engine.block_size, config.engine.threads) == (8, 1)
+    assert config.prefill.replicas == 2
+    assert config.decode.replicas == BatonConfig().decode.replicas
+
+
+def test_configuration_survives_the_file_that_hands_it_to_a_worker(tmp_path: Path) -> None:
+    config = parse_config({"engine": {"dtype": "float32"}, "prefill": {"replicas": 0}})
+    path = tmp_path / "worker.json"
+    path.write_text(config.model_dump_json())
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [1"])
+def test_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=r"odd\.yaml"):
+        load_config(path)
+
+
+def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_configuration_cannot_be_changed() -> None:
+    config = BatonConfig()
+    with pytest.raises(ValidationError):
+        config.engine.block_size = 4  # type: ignore[misc]

@@ -1,0 +1,183 @@
+"""The decode scheduler: who runs, who waits, and who gives way."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.sequences import pretend_step, sequence, small_cache
+
+from baton.v1 import session_pb2 as pb
+from baton.worker.session_server import StreamKey
+from decode_workers.scheduler import DecodeScheduler, DecodeStream, StreamState
+from engine.intake import StopRule
+from engine.kv_cache.kv_cache import KvCache
+from kv_transfer.keys import TransferKey
+
+
+def stream(number: int, tokens: list[int], *, max_tokens: int = 8, local: bool) -> DecodeStream:
+    key = StreamKey(1, number)
+    return DecodeStream(
+        key=key,
+        request_id=f"request-{number}",
+        sequence=sequence(key, tokens),
+        stop=StopRule(max_tokens, frozenset()),
+        deadline=1e9,
+        transfer=None if local else TransferKey(bytes([number]), 0, b"p", b"d"),
+        handoff=None if local else pb.Handoff(),
+        queued_at=0.0,
+        num_input_tokens=len(tokens),
+    )
+
+
+def scheduler(kv: KvCache, *, budget: int = 16, most: int = 8) -> DecodeScheduler:
+    return DecodeScheduler(
+        kv, max_num_batched_tokens=budget, max_num_seqs=most, watermark_blocks=1
+    )
+
+
+def finish(kv: KvCache, chosen: DecodeScheduler, done: DecodeStream) -> None:
+    chosen.remove(done)
+    kv.free(done.sequence)
+
+
+def test_reservation_takes_blocks_for_the_whole_input_before_it_is_granted() -> None:
+    kv = small_cache(8)
+    chosen = scheduler(kv)
+    one = stream(1, list(range(10)), local=False)
+    chosen.enqueue(one)
+    assert chosen.admit() == [one]
+    assert one.state is StreamState.RECEIVING
+    assert len(one.sequence.block_table) == 3
+    assert chosen.schedule() == []
+
+
+def test_reservation_waits_in_order_when_there_is_no_room_above_the_watermark() -> None:
+    kv = small_cache(8)
+    chosen = scheduler(kv)
+    big, next_one, small = (
+        stream(1, list(range(20)), local=False),
+        stream(2, list(range(100, 112)), local=False),
+        stream(3, [200], local=False),
+    )
+    for item in (big, next_one, small):
+        chosen.enqueue(item)
+    assert chosen.admit() == [big]  # 5 of 8; 3 more would leave nothing
+    assert chosen.queued == (next_one, small)
+    assert kv.pool.counts().referenced == 5
+    finish(kv, chosen, big)
+    assert chosen.admit() == [next_one, small]
+
+
+def test_decoding_streams_go_before_local_prefill_and_share_its_budget() -> None:
+    kv = small_cache(32)
+    chosen = scheduler(kv, budget=6)
+    decoding, prefilling = stream(1, [1, 2], local=True), stream(2, list(range(9)), local=True)
+    chosen.enqueue(decoding)
+    chosen.admit()
+    pretend_step(kv, chosen.schedule(), 7)
+    chosen.enqueue(prefilling)
+    chosen.admit()
+    chunks = [(c.seq, c.num_tokens) for c in chosen.schedule()]
+    assert chunks == [(decoding.sequence, 1), (prefilling.sequence, 5)]
+
+
+def test_youngest_stream_gives_way_and_is_recomputed_with_its_emitted_tokens() -> None:
+    kv = small_cache(4)
+    chosen = scheduler(kv)
+    old, young = stream(1, [1, 2, 3, 4], local=True), stream(2, [5, 6, 7], local=True)
+    for item in (old, young):
+        chosen.enqueue(item)
+    chosen.admit()
+    for _ in range(6):
+        pretend_step(kv, chosen.schedule(), 9)
+        chosen.admit()
+        if young.state is StreamState.QUEUED:
+            break
+    assert young.state is StreamState.QUEUED
+    assert young.sequence.block_table == []
+    assert young.sequence.token_ids[:3] == [5, 6, 7]
+    assert young.sequence.num_emitted_tokens > 0
+    assert old.state is StreamState.RUNNING
+    assert chosen.num_preemptions == 1
+    finish(kv, chosen, old)
+    chosen.admit()
+    assert young.state is StreamState.RUNNING
+    kv.pool.check()
+
+
+def test_receiving_stream_is_never_preempted() -> None:
+    kv = small_cache(4)
+    chosen = scheduler(kv)
+    receiving = stream(1, list(range(50, 58)), local=False)
+    running = stream(2, [1, 2, 3], local=True)
+    chosen.enqueue(receiving)
+    chosen.enqueue(running)
+    chosen.admit()
+    for _ in range(12):
+        pretend_step(kv, chosen.schedule(), 9)
+    assert receiving.state is StreamState.RECEIVING
+    assert len(receiving.sequence.block_table) == 2
+    kv.pool.check()
+
+
+@pytest.mark.parametrize("state", list(StreamState)[:3])
+def test_removed_stream_is_in_no_list(state: StreamState) -> None:
+    kv = small_cache(8)
+    chosen = scheduler(kv)
+    one = stream(1, [1, 2, 3], local=state is StreamState.RUNNING)
+    chosen.enqueue(one)
+    if state is not StreamState.QUEUED:
+        chosen.admit()
+    assert one.state is state
+    finish(kv, chosen, one)
+    assert (chosen.num_running, chosen.num_waiting, chosen.queued) == (0, 0, ())
+    assert chosen.admit() == []
+    assert chosen.schedule() == []
+    assert kv.pool.counts().referenced == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    jobs=st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 12), st.booleans(), st.integers(0, 6)),
+        min_size=1,
+        max_size=8,
+    ),
+    num_blocks=st.integers(8, 16),
+)
+def test_every_stream_ends_with_all_its_tokens_however_scarce_blocks_are(
+    jobs: list[tuple[int, int, bool, int]], num_blocks: int
+) -> None:
+    kv = small_cache(num_blocks)
+    chosen = scheduler(kv, budget=7, most=4)
+    streams = [
+        stream(n, [n * 50 + i for i in range(length)], max_tokens=most, local=local)
+        for n, (length, most, local, _) in enumerate(jobs)
+    ]
+    arrivals = {n: arrival for n, (*_, arrival) in enumerate(jobs)}
+    emitted: dict[StreamKey, int] = {}
+    receiving: list[DecodeStream] = []
+    for tick in range(2000):
+        for n, item in enumerate(streams):
+            if arrivals[n] == tick:
+                chosen.enqueue(item)
+        for item in receiving:  # handed over a step after it was granted
+            kv.adopt(item.sequence, item.num_input_tokens)
+            item.sequence.token_ids.append(3)
+            chosen.received(item)
+        receiving = chosen.admit()
+        pretend_step(kv, chosen.schedule(), 3)
+        kv.pool.check()
+        for item in streams:
+            if (
+                item.state is StreamState.RUNNING
+                and item.sequence.num_emitted_tokens >= item.stop.max_tokens
+            ):
+                emitted[item.key] = item.sequence.num_emitted_tokens
+                finish(kv, chosen, item)
+        if len(emitted) == len(streams):
+            break
+    assert emitted == {item.key: item.stop.max_tokens for item in streams}
+    counts = kv.pool.counts()
+    assert (counts.referenced, counts.quarantined) == (0, 0)

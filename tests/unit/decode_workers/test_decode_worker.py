@@ -1,0 +1,252 @@
+"""The decode loop: what it answers, and where blocks are after each ending."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from support.sequences import sequence, small_cache
+from support.worker_rig import PretendEngine, Recorder, Rig
+
+from baton.config import EngineConfig, KvTransferConfig
+from baton.errors import TransferError
+from baton.v1 import session_pb2 as pb
+from baton.worker.session_server import StreamKey
+from decode_workers.scheduler import DecodeScheduler, DecodeStream
+from decode_workers.worker import DecodeWorker
+from engine.intake import StopRule
+from kv_transfer.keys import TransferKey
+
+TRANSFER = TransferKey(b"t" * 16, 0, b"p" * 16, b"d" * 16)
+KEY = StreamKey(1, 5)
+
+
+class DecodeRig(Rig):
+    def __init__(self, *, num_blocks: int = 16, max_waiting: int = 8) -> None:
+        super().__init__("decode")
+        self.kv = small_cache(num_blocks)
+        self.receiver = Recorder()
+        self.engine = PretendEngine(self.kv)
+        self.worker = DecodeWorker(
+            engine=self.engine,  # type: ignore[arg-type]
+            scheduler=DecodeScheduler(
+                self.kv, max_num_batched_tokens=8, max_num_seqs=8, watermark_blocks=1
+            ),
+            receiver=self.receiver,  # type: ignore[arg-type]
+            inbox=self.inbox,
+            outbox=self.outbox,
+            metrics=self.metrics,
+            faults=self.faults,
+            config=EngineConfig(max_waiting=max_waiting),
+            transfer_config=KvTransferConfig(),
+        )
+
+    def stream(
+        self, tokens: list[int], *, key: StreamKey = KEY, local: bool = False, most: int = 3
+    ) -> DecodeStream:
+        return DecodeStream(
+            key=key,
+            request_id="r",
+            sequence=sequence(key, tokens),
+            stop=StopRule(most, frozenset({99})),
+            deadline=1e12,
+            transfer=None if local else TRANSFER,
+            handoff=None if local else pb.Handoff(prefill_transfer_address="127.0.0.1:9"),
+            queued_at=1e12,
+            num_input_tokens=len(tokens),
+        )
+
+    async def step(self) -> None:
+        self.worker.step()
+        await self.settle()
+        self.kv.pool.check()
+
+    def states(self) -> tuple[int, int]:
+        counts = self.kv.pool.counts()
+        return counts.referenced, counts.quarantined
+
+
+async def test_handed_over_stream_decodes_from_the_senders_first_token() -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream(list(range(10))))
+    await rig.step()
+    assert rig.reserved == [(KEY, 0)]
+    [(name, args, options)] = rig.receiver.calls
+    assert (name, args) == ("begin", (TRANSFER,))
+    assert (options["start_token"], options["num_tokens"]) == (0, 10)
+    assert len(options["block_ids"]) == 3
+    rig.worker.handed_over(TRANSFER, 42, 0, 10)
+    for _ in range(3):
+        await rig.step()
+    assert rig.tokens == [(KEY, 0, 42), (KEY, 1, 7), (KEY, 2, 7)]
+    closed = rig.closed[KEY]
+    assert closed.reason == pb.CLOSE_REASON_LENGTH
+    assert (closed.num_received_tokens, closed.num_computed_tokens) == (10, 0)
+    assert rig.states() == (0, 0)
+    assert rig.counted("received") == 10
+    assert rig.counted("computed") == 0
+
+
+async def test_held_prefix_is_not_asked_for_again() -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream(list(range(9)), local=True, most=1))
+    for _ in range(3):
+        await rig.step()
+    second = StreamKey(1, 6)
+    rig.worker.open(rig.stream([*range(8), 50, 51], key=second))
+    await rig.step()
+    assert rig.reserved == [(second, 8)]
+    options = rig.receiver.calls[-1][2]
+    assert (options["start_token"], options["num_tokens"]) == (8, 10)
+    assert len(options["block_ids"]) == 1
+    rig.worker.handed_over(TRANSFER, 42, 0, 2)
+    await rig.step()
+    assert (rig.counted("cached"), rig.counted("received")) == (8, 2)
+
+
+async def test_cancel_while_receiving_quarantines_until_nothing_can_write() -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream(list(range(10))))
+    await rig.step()
+    rig.worker.cancel(KEY)
+    await rig.step()
+    assert rig.closed[KEY].reason == pb.CLOSE_REASON_CANCELLED
+    assert rig.receiver.names() == ["begin", "cancel"]
+    assert rig.states() == (0, 3)
+    assert not rig.worker.idle
+    rig.worker.drained(TRANSFER)
+    await rig.step()
+    assert rig.states() == (0, 0)
+    assert rig.worker.idle
+
+
+async def test_handoff_that_is_ready_after_its_cancel_is_dropped_and_freed() -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream(list(range(10))))
+    await rig.step()
+    rig.worker.cancel(KEY)
+    rig.worker.handed_over(TRANSFER, 42, 0, 10)
+    rig.worker.drained(TRANSFER)
+    rig.worker.drained(TRANSFER)
+    await rig.step()
+    assert rig.tokens == []
+    assert rig.states() == (0, 0)
+
+
+async def test_failed_handoff_is_told_and_its_blocks_wait_for_the_drain() -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream(list(range(10))))
+    await rig.step()
+    rig.worker.handoff_failed(TRANSFER, TransferError("sender died"))
+    await rig.step()
+    closed = rig.closed[KEY]
+    assert (closed.reason, closed.error_code) == (pb.CLOSE_REASON_FAILED, "transfer_failed")
+    assert rig.states() == (0, 3)
+    assert rig.receiver.names() == ["begin"]
+    rig.worker.drained(TRANSFER)
+    await rig.step()
+    assert rig.states() == (0, 0)
+
+
+async def test_held_prefix_of_a_failed_handoff_stays_cached() -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream(list(range(9)), local=True, most=1))
+    for _ in range(3):
+        await rig.step()
+    cached = rig.kv.pool.counts().cached
+    rig.worker.open(rig.stream([*range(8), 50, 51], key=StreamKey(1, 6)))
+    await rig.step()
+    rig.worker.handoff_failed(TRANSFER, TransferError("sender died"))
+    assert rig.states() == (0, 1)
+    rig.worker.drained(TRANSFER)
+    await rig.step()
+    assert rig.kv.pool.counts().cached == cached
+
+
+async def test_stop_token_ends_a_stream_and_is_its_last_token() -> None:
+    rig = DecodeRig()
+    rig.engine.token_id = 99
+    rig.worker.open(rig.stream([1, 2], local=True))
+    await rig.step()
+    assert rig.tokens == [(KEY, 0, 99)]
+    assert rig.closed[KEY].reason == pb.CLOSE_REASON_STOP
+
+
+async def test_local_prefill_counts_what_it_computed() -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream(list(range(10)), local=True, most=1))
+    for _ in range(2):
+        await rig.step()
+    assert rig.closed[KEY].num_computed_tokens == 10
+    assert rig.counted("computed") == 10
+    assert rig.receiver.calls == []
+
+
+async def test_repeated_attempt_goes_on_at_its_position() -> None:
+    rig = DecodeRig()
+    stream = rig.stream([1, 2, 3, 70, 71], local=True, most=3)
+    stream.sequence.num_prompt_tokens = 3
+    rig.worker.open(stream)
+    await rig.step()
+    assert rig.tokens == [(KEY, 2, 7)]
+    assert rig.closed[KEY].reason == pb.CLOSE_REASON_LENGTH
+
+
+@pytest.mark.parametrize("moment", ["queued", "receiving", "running"])
+async def test_lost_session_ends_its_streams_and_no_others(moment: str) -> None:
+    rig = DecodeRig(num_blocks=16)
+    other = StreamKey(2, 5)
+    rig.worker.open(rig.stream([30, 31], key=other, local=True, most=100))
+    rig.worker.open(rig.stream(list(range(10)), local=moment != "receiving"))
+    if moment != "queued":
+        await rig.step()
+    rig.worker.session_lost(1)
+    rig.worker.drained(TRANSFER)
+    await rig.step()
+    assert KEY not in rig.closed
+    rig.worker.cancel(other)
+    await rig.step()
+    assert list(rig.closed) == [other]
+    assert rig.states() == (0, 0)
+    assert rig.worker.idle
+
+
+async def test_stream_past_its_deadline_fails_honestly() -> None:
+    rig = DecodeRig()
+    rig.worker.open(dataclasses.replace(rig.stream(list(range(10)), local=True), deadline=0.0))
+    await rig.step()
+    assert rig.closed[KEY].error_code == "deadline_exceeded"
+    assert rig.states() == (0, 0)
+
+
+async def test_reservation_without_room_is_refused_within_its_bound() -> None:
+    rig = DecodeRig(num_blocks=4)
+    rig.worker.open(rig.stream(list(range(12)), key=StreamKey(1, 1), local=True, most=9))
+    await rig.step()
+    rig.worker.open(dataclasses.replace(rig.stream(list(range(50, 60))), queued_at=0.0))
+    await rig.step()
+    assert rig.closed[KEY].error_code == "reservation_refused"
+    assert rig.receiver.calls == []
+
+
+async def test_full_queue_and_draining_worker_refuse_what_comes() -> None:
+    rig = DecodeRig(max_waiting=0)
+    rig.worker.open(rig.stream([1, 2]))
+    await rig.step()
+    assert rig.closed[KEY].error_code == "reservation_refused"
+    rig = DecodeRig()
+    rig.worker.drain()
+    rig.worker.open(rig.stream([1, 2]))
+    await rig.step()
+    assert rig.closed[KEY].error_code == "draining"
+
+
+async def test_late_cancel_and_unknown_transfers_do_nothing() -> None:
+    rig = DecodeRig()
+    rig.worker.cancel(KEY)
+    rig.worker.handed_over(TRANSFER, 1, 0, 5)
+    rig.worker.handoff_failed(TRANSFER, TransferError("late"))
+    rig.worker.drained(TRANSFER)
+    await rig.step()
+    assert rig.closed == {}
+    assert rig.tokens == []

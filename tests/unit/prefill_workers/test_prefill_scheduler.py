@@ -1,0 +1,103 @@
+"""The prefill scheduler: order, chunks, and whole inputs or nothing."""
+
+from __future__ import annotations
+
+import pytest
+from support.sequences import pretend_step, sequence, small_cache
+
+from baton.worker.session_server import StreamKey
+from engine.intake import StopRule
+from engine.kv_cache.kv_cache import KvCache
+from kv_transfer.keys import TransferKey
+from prefill_workers.scheduler import JobState, PrefillJob, PrefillScheduler
+
+
+def job(number: int, tokens: list[int]) -> PrefillJob:
+    key = StreamKey(1, number)
+    return PrefillJob(
+        key=key,
+        request_id=f"request-{number}",
+        sequence=sequence(key, tokens),
+        stop=StopRule(8, frozenset()),
+        transfer=TransferKey(bytes([number]), 0, b"p", b"d"),
+        deadline=1e9,
+    )
+
+
+def scheduler(kv: KvCache, *, budget: int = 8, most: int = 8) -> PrefillScheduler:
+    return PrefillScheduler(kv, max_num_batched_tokens=budget, max_num_seqs=most)
+
+
+def test_chunks_fill_the_budget_first_come_first_served() -> None:
+    kv = small_cache(32)
+    chosen = scheduler(kv, budget=8)
+    one, two = job(1, list(range(11))), job(2, list(range(50, 60)))
+    chosen.enqueue(one)
+    chosen.enqueue(two)
+    seen = []
+    for _ in range(3):
+        chunks, _ = chosen.schedule()
+        seen.append([(c.seq, c.num_tokens) for c in chunks])
+        for done in pretend_step(kv, chunks, 7):
+            chosen.finish(one if done is one.sequence else two)
+    assert seen == [
+        [(one.sequence, 8)],
+        [(one.sequence, 3), (two.sequence, 5)],
+        [(two.sequence, 5)],
+    ]
+    assert (one.state, two.state) == (JobState.LEASED, JobState.LEASED)
+
+
+def test_job_starts_only_when_its_whole_input_has_room() -> None:
+    kv = small_cache(5)
+    chosen = scheduler(kv)
+    one, two = job(1, list(range(16))), job(2, list(range(50, 58)))
+    chosen.enqueue(one)
+    chosen.enqueue(two)
+    _, admitted = chosen.schedule()
+    assert admitted == [one]
+    assert two.state is JobState.QUEUED
+    assert two.sequence.block_table == []
+    chosen.remove(one)
+    kv.free(one.sequence)
+    _, admitted = chosen.schedule()
+    assert admitted == [two]
+
+
+def test_cached_prefix_is_not_computed_again() -> None:
+    kv = small_cache(16)
+    chosen = scheduler(kv, budget=64)
+    one = job(1, list(range(10)))
+    chosen.enqueue(one)
+    pretend_step(kv, chosen.schedule()[0], 7)
+    chosen.finish(one)
+    kv.free(one.sequence)
+    two = job(2, [*range(8), 99])
+    chosen.enqueue(two)
+    chunks, _ = chosen.schedule()
+    assert [(c.seq, c.num_tokens) for c in chunks] == [(two.sequence, 1)]
+    assert two.sequence.num_shared_tokens == 8
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_removed_job_is_in_no_list(running: bool) -> None:
+    kv = small_cache(8)
+    chosen = scheduler(kv)
+    one = job(1, [1, 2, 3])
+    chosen.enqueue(one)
+    if running:
+        chosen.schedule()
+    chosen.remove(one)
+    assert (chosen.num_queued, chosen.num_running, chosen.num_tokens_to_compute) == (0, 0, 0)
+    assert chosen.schedule() == ([], [])
+
+
+def test_no_more_jobs_run_than_allowed() -> None:
+    kv = small_cache(32)
+    chosen = scheduler(kv, most=2)
+    jobs = [job(n, [n]) for n in range(4)]
+    for item in jobs:
+        chosen.enqueue(item)
+    _, admitted = chosen.schedule()
+    assert admitted == jobs[:2]
+    assert (chosen.num_running, chosen.num_queued) == (2, 2)

@@ -1,0 +1,190 @@
+"""The prefill loop: what it offers, and when blocks come back."""
+
+from __future__ import annotations
+
+import pytest
+from support.sequences import sequence, small_cache
+from support.worker_rig import PretendEngine, Recorder, Rig
+
+from baton.config import EngineConfig
+from baton.v1 import session_pb2 as pb
+from baton.worker.session_server import StreamKey
+from engine.intake import StopRule
+from kv_transfer.keys import TransferKey
+from prefill_workers.scheduler import PrefillJob, PrefillScheduler
+from prefill_workers.worker import PrefillWorker
+
+TRANSFER = TransferKey(b"t" * 16, 0, b"p" * 16, b"d" * 16)
+KEY = StreamKey(1, 5)
+
+
+class PrefillRig(Rig):
+    def __init__(self, *, num_blocks: int = 16) -> None:
+        super().__init__("prefill")
+        self.kv = small_cache(num_blocks)
+        self.sender = Recorder()
+        self.engine = PretendEngine(self.kv)
+        self.worker = PrefillWorker(
+            engine=self.engine,  # type: ignore[arg-type]
+            scheduler=PrefillScheduler(self.kv, max_num_batched_tokens=8, max_num_seqs=8),
+            sender=self.sender,  # type: ignore[arg-type]
+            inbox=self.inbox,
+            outbox=self.outbox,
+            metrics=self.metrics,
+            faults=self.faults,
+            config=EngineConfig(),
+        )
+
+    def job(self, tokens: list[int], *, key: StreamKey = KEY, most: int = 5) -> PrefillJob:
+        return PrefillJob(
+            key=key,
+            request_id="r",
+            sequence=sequence(key, tokens),
+            stop=StopRule(most, frozenset({99})),
+            transfer=TransferKey(bytes([key.stream_id]) * 16, 0, b"p" * 16, b"d" * 16),
+            deadline=1e12,
+        )
+
+    async def step(self) -> None:
+        self.worker.step()
+        await self.settle()
+        self.kv.pool.check()
+
+    def referenced(self) -> int:
+        return self.kv.pool.counts().referenced
+
+
+def transfer(key: StreamKey = KEY) -> TransferKey:
+    return TransferKey(bytes([key.stream_id]) * 16, 0, b"p" * 16, b"d" * 16)
+
+
+async def test_job_waits_for_the_reservation_without_taking_blocks() -> None:
+    rig = PrefillRig()
+    rig.worker.open(rig.job(list(range(10))))
+    await rig.step()
+    assert (rig.tokens, rig.sender.calls, rig.referenced()) == ([], [], 0)
+
+
+async def test_chunks_are_offered_as_they_are_computed_and_the_token_commits() -> None:
+    rig = PrefillRig()
+    rig.worker.open(rig.job(list(range(10))))
+    rig.worker.proceed(KEY, 4)
+    for _ in range(2):
+        await rig.step()
+    table = rig.sender.calls[2][1][2]
+    assert rig.sender.calls == [
+        ("offer", (transfer(),), {"start_token": 4, "num_tokens": 10}),
+        ("ready", (transfer(), 8, table[:2]), {}),
+        ("ready", (transfer(), 10, table), {}),
+        ("commit", (transfer(), 7, 0), {}),
+    ]
+    assert rig.tokens == [(KEY, 0, 7)]
+    assert rig.closed == {}
+    assert rig.referenced() == 3
+    rig.worker.freed(transfer(), "released")
+    await rig.step()
+    assert rig.closed[KEY].reason == pb.CLOSE_REASON_HANDED_OFF
+    assert rig.closed[KEY].num_computed_tokens == 10
+    assert rig.referenced() == 0
+    assert rig.worker.idle
+
+
+async def test_fully_cached_input_is_offered_before_its_last_token_is_recomputed() -> None:
+    rig = PrefillRig()
+    first = StreamKey(1, 1)
+    rig.worker.open(rig.job(list(range(8)), key=first))
+    rig.worker.proceed(first, 0)
+    await rig.step()
+    rig.worker.freed(transfer(first), "released")
+    rig.worker.open(rig.job(list(range(8))))
+    rig.worker.proceed(KEY, 0)
+    before = len(rig.sender.calls)
+    await rig.step()
+    names = [(name, args[1:2]) for name, args, _ in rig.sender.calls[before:]]
+    assert names[0] == ("ready", (8,))
+    assert names[-1] == ("commit", (7,))
+    assert (rig.counted("computed"), rig.counted("cached")) == (9, 7)
+
+
+async def test_request_that_ends_with_its_first_token_hands_nothing_over() -> None:
+    rig = PrefillRig()
+    rig.worker.open(rig.job([1, 2, 3], most=1))
+    rig.worker.proceed(KEY, 0)
+    await rig.step()
+    assert rig.closed[KEY].reason == pb.CLOSE_REASON_LENGTH
+    assert rig.sender.names()[-1] == "abort"
+    assert "commit" not in rig.sender.names()
+    rig.worker.freed(transfer(), "aborted")
+    await rig.step()
+    assert rig.referenced() == 0
+
+
+@pytest.mark.parametrize("moment", ["waiting", "queued", "running", "leased"])
+async def test_cancelled_job_gives_its_blocks_back_when_nobody_reads_them(moment: str) -> None:
+    rig = PrefillRig()
+    rig.worker.open(rig.job(list(range(10))))
+    steps = {"waiting": 0, "queued": 0, "running": 1, "leased": 2}[moment]
+    if moment != "waiting":
+        rig.worker.proceed(KEY, 0)
+    for _ in range(steps):
+        await rig.step()
+    held = rig.referenced()
+    rig.worker.cancel(KEY)
+    rig.worker.cancel(KEY)
+    await rig.step()
+    assert rig.closed[KEY].reason == pb.CLOSE_REASON_CANCELLED
+    assert rig.referenced() == held
+    if moment != "waiting":
+        assert rig.sender.names()[-1] == "abort"
+        rig.worker.freed(transfer(), "aborted")
+        rig.worker.freed(transfer(), "aborted")
+    await rig.step()
+    assert rig.referenced() == 0
+    assert rig.worker.idle
+
+
+@pytest.mark.parametrize("outcome", ["lease_expired", "peer_lost", "abandoned"])
+async def test_handoff_that_nobody_takes_frees_the_blocks_and_says_so(outcome: str) -> None:
+    rig = PrefillRig()
+    rig.worker.open(rig.job([1, 2, 3]))
+    rig.worker.proceed(KEY, 0)
+    await rig.step()
+    rig.worker.freed(transfer(), outcome)
+    await rig.step()
+    assert rig.closed[KEY].reason == pb.CLOSE_REASON_FAILED
+    assert outcome in rig.closed[KEY].error_message
+    assert rig.referenced() == 0
+
+
+async def test_peer_that_is_lost_during_prefill_stops_the_job() -> None:
+    rig = PrefillRig()
+    rig.worker.open(rig.job(list(range(10))))
+    rig.worker.proceed(KEY, 0)
+    await rig.step()
+    rig.worker.freed(transfer(), "peer_lost")
+    await rig.step()
+    assert rig.tokens == []
+    assert rig.referenced() == 0
+    assert rig.worker.idle
+
+
+async def test_lost_session_ends_its_jobs_and_no_others() -> None:
+    rig = PrefillRig()
+    other = StreamKey(2, 6)
+    for key in (KEY, other):
+        rig.worker.open(rig.job([key.stream_id, 2, 3], key=key))
+        rig.worker.proceed(key, 0)
+    rig.worker.session_lost(1)
+    await rig.step()
+    assert [key for key, *_ in rig.tokens] == [other]
+
+
+async def test_draining_worker_refuses_and_late_messages_do_nothing() -> None:
+    rig = PrefillRig()
+    rig.worker.proceed(KEY, 0)
+    rig.worker.cancel(KEY)
+    rig.worker.freed(TRANSFER, "released")
+    rig.worker.drain()
+    rig.worker.open(rig.job([1]))
+    await rig.step()
+    assert rig.closed[KEY].error_code == "draining"
