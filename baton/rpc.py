@@ -27,7 +27,7 @@ def channel_options(session: SessionConfig) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", int(session.keepalive_timeout_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", interval_ms // 2),
+        ("grpc.http2.min_ping_interval_without_data_ms", interval_ms // 2),
         ("grpc.so_reuseport", 0),
         ("grpc.enable_http_proxy", 0),
         ("grpc.min_reconnect_backoff_ms", 100),

@@ -6,6 +6,8 @@ below on it. Labels are bounded: workers, roles, outcomes, never requests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _LATENCY_BUCKETS_S = (
@@ -97,7 +99,9 @@ class WorkerMetrics:
             [*names, "outcome"],
             registry=registry,
         )
-        self.handoffs = lambda outcome: handoffs.labels(**labels, outcome=outcome)
+        self.handoffs: Callable[[str], Counter] = lambda outcome: handoffs.labels(
+            **labels, outcome=outcome
+        )
         prompt_tokens = Counter(
             "baton_prompt_tokens",
             "Input tokens by where their KV came from",

@@ -214,7 +214,8 @@ class DecodeWorker:
         stream = self._streams[sampled.seq.key]
         sequence = stream.sequence
         if not stream.counted:
-            num_cached = sequence.num_cached_tokens
+            # A fully cached input still has its last token computed.
+            num_cached = min(sequence.num_cached_tokens, stream.num_input_tokens - 1)
             stream.use = InputUse(num_cached, stream.num_input_tokens - num_cached)
             self._outbox.count_input(stream.use)
             stream.counted = True

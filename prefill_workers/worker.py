@@ -177,7 +177,7 @@ class PrefillWorker:
 
     def _begin(self, job: PrefillJob) -> None:
         """Announces what the prefix cache holds of a job already."""
-        num_cached = job.sequence.num_cached_tokens
+        num_cached = job.sequence.num_computed_tokens
         job.use = InputUse(num_cached, job.sequence.num_tokens - num_cached)
         if job.sequence.num_shared_tokens > job.num_held_tokens:
             self._ready(job, job.sequence.num_shared_tokens)

@@ -71,8 +71,7 @@ def _lock(path: Path) -> Iterator[None]:
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
     """Builds and renames; the caller holds the lock."""
     prefix = f".{folder.name}.part-"
-    for leftover in folder.parent.glob(f"{prefix}*"):  # of a builder that was killed
-        shutil.rmtree(leftover)
+    _remove(folder.parent, prefix)  # what a builder left that was killed
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         build(temporary)
@@ -85,8 +84,12 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         temporary.rename(folder)
         _flush(folder.parent)
     finally:
-        for leftover in folder.parent.glob(f"{prefix}*"):
-            shutil.rmtree(leftover)
+        _remove(folder.parent, prefix)
+
+
+def _remove(parent: Path, prefix: str) -> None:
+    for leftover in parent.glob(f"{prefix}*"):
+        shutil.rmtree(leftover)
 
 
 def _flush(path: Path) -> None:

@@ -99,14 +99,16 @@ def _open(path: Path) -> Any:
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         # What numpy raises where a length or an offset points past the end of the file.
         size = path.stat().st_size
-        _damaged(path, f"{error}; the file has {size} bytes")
+        _damaged(path, f"{error}; it has {size} bytes")
     if reader.byte_order != "I":
         _damaged(path, "its byte order is not this machine's")
     return reader
 
 
 def _damaged(path: Path, reason: str) -> NoReturn:
-    raise CheckpointError(f"{path}: expected a complete GGUF file, but it is damaged: {reason}")
+    raise CheckpointError(
+        f"{path}: expected a complete GGUF file, but it is truncated or damaged ({reason})"
+    )
 
 
 def _generation_config(fields: GgufFields) -> dict[str, Any]:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 
@@ -22,18 +21,34 @@ from baton.records import WorkerRecord, worker_key
 
 logger = logging.getLogger(__name__)
 
+_RENEW_IF_OURS = """
+local value = redis.call('get', KEYS[1])
+if not value then return 'none' end
+if value ~= ARGV[1] then return 'other' end
+redis.call('pexpire', KEYS[1], ARGV[2])
+return 'ours'
+"""
+_DELETE_IF_OURS = """
+if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end
+"""
+
 
 class Registration:
     """Keeps one worker's record alive from ``start`` to ``close``."""
 
     def __init__(self, redis_url: str, record: WorkerRecord, config: RegistryConfig) -> None:
         self._redis = redis.asyncio.from_url(
-            redis_url, socket_timeout=config.ttl_s / 2, socket_connect_timeout=config.ttl_s / 2
+            redis_url, socket_timeout=config.ttl_s / 4, socket_connect_timeout=config.ttl_s / 4
         )
+        self._renew_if_ours = self._redis.register_script(_RENEW_IF_OURS)
+        self._delete_if_ours = self._redis.register_script(_DELETE_IF_OURS)
         self._record = record
+        self._value = record.model_dump_json()
         self._config = config
+        self._ttl_ms = int(config.ttl_s * 1000)
         self._key = worker_key(config.cluster, record.worker_id)
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
         self.lost = asyncio.Event()
 
     async def start(self) -> None:
@@ -41,36 +56,37 @@ class Registration:
 
         Raises ConnectionError of redis when there is no Redis to begin with.
         """
-        await self._write()
-        self._task = asyncio.create_task(self._beat())
+        await self._redis.set(self._key, self._value, px=self._ttl_ms)
+        self._task = asyncio.create_task(self._beat(time.monotonic()))
 
-    async def _write(self) -> None:
-        ttl_ms = int(self._config.ttl_s * 1000)
-        await self._redis.set(self._key, self._record.model_dump_json(), px=ttl_ms)
+    async def _beat(self, seen_at: float) -> None:
+        slept = False
+        # Cancelling is not enough: the client library may swallow it (asyncio.wait_for
+        # does, before Python 3.12, when an answer comes at the same moment).
+        while not (self.lost.is_set() or self._closed):
+            for act in (self._pause, self._renew):
+                await act(slept)
+                # No act takes that long by itself: its own timeouts are shorter.
+                now = time.monotonic()
+                slept = slept or now - seen_at > self._config.ttl_s
+                seen_at = now
 
-    async def _holder(self) -> str | None:
-        """Epoch in the record, or None where there is none."""
-        raw = await self._redis.get(self._key)
-        return None if raw is None else str(json.loads(raw).get("epoch"))
+    async def _pause(self, slept: bool) -> None:
+        await asyncio.sleep(self._config.heartbeat_s)
 
-    async def _beat(self) -> None:
-        renewed_at = time.monotonic()
-        while not self.lost.is_set():
-            await asyncio.sleep(self._config.heartbeat_s)
-            slept_s = time.monotonic() - renewed_at
-            try:
-                holder = await self._holder()
-                if holder not in (None, self._record.epoch):
-                    self._give_up("another process has registered under this name")
-                elif holder is None and slept_s > self._config.ttl_s:
-                    self._give_up(f"this process slept {slept_s:.1f} s, longer than its lease")
-                else:
-                    await self._write()
-                renewed_at = time.monotonic()
-            except (RedisError, OSError) as error:
-                # Being unable to ask is not being asleep: the lease starts anew.
-                renewed_at = time.monotonic()
-                logger.warning("registry does not answer, serving on: %s", error)
+    async def _renew(self, slept: bool) -> None:
+        """One beat. Being unable to ask is not being asleep: a worker that finds no
+        record because Redis was away registers again, one that slept has lost it."""
+        try:
+            found = await self._renew_if_ours(keys=[self._key], args=[self._value, self._ttl_ms])
+            if found == b"other":
+                self._give_up("another process has registered under this name")
+            elif found == b"none" and slept:
+                self._give_up("this process was stopped for longer than its lease")
+            elif found == b"none":
+                await self._redis.set(self._key, self._value, px=self._ttl_ms, nx=True)
+        except (RedisError, OSError) as error:
+            logger.warning("registry does not answer, serving on: %s", error)
 
     def _give_up(self, reason: str) -> None:
         logger.error("%s has lost its registration: %s", self._record.worker_id, reason)
@@ -78,12 +94,12 @@ class Registration:
 
     async def close(self) -> None:
         """Deregisters, unless the name is somebody else's by now."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         try:
-            if await self._holder() == self._record.epoch:
-                await self._redis.delete(self._key)
+            await self._delete_if_ours(keys=[self._key], args=[self._value])
         except (RedisError, OSError) as error:
             logger.warning("could not deregister: %s", error)
         await self._redis.aclose()

@@ -37,7 +37,7 @@ class Oracle:
 
     def __init__(self) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from baton.checkpoint.checkpoint import open_checkpoint
         from baton.config import DEFAULT_MODEL
@@ -49,6 +49,18 @@ class Oracle:
         folder = hf_folder(checkpoint, torch.float32)
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self._model.eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def encode_chat(self, question: str) -> list[int]:
+        """One user turn through the checkpoint's chat template, as `transformers` has it."""
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        return self.encode(text)
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         """What follows ``prompt``; ends after an end-of-sequence token."""

@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from support.server import BatonServer
-
 from e2e.conftest import Serving
+from support.server import BatonServer
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 

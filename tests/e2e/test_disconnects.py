@@ -8,10 +8,9 @@ import time
 from typing import Any
 
 import pytest
+from e2e.conftest import Serving
 from support.prompts import long_text
 from support.server import BatonServer
-
-from e2e.conftest import Serving
 
 MOMENTS = (
     "gateway.admitted",

@@ -6,10 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from e2e.conftest import Oracle, Serving
 from support.prompts import CHATS, LENGTHS, long_text
 from support.server import BatonServer
-
-from e2e.conftest import Oracle, Serving
 
 NUM_TOKENS = 16
 SETTINGS: dict[str, Any] = {
@@ -27,20 +26,9 @@ Prompt = tuple[str, list[int]]
 @pytest.fixture(scope="session")
 def expected(oracle: Oracle) -> dict[str, tuple[list[int], list[int]]]:
     """name → (prompt's token ids, the oracle's answer)."""
-    from tokenizers import Tokenizer
-
-    from baton.checkpoint.checkpoint import open_checkpoint
-    from baton.config import DEFAULT_MODEL
-    from router.tokenization.chat_template import ChatTemplate
-
-    checkpoint = open_checkpoint(DEFAULT_MODEL)
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
-    text = tokenizer.encode(long_text(), add_special_tokens=False).ids
+    text = oracle.encode(long_text())
     prompts = {f"{length} tokens": text[:length] for length in LENGTHS}
-    template = ChatTemplate(checkpoint)
-    for chat in CHATS:
-        rendered = template.render([{"role": "user", "content": chat}])
-        prompts[chat] = tokenizer.encode(rendered, add_special_tokens=False).ids
+    prompts |= {question: oracle.encode_chat(question) for question in CHATS}
     return {name: (ids, oracle.greedy(ids, NUM_TOKENS)) for name, ids in prompts.items()}
 
 

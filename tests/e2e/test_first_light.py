@@ -6,9 +6,8 @@ import asyncio
 
 import openai
 import pytest
-from support.server import BatonServer, wait_until
-
 from e2e.conftest import Serving
+from support.server import BatonServer, wait_until
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
@@ -71,9 +70,7 @@ def server_element_bytes(server: BatonServer) -> int:
 
 
 @pytest.mark.slow
-def test_openai_client_streams_the_same_answer(
-    server: BatonServer, client: openai.OpenAI
-) -> None:
+def test_openai_client_streams_the_same_answer(server: BatonServer, client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
             model=server.model(),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from e2e.conftest import Serving
 from support.prompts import long_text
 from support.server import BatonServer
-
-from e2e.conftest import Serving
 
 BLOCK_SIZE = 16
 

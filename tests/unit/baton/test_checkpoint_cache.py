@@ -33,9 +33,12 @@ def write(*names: str, text: str = "whole") -> Builder:
 class Builder:
     def __init__(self, names: tuple[str, ...], text: str) -> None:
         self.names, self.text, self.num_calls = names, text, 0
+        self.num_parts_seen, self.inode = 0, 0
 
     def __call__(self, folder: Path) -> None:
         self.num_calls += 1
+        self.num_parts_seen = len(list(folder.parent.glob(".*.part-*")))
+        self.inode = folder.stat().st_ino
         for name in self.names:
             (folder / name).write_text(self.text)
 
@@ -46,6 +49,11 @@ def test_a_folder_is_built_once(tmp_path: Path) -> None:
         folder = build_once(tmp_path / "x" / "y", ["a", "b"], build)
     assert build.num_calls == 1
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
+
+
+def test_a_folder_appears_whole_by_one_rename(tmp_path: Path) -> None:
+    build = write("a")
+    assert build_once(tmp_path / "y", ["a"], build).stat().st_ino == build.inode
 
 
 def test_many_that_want_it_at_once_get_one_build(tmp_path: Path) -> None:
@@ -88,7 +96,9 @@ def test_what_a_killed_builder_left_is_removed_and_not_used(tmp_path: Path) -> N
     assert subprocess.run(command, check=False).returncode == -9
     assert not (tmp_path / "y").exists()
     assert len(list(tmp_path.glob(".y.part-*"))) == 1
-    folder = build_once(tmp_path / "y", ["a"], write("a"))
+    build = write("a")
+    folder = build_once(tmp_path / "y", ["a"], build)
+    assert build.num_parts_seen == 1  # removed before more of the disk is used
     assert (folder / "a").read_text() == "whole"
     assert not list(tmp_path.glob(".y.part-*"))
 

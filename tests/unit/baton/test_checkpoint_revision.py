@@ -40,6 +40,16 @@ def test_first_and_last_byte_and_size_count(tmp_path: Path, content: bytes, num_
     assert len(revisions) == len(variants)
 
 
+@pytest.mark.parametrize("offset", [MIB // 2, -MIB // 2])
+def test_every_byte_of_the_first_and_last_mib_counts(
+    tmp_path: Path, content: bytes, offset: int
+) -> None:
+    changed = bytearray(content)
+    changed[offset] ^= 1
+    one, other = write(tmp_path / "a", content), write(tmp_path / "b", bytes(changed))
+    assert content_revision(b"{}", [one]) != content_revision(b"{}", [other])
+
+
 def test_a_tensor_retrained_in_the_middle_counts(tmp_path: Path, content: bytes) -> None:
     changed = bytearray(content)
     changed[2 * MIB : 2 * MIB + 65536] = random.Random(1).randbytes(65536)

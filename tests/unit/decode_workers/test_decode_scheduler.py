@@ -140,7 +140,7 @@ def test_removed_stream_is_in_no_list(state: StreamState) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     jobs=st.lists(
-        st.tuples(st.integers(1, 20), st.integers(1, 12), st.booleans(), st.integers(0, 6)),
+        st.tuples(st.integers(1, 20), st.integers(2, 12), st.booleans(), st.integers(0, 6)),
         min_size=1,
         max_size=8,
     ),

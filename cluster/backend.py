@@ -1,0 +1,47 @@
+"""What the reconciler asks of a backend: start one process, know its end.
+
+One ``Started`` lives from ``starting`` over ``running`` to ``gone``. ``gone`` is
+proved (by the kernel on this machine, by Ray on another), never inferred from
+silence, because a replacement may take over what the old process held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended. ``code`` is None where only its being gone is known."""
+
+    code: int | None
+    reason: str
+
+
+class Started(Protocol):
+    """One started process; owned by the reconciler until ``wait`` has returned."""
+
+    async def wait(self) -> Exit:
+        """Returns once the process is proved gone. May be called once."""
+        ...
+
+    async def stop(self) -> None:
+        """Asks it to finish what it has and end; does not wait for that."""
+        ...
+
+    async def kill(self) -> None:
+        """Kills it at once, also when it is stopped or hangs; does not wait."""
+        ...
+
+
+class PoolBackend(Protocol):
+    """Starts the processes of one or more roles."""
+
+    async def start(self, role: str, worker_id: str) -> Started:
+        """Raises BatonError when it cannot be started."""
+        ...
+
+    async def close(self) -> None:
+        """Ends what the backend itself runs; every process it started is gone."""
+        ...

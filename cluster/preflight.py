@@ -1,0 +1,76 @@
+"""What can be known to fail before anything is started, said in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from baton.config import BatonConfig
+from baton.errors import ConfigurationError
+
+
+def check_platform() -> None:
+    """Raises ConfigurationError where Baton cannot run at all."""
+    if sys.platform != "linux":
+        raise ConfigurationError(f"Baton runs on Linux; this is {sys.platform}")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigurationError unless ``host:port`` can be listened on now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise ConfigurationError(_port_sentence(host, port, error), param="port") from None
+
+
+def _port_sentence(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} on {host} is in use; end what uses it (`baton stop`, if it is Baton) "
+            "or choose another with --port"
+        )
+    if error.errno == errno.EACCES:
+        return f"port {port} needs privileges; choose one of 1024 or more with --port"
+    return f"cannot listen on {host}: {error.strerror or error}; choose an address with --host"
+
+
+def check_backend(config: BatonConfig, find: Callable[[str], object | None]) -> None:
+    """Raises ConfigurationError when the backend's package is missing.
+
+    ``find`` is ``importlib.util.find_spec``: Ray is not imported for this.
+    """
+    if config.cluster.backend == "ray" and find("ray") is None:
+        raise ConfigurationError(
+            "the package ray is not installed; install it (pip install 'baton[ray]') "
+            "or use --backend processes"
+        )
+    if config.cluster.backend == "processes" and config.cluster.ray_address is not None:
+        raise ConfigurationError("--ray-address is for --backend ray; leave one of them out")
+
+
+def local_model(model: str) -> str:
+    """``model`` as every process understands it, wherever it runs: a name, or an
+    absolute path. Raises CheckpointError when it cannot be opened."""
+    from baton.checkpoint.checkpoint import open_checkpoint
+    from baton.checkpoint.resolve import known_names
+
+    open_checkpoint(model)
+    return model if model in known_names() else str(Path(model).expanduser().absolute())
+
+
+def default_threads(config: BatonConfig) -> int:
+    """Compute threads of each worker where ``engine.threads`` is 0: every core that
+    this process may use, for each worker.
+
+    The pools are seldom busy at once with few requests, and then one has the whole
+    machine; under load they share it by the kernel's scheduling.
+    """
+    del config  # the pools' sizes do not matter yet
+    return max(1, len(os.sched_getaffinity(0)))

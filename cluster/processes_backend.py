@@ -1,0 +1,104 @@
+"""The backend of plain local processes: each a child of this one, its output in a file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from baton.errors import UnavailableError
+from cluster import bound_child
+from cluster.backend import Exit
+from cluster.procfs import ProcessName, name_of, send, wait_gone
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What to run. ``environment`` is added to this process's own."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+def describe_status(status: int) -> str:
+    """An exit status as ``subprocess`` gives it (negative: a signal), in words."""
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
+class LocalProcess:
+    """A child process. Only ``wait`` reaps it."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+        self._name = name_of(child.pid)  # None: it ended already and is a zombie
+
+    async def wait(self) -> Exit:
+        if self._name is not None:
+            await wait_gone(self._name)
+        status = self._child.wait()
+        return Exit(status, describe_status(status))
+
+    async def stop(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    async def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._name is not None:
+            send(self._name, number)
+
+
+class ProcessesBackend:
+    """Starts what ``command`` says for a role and a worker id.
+
+    Every child has a session of its own (a Ctrl-C of the terminal is for the
+    launcher alone) and is killed by the kernel when this process dies.
+    ``on_started`` hears of each. Starts must come from a thread that lives as
+    long as this process does: the kernel watches the thread.
+    """
+
+    def __init__(
+        self,
+        command: Callable[[str, str], Command],
+        *,
+        log_folder: Path,
+        on_started: Callable[[ProcessName], None] = lambda _: None,
+    ) -> None:
+        self._command = command
+        self._log_folder = log_folder
+        self._on_started = on_started
+
+    async def start(self, role: str, worker_id: str) -> LocalProcess:
+        try:
+            child = self._spawn(self._command(role, worker_id), worker_id)
+        except OSError as error:
+            raise UnavailableError(f"cannot start {worker_id}: {error}") from error
+        process = LocalProcess(child)
+        if (name := name_of(child.pid)) is not None:
+            self._on_started(name)
+        return process
+
+    def _spawn(self, command: Command, worker_id: str) -> subprocess.Popen[bytes]:
+        wrapper = [sys.executable, "-I", "-S", bound_child.__file__, str(os.getpid())]
+        with (self._log_folder / f"{worker_id}.log").open("ab") as log:
+            return subprocess.Popen(
+                [*wrapper, *command.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **command.environment},
+                start_new_session=True,
+            )
+
+    async def close(self) -> None:
+        """Nothing runs here but what the reconciler stops."""

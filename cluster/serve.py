@@ -1,0 +1,202 @@
+"""`baton serve`: checks, starts, prints what to do, waits, stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import signal
+import time
+from typing import TextIO
+
+import yaml
+from rich.table import Table
+
+from baton.config import BatonConfig
+from baton.errors import BatonError, CheckpointError, ConfigurationError
+from cluster import preflight, redis_server
+from cluster.console import Progress
+from cluster.launcher import Launcher
+from cluster.procfs import name_of
+from cluster.server_client import ServerStatus, authorization, url_of
+from cluster.state import RunFolder, ServerState, make_temp_folder
+
+_ONE_PRESS_S = 0.5
+"""Signals closer together are one: a terminal's and that of `make` or `timeout`."""
+
+_RAY_END_S = 10.0
+
+
+class StopSignals:
+    """SIGINT, SIGTERM and SIGHUP: the first asks to stop, a later one to hurry."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
+        self._first_at = 0.0
+
+    def install(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self.received)
+
+    def received(self) -> None:
+        now = time.monotonic()
+        if not self.stop.is_set():
+            self._first_at = now
+            self.stop.set()
+        elif now - self._first_at >= _ONE_PRESS_S:
+            self.hurry.set()
+
+
+def check(config: BatonConfig) -> BatonConfig:
+    """Everything that can be known beforehand. Returns the configuration with what
+    is left to us filled in. Raises ConfigurationError or CheckpointError."""
+    preflight.check_platform()
+    preflight.check_backend(config, importlib.util.find_spec)
+    gateway, engine = config.gateway, config.engine
+    if gateway.port == 0:
+        gateway = gateway.model_copy(update={"port": redis_server.free_port()})
+    preflight.check_port(gateway.host, gateway.port)
+    if engine.threads == 0:
+        engine = engine.model_copy(update={"threads": preflight.default_threads(config)})
+    model = preflight.local_model(config.model)
+    return config.model_copy(update={"gateway": gateway, "engine": engine, "model": model})
+
+
+def serve(config: BatonConfig, *, redis_url: str | None) -> int:
+    """Serves until a signal. Returns the exit status: 0 after a stop that was asked
+    for, 1 when the cluster could not be started, 2 when it could not be as asked."""
+    progress = Progress()
+    try:
+        with progress.waiting("checking"):
+            config = check(config)
+        code, clean = asyncio.run(_serve(config, redis_url, progress))
+    except BatonError as error:
+        progress.fail(error.message)
+        return 2 if isinstance(error, ConfigurationError | CheckpointError) else 1
+    if not clean:
+        os._exit(code)  # a thread hangs in Ray, whose processes are dead by now
+    return code
+
+
+async def _serve(
+    config: BatonConfig, redis_url: str | None, progress: Progress
+) -> tuple[int, bool]:
+    """Exit status, and whether every thread has let go. Raises BatonError before
+    anything was started."""
+    signals = StopSignals()
+    signals.install()
+    folder = RunFolder(config.registry.cluster)
+    folder.lock()
+    with contextlib.ExitStack() as stack:
+        stack.callback(folder.unlock)
+        if redis_url is not None:
+            await redis_server.ping(redis_url, timeout_s=5.0)
+        folder.prepare()
+        log = stack.enter_context((folder.logs / "launcher.log").open("a", buffering=1))
+        _log_to(log)
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+        folder.config_file.write_text(
+            "# The configuration in effect; written by `baton serve`, read by its processes.\n"
+            + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        )
+        temp_folder = make_temp_folder()
+        folder.write(_state(config, str(temp_folder)))
+        launcher = Launcher(
+            config,
+            folder=folder,
+            temp_folder=temp_folder,
+            redis_url=redis_url,
+            progress=progress,
+            restore_signals=signals.install,
+        )
+        return await _run(launcher, config, folder, signals, progress)
+
+
+async def _run(
+    launcher: Launcher,
+    config: BatonConfig,
+    folder: RunFolder,
+    signals: StopSignals,
+    progress: Progress,
+) -> tuple[int, bool]:
+    code = 0
+    stop = asyncio.create_task(signals.stop.wait())
+    start = asyncio.create_task(launcher.start())
+    try:
+        await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not stop.done():
+            _announce(start.result(), config, folder, progress)
+            await stop
+            bound = f"at most {config.gateway.drain_s:g} s"
+            progress.say(f"\nstopping: finishing what is in flight ({bound}; Ctrl-C hurries)")
+    except BatonError as error:
+        code = 1
+        progress.fail(error.message)
+    finally:
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        clean = await launcher.stop(signals.hurry)
+        stop.cancel()
+    if code == 0:
+        progress.say("stopped; nothing is left running")
+    return code, clean
+
+
+def _state(config: BatonConfig, temp_folder: str) -> ServerState:
+    process = name_of(os.getpid())
+    assert process is not None
+    return ServerState(
+        pid=process.pid,
+        start_time=process.start_time,
+        url=url_of(config.gateway.host, config.gateway.port),
+        cluster=config.registry.cluster,
+        stop_within_s=config.gateway.drain_s + 3 * config.cluster.stop_timeout_s + _RAY_END_S,
+        temp_folder=temp_folder,
+    )
+
+
+def _log_to(log: TextIO) -> None:
+    """The launcher's own log; a terminal gets its progress lines alone."""
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s launcher %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    for noisy in ("asyncio", "httpcore", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _announce(
+    status: ServerStatus, config: BatonConfig, folder: RunFolder, progress: Progress
+) -> None:
+    """What a person wants to know now, down to a line to copy."""
+    url = url_of(config.gateway.host, config.gateway.port)
+    model = status.workers[-1].model
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("pool", "worker", "address", "KV cache"):
+        table.add_column(heading)
+    for worker in status.workers:
+        tokens = f"{worker.num_blocks * worker.block_size:,} tokens"
+        table.add_row(worker.role, worker.worker_id, worker.address, tokens)
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+    }
+    progress.done("ready\n")
+    progress.say(f"address  {url}/v1")
+    progress.say(f"model    {model}")
+    progress.say(f"backend  {config.cluster.backend}")
+    progress.say(f"logs     {folder.logs}\n")
+    progress.table(table)
+    progress.say("\nTry it (or `baton chat`; Ctrl-C here stops everything):\n")
+    header = "-H 'Content-Type: application/json'"
+    if authorization():
+        header += ' -H "Authorization: Bearer $BATON_API_KEY"'
+    progress.say(f"  curl {url}/v1/chat/completions {header} -d '{json.dumps(body)}'\n")

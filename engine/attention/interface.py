@@ -1,0 +1,34 @@
+"""What the model asks of attention, whatever computes it.
+
+A backend is bound to one KV pool. ``begin`` does the index arithmetic of a step
+once; the model then calls the result once per layer.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.batch import Batch
+
+
+class AttentionStep(Protocol):
+    """Attention of one packed step, layer by layer."""
+
+    def __call__(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
+        """Writes the tokens' KV to their slots, then attends causally within each sequence.
+
+        ``query`` is [tokens, heads, head_dim], ``key_value`` [tokens, 2, KV heads,
+        head_dim]. Returns a contiguous [tokens, heads, head_dim]. Query head h reads KV
+        head h // (heads / KV heads); scores are scaled by head_dim ** -0.5.
+        """
+        ...
+
+
+class Attention(Protocol):
+    """One way of computing attention over a paged KV pool."""
+
+    def begin(self, batch: Batch) -> AttentionStep:
+        """Prepares a step; valid until the next ``begin``."""
+        ...

@@ -1,0 +1,191 @@
+"""Attention over the paged pool on a CPU: gathers each context, then multiplies.
+
+The pool [block][kv_head][layer][K/V][token][dim] is read and written through two
+flat views of rows::
+
+    one block of one head, layer, K or V: ((block * heads + head) * layers + layer) * 2 + kv
+    one token in it:                      the above * block_size + offset
+
+Both are linear in the layer, so their indices are computed once per step.
+
+Scores come from batched matrix products and a softmax rather than from torch's
+fused attention, whose CPU kernel multiplies in float32: for a chunk of 512 tokens
+in bfloat16 after 512 others that takes 8.0 ms, this 3.1; for 32 decodes at 200
+tokens 0.41 ms, this 0.22 (two cores with AVX-512 BF16).
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from baton.kv_layout import KvLayout
+from engine.batch import Batch, Span
+
+_NUM_QUERY_ROWS = 128
+"""Most query tokens per product: scores stay in the caches, and keys after the
+last of them are left out."""
+
+_LEAST_SAVING = 64
+"""Blocks of padding that are worth a product of their own for shorter contexts."""
+
+
+class PagedCpuAttention:
+    """Attention over the pool ``kv`` (``layout.shape``) for ``num_heads`` query heads."""
+
+    def __init__(self, layout: KvLayout, kv: Tensor, num_heads: int) -> None:
+        assert kv.shape == layout.shape
+        assert num_heads % layout.num_kv_heads == 0
+        self.layout = layout
+        self.num_heads = num_heads
+        self.tokens = kv.view(-1, layout.head_dim)
+        self.blocks = kv.view(-1, layout.block_size * layout.head_dim)
+        width = _NUM_QUERY_ROWS + layout.block_size
+        later = torch.ones(_NUM_QUERY_ROWS, width, dtype=torch.bool).triu(1)
+        self.causal = torch.zeros(later.shape, dtype=kv.dtype).masked_fill_(later, -math.inf)
+        self.nothing = torch.zeros(1, 1, 1, dtype=kv.dtype)
+        self._workspace = torch.empty(0, dtype=kv.dtype)
+
+    def begin(self, batch: Batch) -> _PagedCpuStep:
+        return _PagedCpuStep(self, batch)
+
+    def block_rows(self, block_table: Tensor) -> Tensor:
+        """Rows of ``blocks`` to gather, [layers, 2 × tables × heads × blocks], K before V."""
+        layout = self.layout
+        table = block_table.long()[:, None, :] * layout.num_kv_heads
+        heads = torch.arange(layout.num_kv_heads)[None, :, None]
+        keys = (table + heads) * (layout.num_layers * 2)
+        first = torch.stack([keys, keys + 1]).view(-1)
+        return first + torch.arange(layout.num_layers)[:, None] * 2
+
+    def token_rows(self, slot_mapping: Tensor) -> Tensor:
+        """Rows of ``tokens`` to write, [layers, tokens × 2 × heads]."""
+        layout = self.layout
+        block_ids = (slot_mapping // layout.block_size)[:, None, None] * layout.num_kv_heads
+        heads = torch.arange(layout.num_kv_heads)
+        kinds = torch.arange(2)[:, None]
+        rows = (block_ids + heads) * (layout.num_layers * 2) + kinds
+        rows = rows * layout.block_size + (slot_mapping % layout.block_size)[:, None, None]
+        layers = torch.arange(layout.num_layers)[:, None] * (2 * layout.block_size)
+        return rows.view(-1) + layers
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The blocks at ``rows``, as K and V: [2, tables × heads, tokens, head_dim].
+
+        The result is overwritten by the next call.
+        """
+        width = self.blocks.shape[1]
+        if self._workspace.numel() < len(rows) * width:
+            self._workspace = torch.empty(len(rows) * width, dtype=self.blocks.dtype)
+        out = self._workspace[: len(rows) * width].view(len(rows), width)
+        torch.index_select(self.blocks, 0, rows, out=out)
+        return out
+
+
+class _PagedCpuStep:
+    def __init__(self, attention: PagedCpuAttention, batch: Batch) -> None:
+        self._attention = attention
+        self._token_rows = attention.token_rows(batch.slot_mapping)
+        self._parts: list[_Decodes | _Chunk] = [
+            _Decodes(attention, batch, first, last)
+            for first, last in _alike_in_length(batch, attention.layout.block_size)
+        ]
+        for index in range(batch.num_decodes, len(batch.spans)):
+            self._parts.append(_Chunk(attention, batch.spans[index], batch.block_table[index]))
+
+    def __call__(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
+        tokens = self._attention.tokens
+        flat = key_value.reshape(-1, tokens.shape[1])
+        tokens.index_copy_(0, self._token_rows[layer], flat)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        for part in self._parts:
+            part.attend(layer, query, out)
+        return out
+
+
+def _alike_in_length(batch: Batch, block_size: int) -> list[tuple[int, int]]:
+    """Runs (first, last + 1) of decode spans that are padded to one length.
+
+    Spans come longest first. A run ends where contexts are half as long as its
+    longest, if that leaves out enough padding.
+    """
+    counts = [-(-span.num_context // block_size) for span in batch.spans[: batch.num_decodes]]
+    starts = [0] if counts else []
+    for index, count in enumerate(counts):
+        longest = counts[starts[-1]]
+        saving = (longest - count) * (len(counts) - index)
+        if 2 * count <= longest and saving >= _LEAST_SAVING:
+            starts.append(index)
+    return list(pairwise([*starts, len(counts)]))
+
+
+class _Decodes:
+    """Spans of one token each, padded to the longest context among them."""
+
+    def __init__(self, attention: PagedCpuAttention, batch: Batch, first: int, last: int) -> None:
+        layout = attention.layout
+        num_blocks = layout.num_blocks_for(batch.spans[first].num_context)
+        self._attention = attention
+        self._rows = slice(first, last)
+        self._block_rows = attention.block_rows(batch.block_table[first:last, :num_blocks])
+        lengths = torch.tensor([span.num_context for span in batch.spans[first:last]])
+        later = torch.arange(num_blocks * layout.block_size) >= lengths[:, None]
+        mask = torch.zeros(later.shape, dtype=attention.tokens.dtype)
+        mask.masked_fill_(later, -math.inf)
+        self._mask = mask.repeat_interleave(layout.num_kv_heads, dim=0)[:, None]
+
+    def attend(self, layer: int, query: Tensor, out: Tensor) -> None:
+        layout = self._attention.layout
+        num_pairs = (self._rows.stop - self._rows.start) * layout.num_kv_heads
+        gathered = self._attention.gather(self._block_rows[layer])
+        keys, values = gathered.view(2, num_pairs, -1, layout.head_dim)
+        # The query heads of one KV head are the rows of one product.
+        rows = query[self._rows].reshape(num_pairs, -1, layout.head_dim)
+        scale = layout.head_dim**-0.5
+        scores = torch.baddbmm(self._mask, rows, keys.transpose(1, 2), alpha=scale)
+        attended = torch.bmm(scores.softmax(dim=-1), values)
+        out[self._rows] = attended.view(-1, *query.shape[1:])
+
+
+class _Chunk:
+    """A span of several tokens, attending to its context and causally to itself."""
+
+    def __init__(self, attention: PagedCpuAttention, span: Span, block_table: Tensor) -> None:
+        layout = attention.layout
+        num_blocks = layout.num_blocks_for(span.num_context)
+        self._attention = attention
+        self._span = span
+        self._block_rows = attention.block_rows(block_table[None, :num_blocks])
+
+    def attend(self, layer: int, query: Tensor, out: Tensor) -> None:
+        layout, span = self._attention.layout, self._span
+        gathered = self._attention.gather(self._block_rows[layer])
+        keys, values = gathered.view(2, layout.num_kv_heads, -1, layout.head_dim)
+        end = span.first_row + span.num_tokens
+        for first in range(span.first_row, end, _NUM_QUERY_ROWS):
+            rows = slice(first, min(end, first + _NUM_QUERY_ROWS))
+            num_before = span.num_context - (end - first)
+            out[rows] = self._attend_rows(query[rows], keys, values, num_before)
+
+    def _attend_rows(self, query: Tensor, keys: Tensor, values: Tensor, num_before: int) -> Tensor:
+        """Consecutive tokens, [rows, heads, head_dim], that ``num_before`` tokens precede."""
+        layout = self._attention.layout
+        num_rows, num_heads, head_dim = query.shape
+        num_kv_heads = layout.num_kv_heads
+        # Up to the end of the last row's block; what lies behind that row is masked.
+        num_keys = layout.num_blocks_for(num_before + num_rows) * layout.block_size
+        grouped = query.view(num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        scores = torch.baddbmm(
+            self._attention.nothing,
+            grouped.reshape(num_kv_heads, -1, head_dim),
+            keys[:, :num_keys].transpose(1, 2),
+            beta=0,
+            alpha=head_dim**-0.5,
+        )
+        own = scores.view(num_heads, num_rows, num_keys)[:, :, num_before:]
+        own.add_(self._attention.causal[:num_rows, : num_keys - num_before])
+        attended = torch.bmm(scores.softmax(dim=-1), values[:, :num_keys])
+        return attended.view(num_heads, num_rows, head_dim).transpose(0, 1)

@@ -1,0 +1,57 @@
+"""Attention as its definition reads, token by token: the oracle that others are tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from baton.kv_layout import KvLayout
+from engine.batch import Batch, Span
+
+
+class ReferenceAttention:
+    """Attention over the pool ``kv`` (``layout.shape``), in float64."""
+
+    def __init__(self, layout: KvLayout, kv: Tensor) -> None:
+        self._layout = layout
+        self._kv = kv
+
+    def begin(self, batch: Batch) -> _ReferenceStep:
+        return _ReferenceStep(self._layout, self._kv, batch)
+
+
+class _ReferenceStep:
+    def __init__(self, layout: KvLayout, kv: Tensor, batch: Batch) -> None:
+        self._layout = layout
+        self._kv = kv
+        self._batch = batch
+
+    def __call__(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
+        for row, slot in enumerate(self._batch.slot_mapping.tolist()):
+            block_id, offset = divmod(slot, self._layout.block_size)
+            for head in range(self._layout.num_kv_heads):
+                self._kv[block_id, head, layer, :, offset] = key_value[row, :, head]
+        out = torch.empty(query.shape, dtype=query.dtype)
+        for index, span in enumerate(self._batch.spans):
+            block_ids = self._batch.block_table[index].tolist()
+            for row in range(span.first_row, span.first_row + span.num_tokens):
+                out[row] = self._attend(layer, query[row], block_ids, _num_visible(span, row))
+        return out
+
+    def _attend(self, layer: int, query: Tensor, block_ids: list[int], num_visible: int) -> Tensor:
+        """One token's heads, [heads, head_dim], over the first ``num_visible`` tokens."""
+        size = self._layout.block_size
+        group = query.shape[0] // self._layout.num_kv_heads
+        tokens = [divmod(token, size) for token in range(num_visible)]
+        heads = []
+        for head in range(query.shape[0]):
+            pool = self._kv[:, head // group, layer]
+            rows = [pool[block_ids[block], :, offset].double() for block, offset in tokens]
+            keys, values = torch.stack(rows, dim=1)
+            scores = keys @ query[head].double() * query.shape[1] ** -0.5
+            heads.append(scores.softmax(dim=0) @ values)
+        return torch.stack(heads)
+
+
+def _num_visible(span: Span, row: int) -> int:
+    return span.num_context - span.num_tokens + (row - span.first_row) + 1

@@ -1,0 +1,81 @@
+"""One model on one CPU: weights, KV cache and attention, advanced by synchronous steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from baton.block_hash import HashDomain
+from baton.checkpoint.checkpoint import Checkpoint
+from baton.kv_layout import KvLayout
+from engine.attention.paged_cpu import PagedCpuAttention
+from engine.batch import build_batch
+from engine.kv_cache.kv_cache import KvCache
+from engine.models.llama import LlamaModel
+from engine.sampling import sample
+from engine.sequence import Sampled, Scheduled
+from engine.weights.load import load_weights
+
+__all__ = ["Engine", "Sampled", "Scheduled"]
+
+
+class Engine:
+    """Computes sequences whose blocks the caller has taken from ``kv``.
+
+    ``memory`` is the KV pool's, as ``KvCache`` has it. ``weights``, by their Hugging
+    Face names, stand in for those of the checkpoint. ``threads`` are torch's compute
+    threads for the whole process; 0 leaves them as they are. Not thread-safe.
+
+    Raises CheckpointError for weights that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        layout: KvLayout,
+        memory: memoryview | torch.Tensor,
+        domain: HashDomain,
+        threads: int = 0,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        config = checkpoint.config
+        self.vocab_size = config.vocab_size
+        self.max_position = config.max_position
+        self.kv = KvCache(layout, memory, domain)
+        with torch.inference_mode():
+            self._model = LlamaModel(config, weights or load_weights(checkpoint, dtype))
+            self._attention = PagedCpuAttention(layout, self.kv.tensor, config.num_heads)
+
+    @torch.inference_mode()
+    def step(self, scheduled: SequenceOf[Scheduled]) -> list[Sampled]:
+        """Computes the next ``num_tokens`` of each sequence in one forward pass.
+
+        The caller has called ``kv.ensure_blocks`` for every one. Blocks that become
+        full are published. A sequence whose input is then complete gets a sampled
+        token appended (its KV is not computed yet); these are returned, in the order
+        scheduled. An exception leaves every sequence as it was.
+        """
+        if not scheduled:
+            return []
+        torch.get_num_threads()  # makes set_num_threads hold for oneDNN in this thread too
+        batch = build_batch(scheduled, self.kv.layout)
+        logits = self._model.forward(
+            batch.token_ids, batch.positions, batch.sampled_rows, self._attention.begin(batch)
+        )
+        token_ids = sample(
+            logits,
+            [seq.sampling for seq in batch.sampled],
+            [seq.num_emitted_tokens for seq in batch.sampled],
+        )
+        for item in scheduled:
+            item.seq.num_computed_tokens += item.num_tokens
+            self.kv.publish(item.seq)
+        for seq, token_id in zip(batch.sampled, token_ids, strict=True):
+            seq.token_ids.append(token_id)
+        return [Sampled(seq, id_) for seq, id_ in zip(batch.sampled, token_ids, strict=True)]

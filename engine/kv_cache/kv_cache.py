@@ -1,0 +1,130 @@
+"""A sequence's view of the KV pool: takes, shares, publishes and returns its blocks.
+
+Which block holds a prefix is known here and nowhere else (routers keep hints).
+Only full blocks are hashed and shared, so a held prefix is a multiple of
+``block_size`` tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from baton.block_hash import HashDomain
+from baton.kv_layout import KvLayout
+from engine.kv_cache.block_pool import BlockPool
+from engine.sequence import Sequence
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class KvCache:
+    """The paged KV memory of one engine and its prefix cache.
+
+    ``memory`` is a writable buffer (or a tensor) of ``layout.num_bytes`` bytes
+    that the caller owns and keeps alive; ``tensor`` is a view of it in
+    ``layout.shape``.
+    """
+
+    def __init__(
+        self, layout: KvLayout, memory: memoryview | torch.Tensor, domain: HashDomain
+    ) -> None:
+        self.layout = layout
+        self.domain = domain
+        self.pool = BlockPool(layout.num_blocks)
+        if not isinstance(memory, torch.Tensor):
+            memory = torch.frombuffer(memory, dtype=torch.uint8, count=layout.num_bytes)
+        self.tensor = memory.view(_DTYPES[layout.dtype]).view(layout.shape)
+
+    def num_cached_prefix(self, seq: Sequence) -> int:
+        """Leading tokens that ``hold_prefix`` would find now; takes nothing."""
+        return len(self._find_prefix(seq)) * self.layout.block_size
+
+    def hold_prefix(self, seq: Sequence) -> int:
+        """Takes the longest cached prefix for a sequence without blocks.
+
+        Returns its length in tokens, a multiple of ``block_size``. An input that
+        is cached to its end keeps all these blocks shared, and only its last token
+        is left to compute: the engine writes that token's KV to the scratch block.
+        """
+        assert not seq.block_table, "the sequence holds blocks already"
+        block_ids = self._find_prefix(seq)
+        self.pool.retain(block_ids)
+        num_held = len(block_ids) * self.layout.block_size
+        seq.block_table = block_ids
+        seq.num_published_blocks = len(block_ids)
+        seq.num_shared_tokens = seq.num_cached_tokens = num_held
+        seq.num_computed_tokens = min(num_held, seq.num_tokens - 1)
+        return num_held
+
+    def ensure_blocks(self, seq: Sequence, num_tokens: int) -> bool:
+        """Gives the sequence room for its first ``num_tokens`` tokens, in zeroed blocks.
+
+        Returns False, and changes nothing, if the pool cannot.
+        """
+        num_missing = self.layout.num_blocks_for(num_tokens) - len(seq.block_table)
+        if num_missing <= 0:
+            return True
+        block_ids = self.pool.allocate(num_missing)
+        if block_ids is None:
+            return False
+        # Attention reads a last block whole, with weight 0 behind its last token: what an
+        # earlier holder left there must be finite, since 0 × NaN is NaN.
+        for block_id in block_ids:
+            self.tensor[block_id].zero_()
+        seq.block_table += block_ids
+        return True
+
+    def publish(self, seq: Sequence) -> None:
+        """Lets others find the blocks that are full within ``num_computed_tokens``."""
+        num_full = seq.num_computed_tokens // self.layout.block_size
+        for index in range(seq.num_published_blocks, num_full):
+            self.pool.publish(seq.block_table[index], self._block_hash(seq, index))
+            seq.num_published_blocks = index + 1
+
+    def adopt(self, seq: Sequence, num_tokens: int) -> None:
+        """Takes the KV of the first ``num_tokens`` tokens as computed: somebody else
+        wrote it into the sequence's blocks, and is done."""
+        assert num_tokens <= seq.num_tokens
+        assert self.layout.num_blocks_for(num_tokens) <= len(seq.block_table)
+        seq.num_computed_tokens = num_tokens
+        self.publish(seq)
+
+    def free(self, seq: Sequence) -> None:
+        """Returns every block; the sequence can be computed again from its tokens."""
+        self.pool.release(reversed(seq.block_table))
+        self._forget_blocks(seq)
+
+    def quarantine(self, seq: Sequence) -> list[int]:
+        """Like ``free``, for a sequence whose own blocks somebody may still write.
+
+        Returns those blocks, which only ``pool.end_quarantine`` frees. Blocks shared
+        with the prefix cache are never written, so they are just released.
+        """
+        num_shared = seq.num_shared_tokens // self.layout.block_size
+        shared, own = seq.block_table[:num_shared], seq.block_table[num_shared:]
+        self.pool.quarantine(own)
+        self.pool.release(reversed(shared))
+        self._forget_blocks(seq)
+        return own
+
+    @staticmethod
+    def _forget_blocks(seq: Sequence) -> None:
+        seq.block_table = []
+        seq.num_computed_tokens = seq.num_shared_tokens = seq.num_published_blocks = 0
+
+    def _find_prefix(self, seq: Sequence) -> list[int]:
+        block_ids: list[int] = []
+        for index in range(seq.num_tokens // self.layout.block_size):
+            block_id = self.pool.lookup(self._block_hash(seq, index))
+            if block_id is None:
+                break
+            block_ids.append(block_id)
+        return block_ids
+
+    def _block_hash(self, seq: Sequence, index: int) -> bytes:
+        """Hash of a full block of the sequence; the chain up to it is kept."""
+        size, hashes = self.layout.block_size, seq.block_hashes
+        for start in range(len(hashes) * size, (index + 1) * size, size):
+            parent = hashes[-1] if hashes else seq.root_hash
+            hashes.append(self.domain.extend(parent, seq.token_ids[start : start + size]))
+        return hashes[index]

@@ -1,0 +1,113 @@
+"""The layers of a decoder that hold weights or constants; activations are [tokens, features]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Linear:
+    """``x Wᵀ + b`` for weights [out, in].
+
+    Where oneDNN can, the weight is laid out for it once: at one row bfloat16 then
+    takes 0.7 times as long as ``F.linear``, float32 0.4 times. The packed copy is
+    private memory; the given weight is not kept.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._bias = bias
+        self._is_packed = _can_pack(weight)
+        self._weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+            if self._is_packed
+            else weight
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[tokens, in] → [tokens, out]."""
+        if not self._is_packed:
+            return F.linear(x, self._weight, self._bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._weight, self._bias, "none", [], ""
+        )
+        return out
+
+    def in_float32(self, x: Tensor) -> Tensor:
+        """Like a call, in float32 whatever the weights are.
+
+        Where packed, what a first product lost by rounding is the result of a second
+        one: oneDNN adds before it rounds. At one row that is cheaper than float32
+        weights (1.9 against 2.6 ms for a vocabulary of 49,152), and needs no copy.
+        """
+        out = self(x)
+        if not self._is_packed or out.dtype == torch.float32:
+            return out.float()
+        lost: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x, out, self._weight, self._bias, "sub"
+        )
+        return out.float().add_(lost)
+
+
+def _can_pack(weight: Tensor) -> bool:
+    """Whether torch has the operators that its own compiler uses on CPUs."""
+    is_available: Callable[[], bool] = torch.backends.mkldnn.is_available
+    if weight.device.type != "cpu" or not is_available():
+        return False
+    ops = torch.ops.mkldnn
+    if not hasattr(ops, "_linear_pointwise") or not hasattr(ops, "_reorder_linear_weight"):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(ops._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+class RMSNorm:
+    """Root mean square normalization (Zhang and Sennrich, 2019) over the features,
+    from the float32 residual stream to the dtype of ``weight``."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._dtype = weight.dtype
+        self._weight = weight.float()
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # At 512 tokens half as long as F.rms_norm.
+        inverse = x.square().mean(dim=-1, keepdim=True).add_(self._eps).rsqrt_()
+        return (x * inverse).mul_(self._weight).to(self._dtype)
+
+
+class Rotary:
+    """Rotary position embedding (Su et al., 2021), in the half-split form of Llama."""
+
+    def __init__(self, head_dim: int, theta: float, dtype: torch.dtype) -> None:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        self._inverse_frequencies = 1.0 / theta**exponents
+        self._dtype = dtype
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of one step, each [tokens, 1, 2, head_dim / 2].
+
+        The second axis broadcasts over heads, the third is the half of the head.
+        """
+        angles = positions[:, None].float() * self._inverse_frequencies
+        cos, sin = angles.cos(), angles.sin()
+        both_cos = torch.stack([cos, cos], dim=1)[:, None]
+        signed_sin = torch.stack([-sin, sin], dim=1)[:, None]
+        return both_cos.to(self._dtype), signed_sin.to(self._dtype)
+
+    @staticmethod
+    def rotate_(heads: Tensor, angles: tuple[Tensor, Tensor]) -> None:
+        """Rotates ``heads`` ([tokens, heads, head_dim]) in place."""
+        cos, signed_sin = angles
+        halves = heads.view(*heads.shape[:2], 2, -1)
+        swapped = halves.flip(2)
+        halves.mul_(cos).addcmul_(swapped, signed_sin)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """SwiGLU (Shazeer, 2020): ``silu(gate) · up`` of [tokens, 2 × features], gate first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

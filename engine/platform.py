@@ -1,0 +1,38 @@
+"""What this machine computes well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from baton.errors import ConfigurationError
+
+# Instructions that multiply bfloat16 natively: x86 AVX-512 and AMX, ARM NEON and SVE.
+# Without one, every bfloat16 product is emulated and slower than float32.
+_BFLOAT16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The dtype of weights and KV for the setting ``engine.dtype``.
+
+    ``auto`` is bfloat16 where the CPU multiplies in it, else float32.
+
+    Raises:
+        ConfigurationError: another name than auto, bfloat16 or float32.
+    """
+    if name == "auto":
+        return _preferred_dtype(torch.cpu.get_capabilities())
+    if name not in _DTYPES:
+        raise ConfigurationError(
+            f"engine.dtype {name!r} is unknown; use auto, {', '.join(_DTYPES)}"
+        )
+    return _DTYPES[name]
+
+
+def _preferred_dtype(capabilities: Mapping[str, Any]) -> torch.dtype:
+    native = any(capabilities.get(name) for name in _BFLOAT16_CAPABILITIES)
+    return torch.bfloat16 if native else torch.float32

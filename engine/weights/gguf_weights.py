@@ -1,0 +1,106 @@
+"""Turns the tensors of a GGUF file into those of the Hugging Face layout, dequantized.
+
+llama.cpp renames the tensors, and reorders the rows of the query and key projections:
+its rotary embedding turns neighbouring pairs (2i, 2i+1) of a head, that of Hugging Face
+pairs half a head apart (i, i + head_dim/2). Both are undone here, exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from baton.checkpoint.gguf_metadata import GgufTensor
+from baton.checkpoint.model_config import ModelConfig
+from baton.errors import CheckpointError
+from engine.weights.tensor_shapes import EMBEDDING, HEAD, check_shapes, expected_shapes
+
+_TOP_NAMES = {
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": HEAD,
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_CHUNK_ELEMENTS = 1024 * 1024
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+
+
+def check_tensors(path: Path, tensors: Sequence[GgufTensor], config: ModelConfig) -> None:
+    """Raises CheckpointError, naming the tensor, for what does not fit config or file."""
+    found = {_hugging_face_name(tensor.name): tensor.shape for tensor in tensors}
+    check_shapes(found, expected_shapes(config), str(path))
+    num_bytes = path.stat().st_size
+    for tensor in tensors:
+        if tensor.offset + tensor.num_bytes > num_bytes:
+            raise CheckpointError(
+                f"{path} is truncated: {tensor.name} ends at byte "
+                f"{tensor.offset + tensor.num_bytes}, but the file has {num_bytes}"
+            )
+
+
+def dequantized_tensors(
+    path: Path, tensors: Sequence[GgufTensor], config: ModelConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields name and fp32 tensor of the Hugging Face layout, one at a time.
+
+    Raises:
+        CheckpointError: a tensor's quantization is not supported.
+    """
+    data = np.memmap(path, mode="r")
+    for tensor in tensors:
+        name = _hugging_face_name(tensor.name)
+        values = _dequantize(path, tensor, data[tensor.offset : tensor.offset + tensor.num_bytes])
+        if ".q_proj." in name:
+            values = _undo_row_order(values, config.num_heads)
+        elif ".k_proj." in name:
+            values = _undo_row_order(values, config.num_kv_heads)
+        yield name, torch.from_numpy(values)
+
+
+def _hugging_face_name(name: str) -> str:
+    """A name that has no counterpart stays as it is, and is then a surplus tensor."""
+    match = _LAYER.fullmatch(name)
+    if match and match[2] in _LAYER_NAMES:
+        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    return _TOP_NAMES.get(name, name)
+
+
+def _dequantize(path: Path, tensor: GgufTensor, data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    # Quantization blocks run along the rows, so that each row is a whole number of bytes.
+    values = np.empty((int(np.prod(tensor.shape[:-1], dtype=np.int64)), tensor.shape[-1]), "f4")
+    rows = data.reshape(len(values), -1)
+    # Some rows at a time: dequantizing takes several times the memory of its result.
+    step = max(1, _CHUNK_ELEMENTS // tensor.shape[-1])
+    try:
+        for start in range(0, len(rows), step):
+            chunk = slice(start, start + step)
+            values[chunk] = dequantize(rows[chunk], GGMLQuantizationType[tensor.kind])
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{path}: {tensor.name} is stored as {tensor.kind}, which is not supported"
+        ) from error
+    return values.reshape(tensor.shape)
+
+
+def _undo_row_order(values: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, Any]:
+    """Rows of each head from (pair, half) order back to (half, pair); weights or biases."""
+    pairs = values.reshape(num_heads, -1, 2, *values.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)

@@ -1,0 +1,65 @@
+"""Blocks of a KV pool as arrays of 64-bit words: copying and checksumming them.
+
+Words of 8 bytes, because copying is faster with them than byte by byte; both
+operations release the GIL. A whole block is one run of bytes. Of a block that
+is filled in part, only the valid tokens are touched::
+
+    block [kv_head][layer][K/V][token][dim]
+          every (kv_head, layer, K/V) is a row; the first num_tokens of each row move
+"""
+
+from __future__ import annotations
+
+import mmap
+import zlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from baton.errors import TransferCorruptError
+from baton.kv_layout import KvLayout
+
+Words = npt.NDArray[Any]
+
+
+class PoolView:
+    """One worker's pool, its own or a peer's mapped for reading.
+
+    Args:
+        layout: of that pool; peers' pools may have other numbers of blocks.
+        memory: at least ``layout.num_bytes``; kept alive by this view.
+    """
+
+    def __init__(self, layout: KvLayout, memory: memoryview | mmap.mmap) -> None:
+        self.layout = layout
+        row_bytes = layout.head_dim * layout.item_bytes
+        kind = np.int64 if row_bytes % 8 == 0 else np.uint8
+        words = np.frombuffer(memory, dtype=kind, count=layout.num_bytes // kind().itemsize)
+        rows = layout.num_kv_heads * layout.num_layers * 2
+        self._blocks = words.reshape(layout.num_blocks + 1, -1)
+        self._rows = words.reshape(layout.num_blocks + 1, rows, layout.block_size, -1)
+
+    def copy_from(self, source: PoolView, source_block: int, block: int, num_tokens: int) -> None:
+        """Copies the first ``num_tokens`` tokens of one block of ``source``.
+
+        Raises IndexError where either pool has no such block.
+        """
+        if num_tokens == self.layout.block_size:
+            self._blocks[block] = source._blocks[source_block]
+        else:
+            self._rows[block, :, :num_tokens] = source._rows[source_block, :, :num_tokens]
+
+    def verify(self, block: int, num_tokens: int, checksum: int) -> None:
+        """Raises TransferCorruptError unless the valid bytes have this checksum."""
+        found = self.checksum(block, num_tokens)
+        if found != checksum:
+            raise TransferCorruptError(
+                f"block {block} arrived with checksum {found:#010x}, it was {checksum:#010x}"
+            )
+
+    def checksum(self, block: int, num_tokens: int) -> int:
+        """CRC-32 of the valid bytes of a block, in the layout's order."""
+        if num_tokens == self.layout.block_size:
+            return zlib.crc32(self._blocks[block].data)
+        return zlib.crc32(np.ascontiguousarray(self._rows[block, :, :num_tokens]).data)

@@ -1,0 +1,303 @@
+"""The decode side's stream to one prefill worker: opened in the background, kept, opened again.
+
+1. Wanted: a transfer waits for it. Connecting is tried with back-off until none does.
+2. Greeting: PeerHello and PeerWelcome, then the transport's link. Under "auto",
+   a link over shared memory that fails is followed by a handshake without it.
+3. Up: messages flow. It ends when either side, the network or the link fails, and
+   then counts as wanted anew if transfers wait.
+4. Idle for ``idle_s`` without transfers, or refused for good: gone.
+
+A peer is one process: an address together with an epoch. A restarted worker on
+the same address is another peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from baton import rpc
+from baton.config import KvTransferConfig, SessionConfig
+from baton.errors import IncompatiblePeerError, InternalError, TransferError
+from baton.faults import Faults
+from kv_transfer import handshake
+from kv_transfer.keys import TransferKey
+from kv_transfer.transports import shared_memory
+from kv_transfer.transports.base import LinkError, PullLink, PullTransport
+from kv_transfer.v1 import transfer_pb2 as pb
+from kv_transfer.v1.transfer_pb2_grpc import TransferStub
+
+logger = logging.getLogger(__name__)
+
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MOST_S = 1.0
+FAULT_POINTS = {"attach": "decode.attach", "release": "decode.release"}
+
+_STATUS_S = 1.0
+
+_FINAL = (
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+"""What a peer answers that will answer the same the next time."""
+
+Call = Any  # grpc.aio.StreamStreamCall, which the stubs type by request and response
+
+
+class PeerOwner(Protocol):
+    """Who is told what becomes of a peer; all on the event loop."""
+
+    def peer_up(self, peer: PrefillPeer) -> None:
+        """Transfers may attach; ``peer.link`` is set."""
+
+    def peer_received(self, peer: PrefillPeer, response: pb.PullResponse) -> None: ...
+
+    def peer_held_back(self, key: TransferKey, error: InternalError) -> None:
+        """A fault point refused to let a message out."""
+
+    def peer_down(self, peer: PrefillPeer, error: TransferError, *, for_good: bool) -> None:
+        """The stream is lost or did not come up. ``for_good``: trying again is of no use."""
+
+    def peer_gone(self, peer: PrefillPeer) -> None:
+        """Nothing more is heard of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSettings:
+    """What all peers of one decode worker share."""
+
+    identity: handshake.Identity
+    secret: str
+    config: KvTransferConfig
+    session: SessionConfig
+    faults: Faults
+    transports: dict[str, PullTransport]
+    idle_s: float
+
+
+class _RefusedError(Exception):
+    """The peer can never serve this worker; carries what its transfers are told."""
+
+    def __init__(self, error: TransferError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class _NextTransportError(Exception):
+    """This transport does not work with the peer; another may."""
+
+
+class PrefillPeer:
+    """One prefill process. ``retain`` and ``release`` count the transfers that need it."""
+
+    def __init__(
+        self,
+        *,
+        address: str,
+        worker_id: str,
+        epoch: bytes,
+        settings: PeerSettings,
+        owner: PeerOwner,
+    ) -> None:
+        self.address = address
+        self.worker_id = worker_id
+        self.epoch = epoch
+        self.link: PullLink | None = None
+        """Set while the stream is up."""
+        self._settings = settings
+        self._owner = owner
+        self._names = list(handshake.allowed_transports(settings.config))
+        self._num_transfers = 0
+        self._outbox: asyncio.Queue[tuple[TransferKey, pb.PullRequest]] = asyncio.Queue()
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._lose: Callable[[str], None] = lambda reason: None
+        self._closing: set[asyncio.Task[None]] = set()
+        self.task = asyncio.create_task(self._run(), name=f"kv-peer-{worker_id}")
+
+    def retain(self) -> None:
+        self._num_transfers += 1
+        self._watch_idleness()
+
+    def release(self) -> None:
+        self._num_transfers -= 1
+        self._watch_idleness()
+
+    def send(self, key: TransferKey, request: pb.PullRequest) -> None:
+        """Never waits; messages leave in this order. Without a stream nothing leaves."""
+        if self.link is not None:
+            self._outbox.put_nowait((key, request))
+
+    async def close(self) -> None:
+        """Returns when every link's operations have ended."""
+        self.task.cancel()
+        await asyncio.wait((self.task, *self._closing))
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+
+    def _watch_idleness(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if self._num_transfers == 0 and self.link is not None:
+            loop = asyncio.get_running_loop()
+            self._idle_timer = loop.call_later(self._settings.idle_s, self._let_stream_go)
+
+    def _let_stream_go(self) -> None:
+        self.link = None  # a transfer that begins now waits for the next stream
+        self._lose("")
+
+    async def _run(self) -> None:
+        """Keeps a stream up as long as transfers want one."""
+        try:
+            delay_s = BACKOFF_FIRST_S
+            while self._num_transfers:
+                try:
+                    await self._connect_and_serve()
+                    delay_s = BACKOFF_FIRST_S
+                except _NextTransportError as error:
+                    logger.warning("%s: %s; trying without it", self._named(), error)
+                except TransferError as error:
+                    logger.info("%s", error.message)
+                    self._owner.peer_down(self, error, for_good=False)
+                    if self._num_transfers:
+                        await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+                    delay_s = min(2 * delay_s, BACKOFF_MOST_S)
+        except _RefusedError as refused:
+            logger.warning("%s", refused.error.message)
+            self._owner.peer_down(self, refused.error, for_good=True)
+        except Exception as error:
+            logger.exception("the stream to %s failed", self._named())
+            failure = TransferError(f"the stream to {self._named()} failed: {error!r}")
+            self._owner.peer_down(self, failure, for_good=True)
+        finally:
+            self._owner.peer_gone(self)
+            if self._closing:
+                await asyncio.wait(self._closing)
+
+    async def _connect_and_serve(self) -> None:
+        """One stream, from its opening to its end. Returns when it was idle; raises
+        TransferError, _NextTransportError or _RefusedError."""
+        channel = rpc.channel(self.address, self._settings.session)
+        link: PullLink | None = None
+        lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def lose(reason: str) -> None:
+            if not lost.done():
+                lost.set_result(reason)
+
+        call: Call = TransferStub(channel).Pull(metadata=rpc.auth_metadata(self._settings.secret))
+        try:
+            link = await self._greet(call, lose)
+            self._outbox, self._lose = asyncio.Queue(), lose
+            self.link = link
+            self._owner.peer_up(self)
+            self._watch_idleness()
+            await self._serve(call, lost)
+        finally:
+            self.link = None
+            call.cancel()
+            if link is not None:
+                closing = asyncio.create_task(link.close())
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+            await channel.close()
+
+    async def _greet(self, call: Call, lose: Callable[[str], None]) -> PullLink:
+        settings = self._settings
+        try:
+            async with asyncio.timeout(settings.config.attach_s):
+                hello = handshake.make_hello(settings.identity, self._names)
+                await call.write(pb.PullRequest(hello=hello))
+                response = await call.read()
+                if response is grpc.aio.EOF or not response.HasField("welcome"):
+                    raise TransferError(f"{self._named()} did not greet back")
+                return await self._connect(response.welcome, lose)
+        except TimeoutError:
+            waited = f"did not answer in {settings.config.attach_s:g} s"
+            raise TransferError(f"{self._named()} {waited}") from None
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            raise await self._status(call) from None
+
+    async def _connect(self, welcome: pb.PeerWelcome, lose: Callable[[str], None]) -> PullLink:
+        settings = self._settings
+        if welcome.epoch != self.epoch:
+            raise _RefusedError(TransferError(f"{self._named()} restarted: its epoch differs"))
+        reason = handshake.refuse_welcome(
+            welcome,
+            settings.identity,
+            worker_id=self.worker_id,
+            verify=settings.config.verify,
+        )
+        name = welcome.WhichOneof("transport")
+        if reason is None and name not in self._names:
+            reason = f"it chose transport {name}, {' and '.join(self._names)} were offered"
+        if reason is not None:
+            raise _RefusedError(IncompatiblePeerError(f"{self._named()}: {reason}"))
+        assert name is not None
+        peer_layout = handshake.layout_of(welcome, settings.identity)
+        try:
+            return await settings.transports[name].connect(welcome, peer_layout, lose)
+        except LinkError as error:
+            if name == shared_memory.NAME and len(self._names) > 1:
+                self._names.remove(name)
+                raise _NextTransportError(f"{name} does not work: {error}") from error
+            failure = IncompatiblePeerError(f"{self._named()}: {name} does not work: {error}")
+            if name == shared_memory.NAME:
+                raise _RefusedError(failure) from error
+            raise failure from error
+
+    async def _serve(self, call: Call, lost: asyncio.Future[str]) -> None:
+        """Reads and writes until the stream or the link is lost, or let go as idle."""
+        reader = asyncio.create_task(self._read(call))
+        writer = asyncio.create_task(self._write(call))
+        try:
+            await asyncio.wait((reader, writer, lost), return_when="FIRST_COMPLETED")
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            ended = await asyncio.gather(reader, writer, return_exceptions=True)
+        for error in ended:
+            if isinstance(error, Exception) and not isinstance(error, grpc.aio.AioRpcError):
+                logger.error("stream to %s failed", self._named(), exc_info=error)
+        if lost.done():
+            if reason := lost.result():
+                raise TransferError(f"{self._named()}: {reason}")
+            return
+        raise await self._status(call)
+
+    async def _read(self, call: Call) -> None:
+        while (response := await call.read()) is not grpc.aio.EOF:
+            self._owner.peer_received(self, response)
+
+    async def _write(self, call: Call) -> None:
+        while True:
+            key, request = await self._outbox.get()
+            try:
+                if point := FAULT_POINTS.get(request.WhichOneof("body") or ""):
+                    await self._settings.faults.wait(point)
+            except InternalError as error:
+                self._owner.peer_held_back(key, error)
+                continue
+            await call.write(request)
+
+    async def _status(self, call: Call) -> TransferError | _RefusedError:
+        """What a stream that ended says about its end."""
+        try:
+            async with asyncio.timeout(_STATUS_S):
+                code, details = await call.code(), await call.details()
+        except TimeoutError:
+            return TransferError(f"the stream to {self._named()} failed")
+        if code in _FINAL:
+            return _RefusedError(IncompatiblePeerError(f"{self._named()} refuses: {details}"))
+        return TransferError(f"{self._named()} is lost: {details or code.name}")
+
+    def _named(self) -> str:
+        return f"prefill worker {self.worker_id} at {self.address}"

@@ -1,0 +1,190 @@
+"""Hand-off on one host: decode maps the prefill worker's pool and copies, once.
+
+The mapping is read-only and a writer cannot reach decode's pool, so a prefill
+worker that is stopped and wakes can do no harm. All copies of one decode worker
+run in one thread, in the order in which they were posted, with the GIL released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
+from baton.errors import TransferError
+from baton.faults import Faults
+from baton.kv_layout import KvLayout
+from kv_transfer.blocks import PoolView
+from kv_transfer.memory import KvMemory, map_read_only
+from kv_transfer.ranges import BlockRange, valid_tokens
+from kv_transfer.transports.base import (
+    Ended,
+    LinkError,
+    Operation,
+    PullLink,
+    PullTransport,
+    Quiescence,
+    ServeLink,
+    ServeTransport,
+)
+from kv_transfer.transports.memory_socket import MemorySocket, fetch_memory, wait_readable
+from kv_transfer.v1 import transfer_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+NAME = "shared_memory"
+
+
+class SharedMemoryPullLink(PullLink):
+    """One peer's mapped pool."""
+
+    name: ClassVar[str] = NAME
+
+    def __init__(
+        self,
+        *,
+        pool: PoolView,
+        source: PoolView,
+        connection: socket.socket,
+        executor: ThreadPoolExecutor,
+        faults: Faults,
+        lost: Callable[[str], None],
+    ) -> None:
+        self._pool = pool
+        self._source = source
+        self._connection = connection
+        self._executor = executor
+        self._faults = faults
+        self._lost = lost
+        self._copies: set[asyncio.Future[None]] = set()
+        self._watch = asyncio.ensure_future(self._watch_owner())
+
+    def post(self, blocks: BlockRange, *, posted: Callable[[], None], ended: Ended) -> Operation:
+        operation = Operation(blocks, ended)
+        loop = asyncio.get_running_loop()
+        copy = loop.run_in_executor(self._executor, self._copy, operation)
+        self._copies.add(copy)
+        copy.add_done_callback(lambda done: self._end(operation, done))
+        return operation
+
+    def quiesce(self, operation: Operation) -> Quiescence:
+        """The copying thread looks at ``stopped`` before every block."""
+        operation.stopped = True
+        return Quiescence.ENDED if operation.finished else Quiescence.ENDING
+
+    async def close(self) -> None:
+        self._watch.cancel()
+        await asyncio.gather(self._watch, *self._copies, return_exceptions=True)
+        self._connection.close()
+
+    def _end(self, operation: Operation, copy: asyncio.Future[None]) -> None:
+        self._copies.discard(copy)
+        operation.finished = True
+        error = copy.exception()
+        if error is not None and not isinstance(error, TransferError):
+            error = TransferError(f"the copy failed: {error!r}")
+        operation.ended(error)
+
+    def _copy(self, operation: Operation) -> None:
+        """In the copying thread."""
+        self._faults.hit("decode.copy")
+        blocks = operation.blocks
+        size = self._pool.layout.block_size
+        for at, num_tokens in enumerate(valid_tokens(blocks.start_token, blocks.end_token, size)):
+            if operation.stopped:
+                raise TransferError("the copy was stopped")
+            block = blocks.blocks[at]
+            self._pool.copy_from(self._source, blocks.source_blocks[at], block, num_tokens)
+            if blocks.checksums:
+                self._pool.verify(block, num_tokens, blocks.checksums[at])
+
+    async def _watch_owner(self) -> None:
+        await wait_readable(self._connection)
+        self._lost("the owner of the shared memory is gone")
+
+
+class SharedMemoryPull(PullTransport):
+    name: ClassVar[str] = NAME
+
+    def __init__(self, *, pool: PoolView, secret: str, timeout_s: float, faults: Faults) -> None:
+        self._pool = pool
+        self._secret = secret
+        self._timeout_s = timeout_s
+        self._faults = faults
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
+
+    async def connect(
+        self, welcome: pb.PeerWelcome, peer_layout: KvLayout, lost: Callable[[str], None]
+    ) -> SharedMemoryPullLink:
+        offered = welcome.shared_memory
+        if offered.num_bytes != peer_layout.num_bytes:
+            raise LinkError(
+                f"the peer offers {offered.num_bytes} bytes, its layout has {peer_layout.num_bytes}"
+            )
+        descriptor, connection = await fetch_memory(
+            offered.socket_path, secret=self._secret, timeout_s=self._timeout_s
+        )
+        try:
+            memory = map_read_only(descriptor, offered.num_bytes)
+        except (OSError, ValueError) as error:
+            connection.close()
+            raise LinkError(f"the peer's memory cannot be mapped: {error}") from error
+        finally:
+            os.close(descriptor)
+        return SharedMemoryPullLink(
+            pool=self._pool,
+            source=PoolView(peer_layout, memory),
+            connection=connection,
+            executor=self._executor,
+            faults=self._faults,
+            lost=lost,
+        )
+
+    async def close(self) -> None:
+        self._executor.shutdown(wait=False)
+
+
+class _SharedMemoryServeLink(ServeLink):
+    """Decode does everything; there is nothing to do here, and nothing to wait for."""
+
+    name: ClassVar[str] = NAME
+
+    async def connect(self) -> None:
+        return
+
+    def send(self, blocks: BlockRange, ended: Ended) -> None:
+        error = TransferError("nothing is sent over shared memory: the peer copies by itself")
+        asyncio.get_running_loop().call_soon(ended, error)
+
+    def send_filler(self, start_token: int, end_token: int) -> None:
+        logger.warning("a peer on shared memory asked for bytes to be sent")
+
+    async def close(self) -> None:
+        return
+
+
+class SharedMemoryServe(ServeTransport):
+    name: ClassVar[str] = NAME
+
+    def __init__(self, *, memory: KvMemory, layout: KvLayout, secret: str, timeout_s: float):
+        self._num_bytes = layout.num_bytes
+        self._socket = MemorySocket(memory, secret=secret, timeout_s=timeout_s)
+
+    async def start(self) -> None:
+        """Raises LinkError."""
+        try:
+            self._socket.start()
+        except OSError as error:
+            raise LinkError(f"its Unix socket cannot be opened: {error}") from error
+
+    async def open(self, welcome: pb.PeerWelcome, lost: Callable[[str], None]) -> ServeLink:
+        welcome.shared_memory.socket_path = self._socket.path
+        welcome.shared_memory.num_bytes = self._num_bytes
+        return _SharedMemoryServeLink()
+
+    async def close(self) -> None:
+        await self._socket.close()

@@ -1,0 +1,277 @@
+"""One admitted choice, from its first attempt to its last token.
+
+1. PAIRING: the policy names workers; refusals and an empty pool are waited out.
+2. ATTEMPTING: ``attempt.py`` follows the workers; tokens go to whoever asks ``next``.
+   A failure that another attempt may cure leads back to 1, with the tokens so far.
+3. ENDED: finished, failed for good, aborted, or closed by whoever made it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from baton.errors import (
+    BatonError,
+    DeadlineExceededError,
+    OverloadedError,
+    ReservationError,
+    UnavailableError,
+)
+from baton.records import Role
+from baton.telemetry import GatewayMetrics
+from baton.v1 import session_pb2 as pb
+from router.attempt import Attempt
+from router.request import ChoiceOutput, ChoiceRequest, FinishReason
+from router.routing.policy import Pairing, RoutingPolicy
+from router.token_merge import TokenMerge
+from router.workers.pool import WorkerPool
+from router.workers.session import WorkerSession
+
+logger = logging.getLogger(__name__)
+
+TRANSFER_ID_BYTES = 16
+ACCOUNT_WAIT_S = 0.25
+"""How long the last output waits for the prefill worker's account, which left it
+before decode could begin and comes over another Session."""
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 1.0
+REFUSALS = (ReservationError, OverloadedError)
+"""No room on that worker now: pair anew. It counts as no attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What all choices of a gateway share."""
+
+    pool: WorkerPool
+    policy: RoutingPolicy
+    metrics: GatewayMetrics
+    stream_ids: Iterator[int]
+    """Never gives the same id twice."""
+    rng: random.Random
+    max_attempts: int
+    wait_for_worker_s: float
+    """How long a choice waits for a decode worker when there is none."""
+
+
+class ChoiceRun:
+    """Made on the event loop; ``close`` gives everything back, whatever has happened."""
+
+    def __init__(self, choice: ChoiceRequest, serving: Serving) -> None:
+        self._choice = choice
+        self._serving = serving
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._tokens = TokenMerge(choice.max_tokens)
+        self._attempt: Attempt | None = None
+        self._number = 0
+        self._cause = "first"
+        self._failed: set[bytes] = set()
+        self._refused: set[bytes] = set()
+        self._pause_s = FIRST_PAUSE_S
+        self._num_cached_tokens: int | None = None
+        self._aborted: BatonError | None = None
+        too_late = DeadlineExceededError("the request's deadline passed")
+        self._expiry = self._loop.call_at(choice.deadline, self.abort, too_late)
+        if choice.deadline <= self._loop.time():
+            self.abort(too_late)
+
+    def abort(self, error: BatonError) -> None:
+        """Cancels what is open on the workers now, and ends the choice with ``error`` once
+        the tokens that are here have been asked for."""
+        if self._aborted is None:
+            self._aborted = error
+            if self._attempt is not None:
+                self._attempt.close()
+            self._wake.set()
+
+    def close(self) -> None:
+        """Cancels what is open on the workers. Idempotent."""
+        self._expiry.cancel()
+        self._end_attempt()
+
+    async def next(self) -> ChoiceOutput:
+        """The next tokens; the last output has a finish reason. Raises a BatonError."""
+        while True:
+            attempt = self._attempt or await self._begin()
+            output = await self._receive(attempt)
+            if output is not None:
+                return output
+            self._end_attempt()
+            assert attempt.error is not None
+            finish_reason = self._finished_all_but(attempt.error)
+            if finish_reason is not None:
+                return ChoiceOutput((), finish_reason, self._num_cached_tokens or 0)
+            await self._recover(attempt, attempt.error)
+
+    # ----------------------------------------------------------------- pairing
+
+    async def _begin(self) -> Attempt:
+        pairing = await self._pair()
+        attempt = Attempt(pairing, self._message(pairing), self._tokens, self._wake)
+        self._attempt = attempt
+        self._serving.metrics.attempts.labels(cause=self._cause).inc()
+        attempt.open()
+        return attempt
+
+    async def _pair(self) -> Pairing:
+        give_up_at = self._loop.time() + self._serving.wait_for_worker_s
+        with self._serving.pool.watched_by(self._wake):
+            while True:
+                self._check()
+                pairing = self._serving.policy.pick(
+                    self._candidates("prefill"), self._candidates("decode")
+                )
+                if pairing is not None:
+                    return pairing
+                if self._loop.time() >= give_up_at:
+                    raise UnavailableError("no decode worker is ready")
+                await self._wait(give_up_at)
+
+    def _candidates(self, role: Role) -> list[WorkerSession]:
+        """Workers that have not failed this choice, and not just refused it, where such
+        exist. A failed prefill worker is not tried again: decode can do its work."""
+        workers = self._serving.pool.sessions(role)
+        sound = [w for w in workers if w.epoch not in self._failed]
+        if role == "prefill":
+            workers = sound
+        willing = [w for w in workers if w.epoch not in self._refused]
+        return [w for w in sound if w.epoch not in self._refused] or willing or workers
+
+    def _message(self, pairing: Pairing) -> pb.Open:
+        choice, sampling, handoff = self._choice, self._choice.sampling, None
+        if pairing.prefill is not None:
+            handoff = pb.Handoff(
+                transfer_id=secrets.token_bytes(TRANSFER_ID_BYTES),
+                prefill_epoch=pairing.prefill.epoch,
+                decode_epoch=pairing.decode.epoch,
+                prefill_worker_id=pairing.prefill.record.worker_id,
+                decode_worker_id=pairing.decode.record.worker_id,
+                prefill_transfer_address=pairing.prefill.record.address,
+            )
+        return pb.Open(
+            stream_id=next(self._serving.stream_ids),
+            request_id=choice.request_id,
+            choice_index=choice.choice_index,
+            attempt=self._number,
+            prompt_token_ids=choice.prompt_token_ids,
+            emitted_token_ids=self._tokens.token_ids,
+            sampling=pb.Sampling(
+                seed=sampling.seed,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+            ),
+            max_tokens=choice.max_tokens,
+            stop_token_ids=sorted(choice.stop_token_ids),
+            remaining_ms=max(1, int((choice.deadline - self._loop.time()) * 1000)),
+            traceparent=choice.traceparent,
+            tracestate=choice.tracestate,
+            cache_salt=choice.cache_salt,
+            handoff=handoff,
+        )
+
+    # -------------------------------------------------------------- attempting
+
+    async def _receive(self, attempt: Attempt) -> ChoiceOutput | None:
+        """None: the attempt has failed, and all its tokens have been taken."""
+        while True:
+            token_ids = self._tokens.take()
+            if attempt.finish_reason is not None:
+                await self._wait_account(attempt)
+                self._end_attempt()
+                return ChoiceOutput(token_ids, attempt.finish_reason, self._num_cached_tokens or 0)
+            if token_ids:
+                return ChoiceOutput(token_ids, num_cached_tokens=self._cached_tokens(attempt))
+            if attempt.error is not None:
+                return None
+            await self._wait()
+
+    def _cached_tokens(self, attempt: Attempt) -> int:
+        """Those of the attempt that gave the first token, so far as it is known: the
+        others find their input in caches that this choice has filled."""
+        if self._num_cached_tokens is not None:
+            return self._num_cached_tokens
+        return attempt.num_cached_tokens() if attempt.has_tokens else 0
+
+    async def _wait_account(self, attempt: Attempt) -> None:
+        until = self._loop.time() + ACCOUNT_WAIT_S
+        with contextlib.suppress(BatonError):
+            while attempt.awaits_account and self._loop.time() < until:
+                await self._wait(until)
+
+    async def _wait(self, until: float | None = None) -> None:
+        """Until something has happened, or until that time. Raises what ``abort`` was given."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                await self._wake.wait()
+        self._wake.clear()
+        self._check()
+
+    def _check(self) -> None:
+        if self._aborted is not None:
+            raise self._aborted
+
+    def _end_attempt(self) -> None:
+        """Cancels what is open of the attempt, and keeps its account if it counts."""
+        attempt, self._attempt = self._attempt, None
+        if attempt is None:
+            return
+        attempt.close()
+        self._tokens.forget_ahead()
+        if self._num_cached_tokens is None and attempt.has_tokens:
+            self._num_cached_tokens = attempt.num_cached_tokens()
+
+    # ---------------------------------------------------------------- recovery
+
+    def _finished_all_but(self, error: BatonError) -> FinishReason | None:
+        """The worker was lost between the last token and its word that it was the last."""
+        token_ids = self._tokens.token_ids
+        if not error.retriable or not token_ids:
+            return None
+        if token_ids[-1] in self._choice.stop_token_ids:
+            return "stop"
+        return "length" if len(token_ids) >= self._choice.max_tokens else None
+
+    async def _recover(self, attempt: Attempt, error: BatonError) -> None:
+        """Makes ready for another attempt. Raises ``error`` where there will be none."""
+        refused = isinstance(error, REFUSALS)
+        out_of_attempts = self._number + 1 >= self._serving.max_attempts
+        if not refused and (not error.retriable or out_of_attempts):
+            raise error
+        logger.info(
+            "request_id=%s choice=%d attempt=%d worker_id=%s ended (%s): %s",
+            self._choice.request_id,
+            self._choice.choice_index,
+            self._number,
+            ",".join(sorted(attempt.worker_ids)),
+            error.code,
+            error.message,
+        )
+        self._cause = error.code
+        if refused:
+            self._refused |= attempt.blamed
+            await self._back_off()
+        else:
+            self._number += 1
+            self._failed |= attempt.blamed
+
+    async def _back_off(self) -> None:
+        """Where a whole pool has refused: waits a little, longer each time, then asks again."""
+        roles: tuple[Role, ...] = ("prefill", "decode")
+        if not any(
+            (workers := self._candidates(role)) and all(w.epoch in self._refused for w in workers)
+            for role in roles
+        ):
+            return
+        until = self._loop.time() + self._pause_s * self._serving.rng.uniform(0.5, 1.5)
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        while self._loop.time() < until:
+            await self._wait(until)
+        self._refused.clear()

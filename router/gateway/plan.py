@@ -1,0 +1,144 @@
+"""A validated request to the choices that the orchestrator is asked for."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from baton.checkpoint.checkpoint import Checkpoint
+from baton.config import BatonConfig
+from baton.errors import ContextLengthError, InvalidRequestError
+from router.gateway.context import RequestContext
+from router.gateway.endpoint import Job
+from router.gateway.schema import GenerationRequest
+from router.request import ChoiceRequest, SamplingParams
+from router.status import ClusterStatus
+from router.tokenization.tokenizer import PromptTokenizer
+
+_GREEDY_BELOW = 1e-6
+"""Temperatures and top_p travel as 32-bit floats: below this, dividing by one overflows, and
+the distribution has long been the greedy one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``choices[i * n + j]`` is the j-th of prompt i; its place is its choice index."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    choices: tuple[ChoiceRequest, ...]
+
+
+class Planner:
+    """Knows the model's and the configuration's bounds."""
+
+    def __init__(
+        self, config: BatonConfig, checkpoint: Checkpoint, tokenizer: PromptTokenizer
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._tokenizer = tokenizer
+        self._max_choices = config.gateway.max_choices
+        own = checkpoint.config.max_position
+        configured = config.engine.max_model_len
+        self._context = own if configured is None else min(own, configured)
+
+    def context_length(self, status: ClusterStatus) -> int:
+        """Tokens of prompt and answer together, as every ready decode worker can hold."""
+        workers = status.max_model_len
+        return self._context if workers is None else min(self._context, workers)
+
+    async def plan(
+        self, job: Job, context: RequestContext, *, status: ClusterStatus, deadline: float
+    ) -> Plan:
+        """Raises InvalidRequestError or ContextLengthError, naming the field."""
+        request = job.request
+        self._check_token_ids(request)
+        self._check_count(job.num_prompts, request.n)
+        length = self.context_length(status)
+        encoded = await job.encode(
+            self._tokenizer, context=length, vocab_size=self._checkpoint.config.vocab_size
+        )
+        prompts = tuple(tuple(ids) for ids in encoded)
+        limits = [_max_tokens(job, len(prompt), length) for prompt in prompts]
+        sampling = self._sampling(request)
+        stop_token_ids = frozenset(request.stop_token_ids)
+        if not request.ignore_eos:
+            stop_token_ids |= frozenset(self._checkpoint.eos_token_ids)
+        choices = tuple(
+            ChoiceRequest(
+                request_id=context.request_id,
+                choice_index=index,
+                prompt_token_ids=prompts[index // request.n],
+                sampling=sampling,
+                max_tokens=limits[index // request.n],
+                stop_token_ids=stop_token_ids,
+                deadline=deadline,
+                traceparent=context.trace.traceparent,
+                tracestate=context.trace.tracestate,
+                cache_salt=request.cache_salt,
+            )
+            for index in range(len(prompts) * request.n)
+        )
+        return Plan(prompts, choices)
+
+    def _sampling(self, request: GenerationRequest) -> SamplingParams:
+        greedy = min(request.temperature, request.top_p) < _GREEDY_BELOW
+        seed = secrets.randbits(64) if request.seed is None else request.seed
+        return SamplingParams(
+            seed=seed % 2**64,
+            temperature=0.0 if greedy else request.temperature,
+            top_p=1.0 if greedy else request.top_p,
+            top_k=min(max(request.top_k, 0), self._checkpoint.config.vocab_size),
+        )
+
+    def _check_count(self, num_prompts: int, n: int) -> None:
+        if num_prompts * n > self._max_choices:
+            raise InvalidRequestError(
+                f"{num_prompts} prompt(s) times n = {n} is over the {self._max_choices} choices "
+                "that one request may have",
+                param="prompt" if num_prompts > self._max_choices else "n",
+            )
+
+    def _check_token_ids(self, request: GenerationRequest) -> None:
+        vocab_size = self._checkpoint.config.vocab_size
+        for place, token_id in enumerate(request.stop_token_ids):
+            if token_id >= vocab_size:
+                path = f"stop_token_ids.{place}"
+                raise InvalidRequestError(
+                    f"'{path}': token id {token_id} is outside the vocabulary of {vocab_size}",
+                    param=path,
+                )
+
+
+def _max_tokens(job: Job, num_prompt_tokens: int, context_length: int) -> int:
+    """The client's bound, else all that the context has left."""
+    if num_prompt_tokens == 0:
+        raise InvalidRequestError("the prompt has no tokens", param=job.prompt_field)
+    left = context_length - num_prompt_tokens
+    if left < 1:
+        raise ContextLengthError(
+            f"the model's context holds {context_length} tokens, one of them of the answer; "
+            f"the prompt has {num_prompt_tokens}",
+            param=job.prompt_field,
+        )
+    name, asked = job.max_tokens
+    if asked is not None and asked > left:
+        raise ContextLengthError(
+            f"'{name}' is {asked}, but the model's context holds {context_length} tokens and "
+            f"the prompt has {num_prompt_tokens}: at most {left} are left",
+            param=name,
+        )
+    return left if asked is None else asked
+
+
+def usage(
+    prompts: Sequence[Sequence[int]], num_cached: Sequence[int], num_completion: int
+) -> dict[str, object]:
+    """The OpenAI usage object; every prompt counts once, however many its choices."""
+    num_prompt = sum(map(len, prompts))
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
+        "prompt_tokens_details": {"cached_tokens": sum(num_cached)},
+    }

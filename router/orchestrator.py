@@ -1,0 +1,84 @@
+"""Takes choices to their ends on the workers: admission, then one run for each."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import AsyncGenerator, Callable
+
+from baton.config import BatonConfig
+from baton.faults import Faults
+from baton.telemetry import GatewayMetrics
+from router.admission import Admission
+from router.choice_run import ChoiceRun, Serving
+from router.request import ChoiceOutput, ChoiceRequest
+from router.routing.policy import RoutingPolicy
+from router.status import ClusterStatus
+from router.workers.pool import WorkerPool
+from router.workers.view import cluster_status
+
+
+class Orchestrator:
+    """Owns every choice from its submission to its end. Lives on one event loop."""
+
+    def __init__(
+        self,
+        *,
+        config: BatonConfig,
+        pool: WorkerPool,
+        policy: RoutingPolicy,
+        metrics: GatewayMetrics,
+        faults: Faults,
+        registry_up: Callable[[], bool],
+        rng: random.Random,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._faults = faults
+        self._registry_up = registry_up
+        self._admission = Admission(
+            max_in_flight=config.gateway.max_in_flight,
+            max_queued=config.gateway.max_queued,
+            metrics=metrics,
+        )
+        self._serving = Serving(
+            pool=pool,
+            policy=policy,
+            metrics=metrics,
+            stream_ids=itertools.count(1),
+            rng=rng,
+            max_attempts=config.gateway.max_attempts,
+            wait_for_worker_s=config.session.silence_s,
+        )
+
+    async def generate(self, choice: ChoiceRequest) -> AsyncGenerator[ChoiceOutput, None]:
+        """The choice's outputs; the last has a finish reason.
+
+        Closing the generator, or cancelling the task that waits on it, cancels the
+        choice on all workers. Raises a BatonError on failure.
+        """
+        async with self._admission.admitted(choice.deadline):
+            run = ChoiceRun(choice, self._serving)
+            try:
+                await self._faults.wait("gateway.admitted")
+                while True:
+                    output = await run.next()
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+            finally:
+                run.close()
+
+    def status(self) -> ClusterStatus:
+        """The cluster as last seen; does not wait."""
+        return cluster_status(
+            self._pool,
+            registry_up=self._registry_up(),
+            prefill_wanted=self._config.prefill.replicas > 0,
+        )
+
+    def worker_metrics(self) -> list[bytes]:
+        """The last page of every worker with a live Session, as Prometheus text."""
+        sessions = [link.session for link in self._pool.links]
+        reports = [session.report for session in sessions if session is not None]
+        return [report.metrics for report in reports if report is not None]

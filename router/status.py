@@ -1,0 +1,54 @@
+"""What the orchestrator knows of the cluster, as ``/status`` and ``/ready`` show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker, as its record and its last report say."""
+
+    worker_id: str
+    role: Literal["prefill", "decode"]
+    epoch: str
+    """In hexadecimal."""
+    address: str
+    ready: bool
+    """Its Session is live and it may be given work."""
+    model: str
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_referenced_blocks: int
+    num_quarantined_blocks: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    generation: str
+    last_report_age_s: float | None
+    """None before its first report."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """All workers; ready when ``missing`` is empty."""
+
+    workers: tuple[WorkerStatus, ...]
+    registry_up: bool
+    missing: tuple[str, ...] = ()
+    """A sentence for each thing that is still missing."""
+    degraded: tuple[str, ...] = ()
+    """A sentence for each thing without which it serves, but not as well as it could."""
+
+    @property
+    def ready(self) -> bool:
+        return not self.missing
+
+    @property
+    def max_model_len(self) -> int | None:
+        """What every ready decode worker can hold; None while there is none."""
+        lengths = [w.max_model_len for w in self.workers if w.ready and w.role == "decode"]
+        return min(lengths, default=None)

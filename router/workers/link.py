@@ -1,0 +1,120 @@
+"""This gateway's tie to one registered worker process, through all its Sessions.
+
+1. CONNECTING: no Session is live; one is tried for, with a growing pause.
+2. LIVE: ``session`` carries streams.
+3. ENDED: the registry lists the process no more and no Session is live.
+
+A worker that leaves the registry while LIVE gets no new streams (``listed`` is
+False) and its Session goes on until the worker ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import grpc.aio
+
+from baton import rpc
+from baton.config import SessionConfig
+from baton.errors import BatonError
+from baton.records import WorkerRecord
+from router.workers.handshake import GatewayIdentity, greet
+from router.workers.session import WorkerSession
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 1.0
+
+
+class WorkerLink:
+    """Keeps a Session with one worker process; ``on_change`` hears when one comes or goes."""
+
+    def __init__(
+        self,
+        record: WorkerRecord,
+        *,
+        identity: GatewayIdentity,
+        config: SessionConfig,
+        on_change: Callable[[], None],
+        on_ended: Callable[[WorkerLink], None],
+    ) -> None:
+        self.record = record
+        self.session: WorkerSession | None = None
+        self._listed = True
+        self._identity = identity
+        self._config = config
+        self._on_change = on_change
+        self._on_ended = on_ended
+        self._task = asyncio.create_task(self._run(), name=f"link {record.worker_id}")
+        self._task.add_done_callback(self._ended)
+
+    @property
+    def listed(self) -> bool:
+        """The registry lists this process, as far as is known."""
+        return self._listed
+
+    @listed.setter
+    def listed(self, listed: bool) -> None:
+        if listed == self._listed:
+            return
+        self._listed = listed
+        if not listed and self.session is None:
+            self._task.cancel()
+        self._on_change()
+
+    @property
+    def ready(self) -> bool:
+        """It may be given new streams."""
+        return self._listed and self.session is not None and self.session.lost is None
+
+    async def close(self) -> None:
+        """Loses the Session, if there is one, and ends."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("the link to %s failed", self.record.worker_id, exc_info=error)
+        self._on_ended(self)
+
+    async def _run(self) -> None:
+        channel = rpc.channel(self.record.address, self._config)
+        loop = asyncio.get_running_loop()
+        pause_s = FIRST_PAUSE_S
+        complaint = None
+        try:
+            while self._listed:
+                began = loop.time()
+                try:
+                    await self._live(await self._connect(channel))
+                except BatonError as error:
+                    if error.message != complaint:
+                        complaint = error.message
+                        logger.warning("no Session with %s: %s", self.record.worker_id, complaint)
+                if loop.time() - began > LONGEST_PAUSE_S:
+                    pause_s = FIRST_PAUSE_S
+                if self._listed:
+                    await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        finally:
+            await channel.close()
+
+    async def _connect(self, channel: grpc.aio.Channel) -> WorkerSession:
+        call = await greet(self.record, channel, identity=self._identity, config=self._config)
+        return WorkerSession(self.record, call, self._config)
+
+    async def _live(self, session: WorkerSession) -> None:
+        """Runs the Session to its end."""
+        worker_id = self.record.worker_id
+        logger.info("Session with %s (%s) is live", worker_id, self.record.address)
+        self.session = session
+        self._on_change()
+        try:
+            reason = await session.run()
+            logger.warning("Session with %s is lost: %s", worker_id, reason)
+        finally:
+            self.session = None
+            self._on_change()

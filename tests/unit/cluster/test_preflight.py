@@ -1,0 +1,69 @@
+"""Faults that are found before anything is started."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from baton.config import parse_config
+from baton.errors import CheckpointError, ConfigurationError
+from cluster import preflight
+
+
+def test_port_in_use_is_named_with_the_way_out() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ConfigurationError, match=rf"port {port} on 127.0.0.1 is in use.*--port"
+        ):
+            preflight.check_port("127.0.0.1", port)
+    preflight.check_port("127.0.0.1", port)
+
+
+def test_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"192\.0\.2\.1.*--host"):
+        preflight.check_port("192.0.2.1", 8000)
+
+
+def test_missing_ray_names_both_ways_out() -> None:
+    config = parse_config({})
+    with pytest.raises(ConfigurationError, match="--backend processes"):
+        preflight.check_backend(config, lambda _: None)
+    preflight.check_backend(config, lambda _: object())
+    preflight.check_backend(parse_config({"cluster": {"backend": "processes"}}), lambda _: None)
+
+
+def test_ray_address_without_ray_is_refused() -> None:
+    config = parse_config({"cluster": {"backend": "processes", "ray_address": "h:1"}})
+    with pytest.raises(ConfigurationError, match="--ray-address"):
+        preflight.check_backend(config, lambda _: object())
+
+
+def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    preflight.check_platform()
+    monkeypatch.setattr(preflight.sys, "platform", "darwin")
+    with pytest.raises(ConfigurationError, match="Linux"):
+        preflight.check_platform()
+
+
+def test_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing is downloaded"):
+        preflight.local_model(str(tmp_path / "none"))
+
+
+def test_model_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import baton.checkpoint.checkpoint
+
+    monkeypatch.setattr(baton.checkpoint.checkpoint, "open_checkpoint", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    assert preflight.local_model("./llama") == str(tmp_path / "llama")
+    assert preflight.local_model("smollm2-135m-instruct") == "smollm2-135m-instruct"
+
+
+def test_threads_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.os, "sched_getaffinity", lambda _: {0, 3, 5})
+    assert preflight.default_threads(parse_config({})) == 3

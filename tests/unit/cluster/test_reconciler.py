@@ -1,0 +1,254 @@
+"""The reconciler over a fake backend and a fake clock."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.errors import UnavailableError
+from cluster.backend import Exit
+from cluster.reconciler import MAX_DELAY_S, STABLE_S, Reconciler, WorkerEvent, backoff_s
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeProcess:
+    def __init__(self, worker_id: str, *, heeds_stop: bool = True) -> None:
+        self.worker_id = worker_id
+        self.heeds_stop = heeds_stop
+        self.stop_asked = False
+        self.killed = False
+        self.end: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+
+    async def wait(self) -> Exit:
+        return await self.end
+
+    async def stop(self) -> None:
+        self.stop_asked = True
+        if self.heeds_stop:
+            self.die(0, "ended")
+
+    async def kill(self) -> None:
+        self.killed = True
+        self.die(-9, "was killed")
+
+    def die(self, code: int = 1, reason: str = "exited with status 1") -> None:
+        if not self.end.done():
+            self.end.set_result(Exit(code, reason))
+
+
+class FakeBackend:
+    def __init__(self) -> None:
+        self.started: list[FakeProcess] = []
+        self.refuse: Exception | None = None
+        self.heeds_stop = True
+        self.gate: asyncio.Event | None = None
+
+    async def start(self, role: str, worker_id: str) -> FakeProcess:
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.refuse is not None:
+            raise self.refuse
+        process = FakeProcess(worker_id, heeds_stop=self.heeds_stop)
+        self.started.append(process)
+        return process
+
+    async def close(self) -> None: ...
+
+    def ids(self) -> list[str]:
+        return [process.worker_id for process in self.started]
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.backend = FakeBackend()
+        self.events: list[WorkerEvent] = []
+        self.reconciler = Reconciler(clock=self.clock, on_event=self.events.append)
+
+    async def settle(self) -> float | None:
+        """One pass, and everything that follows from it without time passing."""
+        due = self.reconciler.reconcile()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return due
+
+    async def advance(self, seconds: float) -> float | None:
+        self.clock.now += seconds
+        return await self.settle()
+
+    def deaths(self) -> list[float]:
+        return [event.retry_in_s for event in self.events if event.kind == "died"]
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    rig = Rig()
+    yield rig
+    hurry = asyncio.Event()
+    hurry.set()
+    await rig.reconciler.stop(["prefill", "decode"], limit_s=0, hurry=hurry)
+
+
+async def test_every_wanted_worker_is_started_once(rig: Rig) -> None:
+    rig.reconciler.want("prefill", ["prefill-0"], rig.backend)
+    rig.reconciler.want("decode", ["decode-0", "decode-1"], rig.backend)
+    await rig.settle()
+    await rig.settle()
+    assert sorted(rig.backend.ids()) == ["decode-0", "decode-1", "prefill-0"]
+    assert rig.reconciler.running() == {
+        "prefill-0": "prefill",
+        "decode-0": "decode",
+        "decode-1": "decode",
+    }
+
+
+async def test_worker_that_lived_long_is_replaced_at_once_under_its_name(rig: Rig) -> None:
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    rig.clock.now += STABLE_S
+    rig.backend.started[0].die()
+    await rig.settle()
+    await rig.settle()
+    assert rig.backend.ids() == ["decode-0", "decode-0"]
+    assert rig.deaths() == [0.0]
+
+
+async def test_replacement_waits_for_the_proof_of_death(rig: Rig) -> None:
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    await rig.advance(1000)
+    assert len(rig.backend.started) == 1
+
+
+async def test_quick_deaths_are_replaced_later_and_later(rig: Rig) -> None:
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    for _ in range(9):
+        await rig.settle()
+        rig.backend.started[-1].die()
+        await rig.settle()
+        rig.clock.now += rig.deaths()[-1] - 0.01
+        count = len(rig.backend.started)
+        due = await rig.settle()
+        assert due == pytest.approx(0.01)
+        assert len(rig.backend.started) == count, "started before it was due"
+        rig.clock.now += 0.02
+    assert rig.deaths() == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+
+
+async def test_long_life_forgives_earlier_quick_deaths(rig: Rig) -> None:
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    for lived_s in (0.0, 0.0, STABLE_S, 0.0):
+        await rig.settle()
+        rig.clock.now += lived_s
+        rig.backend.started[-1].die()
+        await rig.settle()
+        rig.clock.now += MAX_DELAY_S
+    assert rig.deaths() == [0.5, 1.0, 0.0, 0.5]
+
+
+async def test_death_of_one_worker_leaves_the_others_alone(rig: Rig) -> None:
+    rig.reconciler.want("decode", ["decode-0", "decode-1"], rig.backend)
+    await rig.settle()
+    rig.backend.started[0].die()
+    await rig.advance(1.0)
+    await rig.advance(1.0)
+    assert rig.backend.ids() == ["decode-0", "decode-1", "decode-0"]
+    assert not rig.backend.started[1].end.done()
+
+
+@pytest.mark.parametrize("error", [UnavailableError("no room"), ValueError("a fault")])
+async def test_failed_start_counts_as_a_death_and_is_tried_again(
+    rig: Rig, error: Exception
+) -> None:
+    rig.backend.refuse = error
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    assert [(event.kind, str(error) in event.reason) for event in rig.events] == [("died", True)]
+    rig.backend.refuse = None
+    await rig.advance(1.0)
+    assert rig.backend.ids() == ["decode-0"]
+
+
+async def test_running_loop_replaces_a_dead_worker_by_itself() -> None:
+    backend = FakeBackend()
+    clock = FakeClock()
+    reconciler = Reconciler(clock=clock)
+    reconciler.want("decode", ["decode-0"], backend)
+    loop_task = asyncio.create_task(reconciler.run())
+    while not backend.started:
+        await asyncio.sleep(0)
+    clock.now += STABLE_S
+    backend.started[0].die()
+    while len(backend.started) < 2:
+        await asyncio.sleep(0)
+    loop_task.cancel()
+    await reconciler.stop(["decode"], limit_s=1, hurry=asyncio.Event())
+
+
+async def test_stop_asks_first_and_starts_nothing_again(rig: Rig) -> None:
+    rig.reconciler.want("prefill", ["prefill-0"], rig.backend)
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    killed = await rig.reconciler.stop(["decode"], limit_s=60, hurry=asyncio.Event())
+    await rig.advance(100)
+    assert killed == 0
+    assert rig.reconciler.running() == {"prefill-0": "prefill"}
+    assert [(e.kind, e.worker_id) for e in rig.events][-1] == ("stopped", "decode-0")
+
+
+async def test_worker_that_does_not_heed_stop_is_killed_after_its_limit(rig: Rig) -> None:
+    rig.backend.heeds_stop = False
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    assert await rig.reconciler.stop(["decode"], limit_s=0.01, hurry=asyncio.Event()) == 1
+    assert rig.backend.started[0].stop_asked
+    assert rig.backend.started[0].killed
+
+
+async def test_hurry_ends_the_waiting_for_a_drain(rig: Rig) -> None:
+    rig.backend.heeds_stop = False
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    hurry = asyncio.Event()
+    stopping = asyncio.create_task(rig.reconciler.stop(["decode"], limit_s=3600, hurry=hurry))
+    await asyncio.sleep(0)
+    assert not stopping.done()
+    hurry.set()
+    assert await stopping == 1
+
+
+async def test_stop_of_a_worker_whose_start_hangs_ends(rig: Rig) -> None:
+    rig.backend.gate = asyncio.Event()
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    assert await rig.reconciler.stop(["decode"], limit_s=0.01, hurry=asyncio.Event()) == 0
+    assert rig.backend.started == []
+
+
+async def test_worker_that_comes_up_while_it_is_stopped_is_stopped(rig: Rig) -> None:
+    rig.backend.gate = asyncio.Event()
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    stop = rig.reconciler.stop(["decode"], limit_s=3600, hurry=asyncio.Event())
+    stopping = asyncio.create_task(stop)
+    await asyncio.sleep(0)
+    rig.backend.gate.set()
+    assert await stopping == 0
+    assert rig.backend.started[0].stop_asked
+
+
+@given(st.integers(min_value=1, max_value=10_000))
+def test_backoff_grows_to_its_bound_and_stays(quick_deaths: int) -> None:
+    assert 0 < backoff_s(quick_deaths) <= MAX_DELAY_S
+    assert backoff_s(quick_deaths) <= backoff_s(quick_deaths + 1)

@@ -1,0 +1,82 @@
+"""How a step is packed: rows, positions, slots, tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.tiny_engine import prompt
+
+from baton.kv_layout import KvLayout
+from engine.batch import Span, build_batch
+from engine.sequence import Scheduled, Sequence
+
+LAYOUT = KvLayout(32, 1, 1, 4, 2, "float32")
+
+
+def running(num_tokens: int, num_computed: int, block_table: list[int]) -> Sequence:
+    seq = prompt(list(range(100, 100 + num_tokens)))
+    seq.num_computed_tokens = num_computed
+    seq.block_table = block_table
+    return seq
+
+
+def test_decodes_come_first_longest_context_first() -> None:
+    chunk = running(6, 2, [9, 3])
+    short, long = running(3, 2, [5]), running(10, 9, [7, 1, 30])
+    batch = build_batch([Scheduled(chunk, 3), Scheduled(short, 1), Scheduled(long, 1)], LAYOUT)
+    assert batch.spans == (Span(0, 1, 10), Span(1, 1, 3), Span(2, 3, 5))
+    assert batch.num_decodes == 2
+    assert batch.token_ids.tolist() == [109, 102, 102, 103, 104]
+    assert batch.positions.tolist() == [9, 2, 2, 3, 4]
+    slots = [30 * 4 + 1, 5 * 4 + 2, 9 * 4 + 2, 9 * 4 + 3, 3 * 4 + 0]
+    assert batch.slot_mapping.tolist() == slots
+    assert batch.slot_mapping.dtype == torch.int64
+    assert batch.block_table.dtype == torch.int32
+
+
+def test_sampled_are_the_complete_ones_in_the_order_scheduled() -> None:
+    chunk, whole = running(8, 0, [0, 1]), running(5, 0, [2, 3])
+    decode = running(3, 2, [4])
+    batch = build_batch([Scheduled(chunk, 4), Scheduled(whole, 5), Scheduled(decode, 1)], LAYOUT)
+    assert batch.sampled == (whole, decode)
+    assert batch.sampled_rows.tolist() == [9, 0]
+
+
+def test_a_table_is_padded_with_the_sequence_own_block() -> None:
+    batch = build_batch(
+        [Scheduled(running(10, 9, [7, 1, 30]), 1), Scheduled(running(3, 2, [5]), 1)], LAYOUT
+    )
+    assert batch.block_table.tolist() == [[7, 1, 30], [5, 5, 5]]
+
+
+def test_blocks_reserved_ahead_are_not_read() -> None:
+    batch = build_batch([Scheduled(running(3, 2, [5, 6, 8]), 1)], LAYOUT)
+    assert batch.block_table.tolist() == [[5]]
+
+
+def test_a_token_in_a_shared_block_is_written_to_scratch() -> None:
+    seq = running(8, 7, [3, 4])
+    seq.num_shared_tokens = 8
+    batch = build_batch([Scheduled(seq, 1)], LAYOUT)
+    assert batch.slot_mapping.tolist() == [LAYOUT.scratch_block * 4 + 3]
+    assert batch.block_table.tolist() == [[3, 4]]
+
+
+def test_tokens_behind_a_shared_prefix_are_written_to_their_own_block() -> None:
+    seq = running(6, 4, [3, 4])
+    seq.num_shared_tokens = 4
+    assert build_batch([Scheduled(seq, 2)], LAYOUT).slot_mapping.tolist() == [16, 17]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "block_table"), [(0, [0, 1]), (4, [0, 1]), (3, [0])], ids=str
+)
+def test_a_wrong_schedule_is_refused(num_tokens: int, block_table: list[int]) -> None:
+    with pytest.raises(AssertionError):
+        build_batch([Scheduled(running(6, 3, block_table), num_tokens)], LAYOUT)
+
+
+def test_a_sequence_twice_in_a_step_is_refused() -> None:
+    seq = running(6, 3, [0, 1])
+    with pytest.raises(AssertionError, match="twice"):
+        build_batch([Scheduled(seq, 1), Scheduled(seq, 1)], LAYOUT)

@@ -1,0 +1,88 @@
+"""Each layer against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine import layers
+from engine.layers import Linear, RMSNorm, Rotary, swiglu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 7, 130])
+def test_linear_equals_the_product(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    packs: bool,
+    has_bias: bool,
+    num_tokens: int,
+) -> None:
+    if not packs:
+        monkeypatch.setattr(layers, "_can_pack", lambda _: False)
+    torch.manual_seed(0)
+    weight, bias = torch.randn(48, 80).to(dtype), torch.randn(48).to(dtype)
+    x = torch.randn(num_tokens, 80).to(dtype)
+    exact = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
+    with torch.inference_mode():
+        out = Linear(weight, bias if has_bias else None)(x)
+    assert out.dtype == dtype
+    assert (out - exact).norm() / exact.norm() < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear_in_float32_is_not_rounded_to_bfloat16(has_bias: bool) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(48, 80).bfloat16(), torch.randn(48).bfloat16()
+    x = torch.randn(9, 80).bfloat16()
+    exact = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
+    with torch.inference_mode():
+        linear = Linear(weight, bias if has_bias else None)
+        out = linear.in_float32(x)
+    assert out.dtype == torch.float32
+    if linear._is_packed:
+        assert (out - exact).norm() / exact.norm() < 1e-5
+    assert (out - exact).norm() / exact.norm() < 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_equals_its_definition(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 32) * 3, torch.randn(32).to(dtype)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.5).sqrt()
+    out = RMSNorm(weight, 0.5)(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, (exact * weight.double()).to(dtype))
+
+
+def test_rotary_rotates_pairs_of_halves_by_position_times_frequency() -> None:
+    torch.manual_seed(0)
+    head_dim, theta = 8, 500.0
+    heads = torch.randn(3, 2, head_dim)
+    positions = torch.tensor([0, 5, 411])
+    rotary = Rotary(head_dim, theta, torch.float32)
+    out = heads.clone()
+    rotary.rotate_(out, rotary.angles(positions))
+    pairs = torch.complex(heads[..., :4].double(), heads[..., 4:].double())
+    frequencies = theta ** (-torch.arange(4).double() / 4)
+    turned = pairs * torch.exp(1j * positions[:, None, None] * frequencies)
+    torch.testing.assert_close(
+        out.double(), torch.cat([turned.real, turned.imag], dim=-1), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_rotary_of_a_part_of_a_packed_tensor_leaves_the_rest_alone() -> None:
+    packed = torch.randn(4, 6, 8)
+    before = packed.clone()
+    rotary = Rotary(8, 100.0, torch.float32)
+    rotary.rotate_(packed[:, :4], rotary.angles(torch.tensor([3, 1, 4, 1])))
+    assert torch.equal(packed[:, 4:], before[:, 4:])
+    assert not torch.equal(packed[:, :4], before[:, :4])
+
+
+def test_swiglu_takes_the_gate_from_the_first_half() -> None:
+    gate_up = torch.randn(3, 10)
+    torch.testing.assert_close(swiglu(gate_up), F.silu(gate_up[:, :5]) * gate_up[:, 5:])

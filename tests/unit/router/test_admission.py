@@ -1,0 +1,154 @@
+"""The bounded queue in front of the workers."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from baton.errors import DeadlineExceededError, OverloadedError
+from baton.telemetry import GatewayMetrics
+from router.admission import Admission
+
+
+def admission(*, max_in_flight: int = 1, max_queued: int = 1) -> Admission:
+    metrics = GatewayMetrics(CollectorRegistry())
+    return Admission(max_in_flight=max_in_flight, max_queued=max_queued, metrics=metrics)
+
+
+def later() -> float:
+    return asyncio.get_running_loop().time() + 60.0
+
+
+class Holder:
+    """A choice that keeps its place until it is told to leave."""
+
+    def __init__(self, gate: Admission, *, deadline: float | None = None) -> None:
+        self.admitted = False
+        self._leave = asyncio.Event()
+        self.task = asyncio.create_task(self._hold(gate, deadline or later()))
+
+    async def _hold(self, gate: Admission, deadline: float) -> None:
+        async with gate.admitted(deadline):
+            self.admitted = True
+            await self._leave.wait()
+
+    async def leave(self) -> None:
+        self._leave.set()
+        await self.task
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_places_are_given_in_order_of_arrival() -> None:
+    gate = admission(max_in_flight=2, max_queued=2)
+    holders = [Holder(gate) for _ in range(4)]
+    await settle()
+    assert [holder.admitted for holder in holders] == [True, True, False, False]
+    await holders[1].leave()
+    await settle()
+    assert [holder.admitted for holder in holders] == [True, True, True, False]
+    for holder in (holders[0], holders[2], holders[3]):
+        await holder.leave()
+    assert (gate.num_in_flight, gate.num_queued) == (0, 0)
+
+
+async def test_full_queue_refuses_at_once_and_says_when_to_come_again() -> None:
+    gate = admission()
+    holders = [Holder(gate), Holder(gate)]
+    await settle()
+    with pytest.raises(OverloadedError) as refused:
+        async with gate.admitted(later()):
+            pass
+    assert refused.value.retry_after_s == 1.0
+    for holder in holders:
+        await holder.leave()
+
+
+async def test_retry_after_grows_with_service_times_and_the_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = admission(max_in_flight=2, max_queued=8)
+    loop = asyncio.get_running_loop()
+    now = loop.time()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "time", lambda: now)
+        async with gate.admitted(now + 60.0):
+            now += 10.0
+    assert gate.retry_after_s() == 5.0  # one round of two places, each 10 s
+    holders = [Holder(gate) for _ in range(5)]
+    await settle()
+    assert gate.num_queued == 3
+    assert gate.retry_after_s() == 20.0
+    for holder in holders:
+        await holder.leave()
+
+
+async def test_deadline_in_line_is_raised_and_leaves_the_line() -> None:
+    gate = admission()
+    first = Holder(gate)
+    await settle()
+    with pytest.raises(DeadlineExceededError):
+        async with gate.admitted(asyncio.get_running_loop().time() + 0.01):
+            pass
+    assert gate.num_queued == 0
+    await first.leave()
+    assert gate.num_in_flight == 0
+
+
+async def test_place_handed_to_a_task_that_is_being_cancelled_goes_to_the_next() -> None:
+    gate = admission(max_queued=2)
+    first, second, third = Holder(gate), Holder(gate), Holder(gate)
+    await settle()
+    first._leave.set()
+    while first.task in asyncio.all_tasks():
+        await asyncio.sleep(0)
+        second.task.cancel()
+    await settle()
+    assert second.task.cancelled()
+    assert third.admitted
+    await third.leave()
+    assert gate.num_in_flight == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    max_in_flight=st.integers(1, 3),
+    max_queued=st.integers(0, 3),
+    actions=st.lists(st.tuples(st.sampled_from("aclt"), st.integers(0, 9)), max_size=40),
+)
+def test_no_place_is_lost_or_doubled_under_any_schedule(
+    max_in_flight: int, max_queued: int, actions: list[tuple[str, int]]
+) -> None:
+    async def scenario() -> None:
+        gate = admission(max_in_flight=max_in_flight, max_queued=max_queued)
+        holders: list[Holder] = []
+        for action, number in actions:
+            if action == "a":
+                holders.append(Holder(gate))
+            elif holders:
+                holder = holders[number % len(holders)]
+                if action == "c":
+                    holder.task.cancel()
+                elif action == "l":
+                    holder._leave.set()
+            if action == "t":
+                await settle()
+            holding = sum(h.admitted and not h.task.done() for h in holders)
+            assert holding <= gate.num_in_flight <= max_in_flight
+            assert gate.num_queued <= max_queued
+            assert gate.num_queued == 0 or gate.num_in_flight == max_in_flight
+        for holder in holders:
+            holder._leave.set()
+        results = await asyncio.gather(*(h.task for h in holders), return_exceptions=True)
+        allowed = (OverloadedError, asyncio.CancelledError)
+        assert all(result is None or isinstance(result, allowed) for result in results)
+        assert (gate.num_in_flight, gate.num_queued) == (0, 0)
+
+    asyncio.run(scenario())

@@ -1,0 +1,257 @@
+"""What a choice does when workers refuse, fail, vanish, or were never there."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from baton.errors import (
+    BatonError,
+    DrainingError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    ReservationError,
+    TransferError,
+    UnavailableError,
+    WorkerLostError,
+)
+from baton.v1 import session_pb2 as pb
+from tests.support.fake_cluster import choice, fake_cluster, wait_until
+from tests.support.fake_worker import FakeStream, expected_token
+
+STOP = pb.CLOSE_REASON_STOP
+LENGTH = pb.CLOSE_REASON_LENGTH
+
+
+async def test_choice_goes_on_elsewhere_with_its_tokens_when_decode_dies() -> None:
+    async with fake_cluster() as cluster:
+        await cluster.add("prefill-0", "prefill", cluster.scripts.prefill)
+        workers = [await cluster.add(f"decode-{i}", "decode") for i in range(2)]
+        client = cluster.ask(choice(max_tokens=6))
+        await wait_until(lambda: any(worker.streams for worker in workers))
+        dying, other = sorted(workers, key=lambda worker: not worker.streams)
+        first = await dying.next_open()
+        first.reserve()
+        first.tokens(0, *(expected_token((1, 2, 3), position) for position in range(3)))
+        await wait_until(lambda: len(client.token_ids) == 3)
+        await dying.stop()
+        second = await other.next_open()
+        assert second.message.attempt == 1
+        assert list(second.message.prompt_token_ids) == [1, 2, 3]
+        assert list(second.message.emitted_token_ids) == client.token_ids
+        assert second.message.max_tokens == 6
+        assert second.message.stream_id != first.message.stream_id
+        assert second.message.handoff.transfer_id != first.message.handoff.transfer_id
+        second.tokens(3, *(expected_token((1, 2, 3), position) for position in range(3, 6)))
+        second.close(LENGTH)
+        await client.end()
+        assert client.token_ids == [expected_token((1, 2, 3), p) for p in range(6)]
+        assert cluster.sample("baton_attempts_total", cause="worker_lost") == 1
+
+
+async def test_cached_tokens_are_those_of_the_attempt_that_gave_the_first_token() -> None:
+    async with fake_cluster() as cluster:
+        workers = [await cluster.add(f"decode-{i}", "decode") for i in range(3)]
+
+        async def next_stream() -> FakeStream:
+            opens = [asyncio.create_task(worker.next_open()) for worker in workers]
+            done, rest = await asyncio.wait(opens, return_when=asyncio.FIRST_COMPLETED)
+            for task in rest:
+                task.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
+            return done.pop().result()
+
+        client = cluster.ask(choice())
+        (await next_stream()).fail(TransferError("before any token"))
+        second = await next_stream()
+        second.tokens(0, 50)
+        second.close(STOP, num_computed_tokens=2)
+        assert (await client.end()).num_cached_tokens == 1
+
+        client = cluster.ask(choice())
+        first = await next_stream()
+        first.tokens(0, 50)
+        await wait_until(lambda: client.token_ids == [50])
+        first.fail(TransferError("after a token"))
+        second = await next_stream()
+        second.tokens(1, 51)
+        second.close(STOP, num_computed_tokens=0)
+        assert (await client.end()).num_cached_tokens == 0
+
+
+async def test_prefill_lost_before_the_handoff_cancels_decode_and_pairs_anew() -> None:
+    async with fake_cluster() as cluster:
+        prefill, decode = await cluster.add_pair()
+        client = cluster.ask(choice())
+        first = await decode.next_open()
+        await prefill.next_open()
+        await prefill.stop()
+        second = await decode.next_open()
+        await wait_until(first.cancelled.is_set)
+        assert not second.message.HasField("handoff")
+        second.tokens(0, 50)
+        second.close(STOP)
+        await client.end()
+
+
+async def test_failed_handoff_avoids_both_workers_where_others_exist() -> None:
+    async with fake_cluster() as cluster:
+        prefills = [await cluster.add(f"prefill-{i}", "prefill") for i in range(2)]
+        decodes = [await cluster.add(f"decode-{i}", "decode") for i in range(2)]
+        client = cluster.ask(choice())
+        await wait_until(lambda: any(w.streams for w in decodes))
+        failing = next(w for w in decodes if w.streams)
+        first = await failing.next_open()
+        first.fail(TransferError("the copy broke"))
+        other = next(w for w in decodes if w is not failing)
+        second = await other.next_open()
+        assert second.message.handoff.prefill_epoch != first.message.handoff.prefill_epoch
+        await wait_until(lambda: sum(len(w.streams) for w in prefills) == 2)
+        second.tokens(0, 50)
+        second.close(STOP)
+        await client.end()
+
+
+@pytest.mark.parametrize("refusal", [ReservationError("no room"), OverloadedError("queue full")])
+async def test_refusal_pairs_anew_with_another_worker_in_the_same_attempt(
+    refusal: BatonError,
+) -> None:
+    async with fake_cluster(gateway={"max_attempts": 1}) as cluster:
+        workers = [await cluster.add(f"decode-{i}", "decode") for i in range(2)]
+        client = cluster.ask(choice())
+        await wait_until(lambda: any(worker.streams for worker in workers))
+        full, other = sorted(workers, key=lambda worker: not worker.streams)
+        (await full.next_open()).fail(refusal)
+        second = await other.next_open()
+        assert second.message.attempt == 0
+        second.tokens(0, 50)
+        second.close(STOP)
+        await client.end()
+
+
+async def test_refusal_of_the_only_worker_is_tried_again_until_there_is_room() -> None:
+    async with fake_cluster(gateway={"max_attempts": 1}) as cluster:
+        worker = await cluster.add("decode-0", "decode")
+        client = cluster.ask(choice())
+        for _ in range(3):
+            (await worker.next_open()).fail(ReservationError("no room"))
+        last = await worker.next_open()
+        last.tokens(0, 50)
+        last.close(STOP)
+        assert (await client.end()).finish_reason == "stop"
+
+
+async def test_failed_decode_worker_is_used_again_when_it_is_the_only_one() -> None:
+    async with fake_cluster() as cluster:
+        worker = await cluster.add("decode-0", "decode")
+        client = cluster.ask(choice())
+        await worker.next_open()
+        worker.end_session()
+        second = await worker.next_open()
+        assert second.message.attempt == 1
+        second.tokens(0, 50)
+        second.close(STOP)
+        await client.end()
+
+
+@pytest.mark.parametrize("error", [InvalidRequestError("bad"), InternalError("a bug")])
+async def test_failure_that_no_other_attempt_cures_is_raised_as_it_is(error: BatonError) -> None:
+    async with fake_cluster() as cluster:
+        prefill, decode = await cluster.add_pair()
+        client = cluster.ask(choice())
+        await prefill.next_open()
+        (await decode.next_open()).fail(error)
+        with pytest.raises(type(error), match=error.message):
+            await client.end()
+        await wait_until(lambda: prefill.num_received("cancel") == 1)
+        assert decode.num_received("cancel") == 0
+
+
+async def test_last_error_is_raised_when_attempts_are_used_up() -> None:
+    async with fake_cluster(gateway={"max_attempts": 2}) as cluster:
+        worker = await cluster.add("decode-0", "decode")
+        client = cluster.ask(choice())
+        (await worker.next_open()).fail(TransferError("the first"))
+        (await worker.next_open()).fail(DrainingError("the second"))
+        with pytest.raises(DrainingError, match="the second"):
+            await client.end()
+        assert worker.num_received("open") == 2
+
+
+async def test_stream_that_a_worker_gives_up_unasked_is_attempted_again() -> None:
+    async with fake_cluster() as cluster:
+        worker = await cluster.add("decode-0", "decode")
+        client = cluster.ask(choice())
+        (await worker.next_open()).close(pb.CLOSE_REASON_CANCELLED)
+        second = await worker.next_open()
+        second.tokens(0, 50)
+        second.close(STOP)
+        await client.end()
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "stop", "reason"),
+    [(2, frozenset[int](), "length"), (9, frozenset({51}), "stop")],
+)
+async def test_worker_lost_right_after_the_last_token_does_not_start_another_attempt(
+    max_tokens: int, stop: frozenset[int], reason: str
+) -> None:
+    async with fake_cluster() as cluster:
+        worker = await cluster.add("decode-0", "decode")
+        client = cluster.ask(choice(max_tokens=max_tokens, stop=stop))
+        stream = await worker.next_open()
+        stream.tokens(0, 50, 51)
+        await wait_until(lambda: client.token_ids == [50, 51])
+        worker.end_session()
+        assert (await client.end()).finish_reason == reason
+        assert worker.num_received("open") == 1
+
+
+async def test_choice_waits_for_a_decode_worker_to_come() -> None:
+    async with fake_cluster() as cluster:
+        client = cluster.ask(choice())
+        await cluster.add("decode-0", "decode", cluster.scripts.decode)
+        await client.end()
+
+
+async def test_choice_without_any_decode_worker_is_refused_after_a_bound() -> None:
+    async with fake_cluster(session={"silence_s": 0.2}) as cluster:
+        await cluster.add("prefill-0", "prefill")
+        with pytest.raises(UnavailableError, match="no decode worker"):
+            await cluster.ask(choice()).end()
+
+
+async def test_delisted_worker_gets_nothing_new_while_its_streams_go_on() -> None:
+    async with fake_cluster(session={"silence_s": 0.3}) as cluster:
+        worker = await cluster.add("decode-0", "decode")
+        running = cluster.ask(choice())
+        stream = await worker.next_open()
+        cluster.delist(worker)
+        with pytest.raises(UnavailableError):
+            await cluster.ask(choice()).end()
+        stream.tokens(0, 50)
+        stream.close(STOP)
+        await running.end()
+        assert worker.num_received("open") == 1
+
+
+async def test_workers_of_different_digests_never_pair() -> None:
+    async with fake_cluster() as cluster:
+        worker = await cluster.add("decode-0", "decode")
+        await cluster.add("prefill-0", "prefill", digest=b"\x02" * 16)
+        client = cluster.ask(choice())
+        stream = await worker.next_open()
+        assert not stream.message.HasField("handoff")
+        await client.leave()
+
+
+async def test_lost_worker_is_named_when_nothing_is_left_to_try() -> None:
+    async with fake_cluster(gateway={"max_attempts": 1}) as cluster:
+        worker = await cluster.add("decode-0", "decode")
+        client = cluster.ask(choice())
+        await worker.next_open()
+        await worker.stop()
+        with pytest.raises(WorkerLostError, match="decode-0 was lost"):
+            await client.end()

@@ -1,0 +1,272 @@
+"""Any schedule of workers' events, losses and clients' moves: exact tokens, empty tables.
+
+The Sessions are the real ones over a stream in memory, so that hypothesis chooses
+the order of everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import grpc.aio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from baton.config import SessionConfig, parse_config
+from baton.errors import (
+    BatonError,
+    DeadlineExceededError,
+    InternalError,
+    ReservationError,
+    TransferError,
+)
+from baton.faults import Faults
+from baton.protocol import new_epoch
+from baton.records import Role
+from baton.telemetry import GatewayMetrics
+from baton.v1 import session_pb2 as pb
+from router.orchestrator import Orchestrator
+from router.routing.policy import LeastLoaded
+from router.workers.handshake import Call
+from router.workers.pool import WorkerPool
+from router.workers.session import WorkerSession
+from tests.support.fake_cluster import Client, choice
+from tests.support.fake_worker import expected_token, worker_record
+
+PROMPT = (1, 2, 3)
+MAX_TOKENS = 5
+
+
+class MemoryCall:
+    """The gateway's end of a Session whose other end the test holds."""
+
+    def __init__(self) -> None:
+        self.written: list[pb.GatewayMessage] = []
+        self.inbox: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def write(self, message: pb.GatewayMessage) -> None:
+        self.written.append(message)
+
+    async def read(self) -> Any:
+        return await self.inbox.get()
+
+    def cancel(self) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class Worker:
+    """One worker: its Session, and the streams that it believes to be open."""
+
+    role: Role
+    number: int
+    call: MemoryCall = field(default_factory=MemoryCall)
+
+    def __post_init__(self) -> None:
+        record = worker_record(f"{self.role}-{self.number}", self.role, new_epoch())
+        config = SessionConfig(silence_s=3600.0)
+        self.session = WorkerSession(record, cast(Call, self.call), config)
+        self.running = asyncio.create_task(self.session.run())
+
+    def opens(self) -> list[pb.Open]:
+        """All that were ever opened: late events are part of the game."""
+        return [m.open for m in self.call.written if m.WhichOneof("body") == "open"]
+
+    def send(self, **events: Any) -> None:
+        self.call.inbox.put_nowait(pb.WorkerMessage(events=pb.Events(**events)))
+
+
+class Pool:
+    """As the orchestrator sees a WorkerPool, without ports."""
+
+    def __init__(self) -> None:
+        self.workers = [Worker(role, n) for n in range(2) for role in ("prefill", "decode")]
+        self.watchers: list[asyncio.Event] = []
+
+    def sessions(self, role: Role) -> list[WorkerSession]:
+        live = [w for w in self.workers if w.role == role and w.session.lost is None]
+        return [w.session for w in live]
+
+    @contextmanager
+    def watched_by(self, event: asyncio.Event) -> Iterator[None]:
+        self.watchers.append(event)
+        try:
+            yield
+        finally:
+            self.watchers.remove(event)
+
+    def restart(self, number: int) -> None:
+        """The worker dies; another process takes its place."""
+        old = self.workers[number]
+        old.call.inbox.put_nowait(grpc.aio.EOF)
+        self.workers[number] = Worker(old.role, old.number)
+        for event in self.watchers:
+            event.set()
+
+
+def act(worker: Worker, action: str, pick: int) -> None:
+    """One event of a worker about one of the streams it ever saw."""
+    opens = worker.opens()
+    if not opens:
+        return
+    message = opens[pick % len(opens)]
+    stream_id, first = message.stream_id, len(message.emitted_token_ids)
+    if action == "reserve":
+        worker.send(reserved=[pb.Reserved(stream_id=stream_id, num_held_tokens=pick)])
+    elif action == "token":
+        # Of any position: repeated, ahead, or the one that is due.
+        position = first + pick % max(1, MAX_TOKENS - first)
+        token_id = expected_token(PROMPT, position)
+        batch = pb.TokenBatch(stream_ids=[stream_id], positions=[position], token_ids=[token_id])
+        worker.send(tokens=batch)
+    elif action == "finish":
+        last = MAX_TOKENS if worker.role == "decode" else min(first + 1, MAX_TOKENS)
+        positions = range(first, last)
+        batch = pb.TokenBatch(
+            stream_ids=[stream_id] * len(positions),
+            positions=positions,
+            token_ids=[expected_token(PROMPT, position) for position in positions],
+        )
+        ends = last == MAX_TOKENS
+        reason = pb.CLOSE_REASON_LENGTH if ends else pb.CLOSE_REASON_HANDED_OFF
+        worker.send(tokens=batch, closed=[pb.Closed(stream_id=stream_id, reason=reason)])
+    else:
+        error = {"fail": TransferError, "refuse": ReservationError}[action]
+        closed = pb.Closed(
+            stream_id=stream_id, reason=pb.CLOSE_REASON_FAILED, error_code=error.code
+        )
+        worker.send(closed=[closed])
+
+
+async def settle() -> None:
+    for _ in range(12):
+        await asyncio.sleep(0)
+
+
+STEPS = st.one_of(
+    st.tuples(
+        st.sampled_from(["reserve", "token", "token", "finish", "fail", "refuse"]),
+        st.integers(0, 3),
+        st.integers(0, 7),
+    ),
+    st.tuples(st.sampled_from(["ask", "ask", "leave", "expire", "restart"]), st.integers(0, 3)),
+)
+
+
+class Game:
+    def __init__(self) -> None:
+        self.pool = Pool()
+        config = parse_config({"gateway": {"max_in_flight": 2, "max_queued": 1}})
+        metrics = GatewayMetrics(CollectorRegistry())
+        self.orchestrator = Orchestrator(
+            config=config,
+            pool=cast(WorkerPool, self.pool),
+            policy=LeastLoaded(random.Random(0)),
+            metrics=metrics,
+            faults=Faults(None, "gateway-0"),
+            registry_up=lambda: True,
+            rng=random.Random(0),
+        )
+        self.clients: list[Client] = []
+        self.dead: list[Worker] = []
+
+    async def play(self, steps: list[tuple[Any, ...]]) -> None:
+        for step in steps:
+            action, which = step[0], step[1]
+            worker = self.pool.workers[which]
+            if action in ("ask", "expire"):
+                deadline_s = 60.0 if action == "ask" else 0.0
+                request = choice(*PROMPT, max_tokens=MAX_TOKENS, deadline_s=deadline_s)
+                self.clients.append(Client(self.orchestrator.generate(request)))
+            elif action == "leave" and self.clients:
+                self.clients[which % len(self.clients)].task.cancel()
+            elif action == "restart":
+                self.dead.append(worker)
+                self.pool.restart(which)
+            elif len(step) == 3:
+                act(worker, action, step[2])
+            if which % 2:
+                await settle()
+        await settle()
+
+    async def finish(self) -> None:
+        """The workers complete whatever is still open; then clients must all have ended."""
+        for _ in range(60):
+            if all(client.task.done() for client in self.clients):
+                return
+            for worker in self.pool.workers:
+                for number in range(len(worker.opens())):
+                    act(worker, "finish", number)
+            await asyncio.sleep(0.01)
+        raise AssertionError("a choice neither finished nor failed")
+
+    def check(self) -> None:
+        expected = [expected_token(PROMPT, position) for position in range(MAX_TOKENS)]
+        for client in self.clients:
+            assert client.token_ids == expected[: len(client.token_ids)]
+            if client.task.cancelled():
+                continue
+            error = client.task.exception()
+            assert error is None or isinstance(error, BatonError)
+            assert not isinstance(error, InternalError)
+            if error is None:
+                assert client.last is not None
+                assert client.last.finish_reason == "length"
+                assert client.token_ids == expected
+        assert self.pool.watchers == []
+        for worker in [*self.pool.workers, *self.dead]:
+            assert worker.session.num_open == 0
+            sent = [m.cancel.stream_id for m in worker.call.written if m.HasField("cancel")]
+            assert all(count == 1 for count in Counter(sent).values())
+            proceeds = [m.proceed.stream_id for m in worker.call.written if m.HasField("proceed")]
+            assert all(count == 1 for count in Counter(proceeds).values())
+        admission = self.orchestrator._admission
+        assert (admission.num_in_flight, admission.num_queued) == (0, 0)
+        ids = [m.stream_id for w in [*self.pool.workers, *self.dead] for m in w.opens()]
+        # A choice opens the same id on its two workers, and on no others ever again.
+        assert all(count <= 2 for count in Counter(ids).values())
+
+
+async def scenario(steps: list[tuple[Any, ...]]) -> None:
+    game = Game()
+    try:
+        await game.play(steps)
+        await game.finish()
+        await settle()
+        game.check()
+    finally:
+        for client in game.clients:
+            await client.leave()
+        for worker in [*game.pool.workers, *game.dead]:
+            worker.running.cancel()
+            await asyncio.gather(worker.running, return_exceptions=True)
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not rest, f"tasks are left: {rest}"
+
+
+@settings(max_examples=80, deadline=None)
+@given(steps=st.lists(STEPS, max_size=30))
+def test_after_any_schedule_tokens_are_exact_and_nothing_is_left(
+    steps: list[tuple[Any, ...]],
+) -> None:
+    asyncio.run(scenario(steps))
+
+
+def test_deadline_of_the_past_opens_nothing() -> None:
+    async def expired() -> None:
+        game = Game()
+        client = Client(game.orchestrator.generate(choice(deadline_s=-1.0)))
+        await settle()
+        assert isinstance(client.task.exception(), DeadlineExceededError)
+        assert all(worker.opens() == [] for worker in game.pool.workers)
+        for worker in game.pool.workers:
+            worker.running.cancel()
+
+    asyncio.run(expired())
