@@ -15,7 +15,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ _ABORT_S = 1.0
 """How long processes may take to end that have served nobody yet."""
 
 
+MODULES: Mapping[str, str] = {
+    "gateway": "router.main",
+    "prefill": "prefill_workers.main",
+    "decode": "decode_workers.main",
+}
+"""What `python -m` runs for each role, where it is a process of ours."""
+
+
 class Launcher:
     """One cluster, from its first process to its last. Owns all of them.
 
@@ -52,11 +60,13 @@ class Launcher:
         redis_url: str | None,
         progress: Progress,
         restore_signals: Callable[[], None] = lambda: None,
+        modules: Mapping[str, str] = MODULES,
     ) -> None:
         self._config = config
         self._folder = folder
         self._progress = progress
         self._restore_signals = restore_signals
+        self._modules = modules
         self._secret = os.environ.get("BATON_SECRET") or secrets.token_hex(32)
         self._janitor = Janitor(temp_folder)
         self._private = redis_server.prepare(temp_folder) if redis_url is None else None
@@ -90,14 +100,14 @@ class Launcher:
             assert self._private is not None
             return Command(self._private.arguments)
         environment = {"BATON_SECRET": self._secret, "REDIS_URL": self._redis_url}
-        config_file = str(self._folder.config_file)
+        name = "--gateway-id" if role == "gateway" else "--worker-id"
         # -P: a folder named like one of our packages, where the user stands, is not it.
-        python = (sys.executable, "-P", "-m")
-        if role == "gateway":
-            rest = ("router.main", "--config", config_file, "--gateway-id", worker_id)
-        else:
-            rest = (f"{role}_workers.main", "--config", config_file, "--worker-id", worker_id)
-        return Command((*python, *rest), environment)
+        arguments = (
+            *(sys.executable, "-P", "-m", self._modules[role]),
+            *("--config", str(self._folder.config_file)),
+            *(name, worker_id),
+        )
+        return Command(arguments, environment)
 
     def _on_event(self, event: WorkerEvent) -> None:
         if event.kind != "died":

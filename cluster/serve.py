@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Mapping
 from typing import TextIO
 
 import yaml
@@ -19,7 +20,7 @@ from baton.config import BatonConfig
 from baton.errors import BatonError, CheckpointError, ConfigurationError
 from cluster import preflight, redis_server
 from cluster.console import Progress
-from cluster.launcher import Launcher
+from cluster.launcher import MODULES, Launcher
 from cluster.procfs import name_of
 from cluster.server_client import ServerStatus, authorization, url_of
 from cluster.state import RunFolder, ServerState, make_temp_folder
@@ -67,14 +68,16 @@ def check(config: BatonConfig) -> BatonConfig:
     return config.model_copy(update={"gateway": gateway, "engine": engine, "model": model})
 
 
-def serve(config: BatonConfig, *, redis_url: str | None) -> int:
+def serve(
+    config: BatonConfig, *, redis_url: str | None, modules: Mapping[str, str] = MODULES
+) -> int:
     """Serves until a signal. Returns the exit status: 0 after a stop that was asked
     for, 1 when the cluster could not be started, 2 when it could not be as asked."""
     progress = Progress()
     try:
         with progress.waiting("checking"):
             config = check(config)
-        code, clean = asyncio.run(_serve(config, redis_url, progress))
+        code, clean = asyncio.run(_serve(config, redis_url, modules, progress))
     except BatonError as error:
         progress.fail(error.message)
         return 2 if isinstance(error, ConfigurationError | CheckpointError) else 1
@@ -84,7 +87,7 @@ def serve(config: BatonConfig, *, redis_url: str | None) -> int:
 
 
 async def _serve(
-    config: BatonConfig, redis_url: str | None, progress: Progress
+    config: BatonConfig, redis_url: str | None, modules: Mapping[str, str], progress: Progress
 ) -> tuple[int, bool]:
     """Exit status, and whether every thread has let go. Raises BatonError before
     anything was started."""
@@ -97,8 +100,7 @@ async def _serve(
         if redis_url is not None:
             await redis_server.ping(redis_url, timeout_s=5.0)
         folder.prepare()
-        log = stack.enter_context((folder.logs / "launcher.log").open("a", buffering=1))
-        _log_to(log)
+        log = _log_to(folder)
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(contextlib.redirect_stderr(log))
         folder.config_file.write_text(
@@ -114,6 +116,7 @@ async def _serve(
             redis_url=redis_url,
             progress=progress,
             restore_signals=signals.install,
+            modules=modules,
         )
         return await _run(launcher, config, folder, signals, progress)
 
@@ -161,15 +164,17 @@ def _state(config: BatonConfig, temp_folder: str) -> ServerState:
     )
 
 
-def _log_to(log: TextIO) -> None:
-    """The launcher's own log; a terminal gets its progress lines alone."""
-    handler = logging.StreamHandler(log)
+def _log_to(folder: RunFolder) -> TextIO:
+    """Logs to the launcher's own file, open until the process ends, and returns it: a
+    terminal gets the progress lines alone, whatever libraries print."""
+    handler = logging.FileHandler(folder.logs / "launcher.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s launcher %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     for noisy in ("asyncio", "httpcore", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    return handler.stream
 
 
 def _announce(

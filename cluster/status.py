@@ -24,12 +24,11 @@ def known_url(cluster: str) -> str:
 def status_table(status: ServerStatus) -> Table:
     """One row per worker."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("pool")
-    table.add_column("worker")
-    table.add_column("state")
+    table.add_column("pool", no_wrap=True)
+    table.add_column("worker", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     for heading in ("running", "waiting", "KV used", "KV cached", "KV blocks"):
-        table.add_column(heading, justify="right")
-    table.add_column("address", style="dim")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in status.workers:
         cached = row.num_cached_blocks / row.num_blocks if row.num_blocks else 0.0
         table.add_row(
@@ -41,7 +40,6 @@ def status_table(status: ServerStatus) -> Table:
             f"{row.used_share:.1%}",
             f"{cached:.1%}",
             f"{row.num_blocks:,}",
-            row.address,
         )
     return table
 

