@@ -38,10 +38,18 @@ class Started(Protocol):
 class PoolBackend(Protocol):
     """Starts the processes of one or more roles."""
 
+    async def wait_lost(self) -> str:
+        """Returns once the backend itself can start nothing any more, saying why."""
+        ...
+
     async def start(self, role: str, worker_id: str) -> Started:
         """Raises BatonError when it cannot be started."""
         ...
 
-    async def close(self) -> None:
-        """Ends what the backend itself runs; every process it started is gone."""
+    async def close(self) -> bool:
+        """Ends what the backend itself runs; every process it started is gone.
+
+        Returns False when it could not: then this process must end without its
+        libraries' own ends, which would hang or leave files behind.
+        """
         ...

@@ -146,10 +146,6 @@ def serve(
     Starts the gateway, the prefill and decode workers, and a private Redis and
     Ray unless others are given. Answers the OpenAI API at http://HOST:PORT/v1.
     """
-    from baton.config import load_config
-    from baton.errors import ConfigurationError
-    from cluster.serve import serve as run
-
     given = {
         "model": model,
         "prefill.replicas": prefill,
@@ -163,10 +159,22 @@ def serve(
         "registry.cluster": cluster,
     }
     try:
-        loaded = load_config(config, _nested(given))
+        code = _serve(config, _nested(given), redis_url or None)
+    except KeyboardInterrupt:  # before anything was started: the usual way to end it
+        code = 0
+    raise typer.Exit(code)
+
+
+def _serve(file: Path | None, given: dict[str, Any], redis_url: str | None) -> int:
+    from baton.config import load_config
+    from baton.errors import ConfigurationError
+    from cluster.serve import serve as run
+
+    try:
+        config = load_config(file, given)
     except ConfigurationError as error:
         raise _fail(error.message, 2) from None
-    raise typer.Exit(run(loaded, redis_url=redis_url or None))
+    return run(config, redis_url=redis_url)
 
 
 @app.command(

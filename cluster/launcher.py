@@ -163,6 +163,10 @@ class Launcher:
                 url_of(config.gateway.host, config.gateway.port), pools, progress
             )
 
+    async def wait_lost(self) -> str:
+        """Returns once the cluster cannot be kept up any more, saying why."""
+        return await self._pools.wait_lost()
+
     def _death_sentence(self, event: WorkerEvent) -> str:
         lines = self._folder.log_tail(event.worker_id)
         sentence = f"{event.worker_id} {event.reason} while the cluster was starting"
@@ -176,8 +180,8 @@ class Launcher:
     async def stop(self, hurry: asyncio.Event) -> bool:
         """Ends everything, whatever state it is in. Once ``hurry`` is set, at once.
 
-        Returns False when Ray did not let go in time: this process should then end
-        without waiting for its threads.
+        Returns False when Ray did not let go: this process should then end without
+        waiting for its threads.
         """
         began = time.monotonic()
         limit_s = self._config.cluster.stop_timeout_s if self._serving else _ABORT_S
@@ -194,7 +198,7 @@ class Launcher:
         await asyncio.to_thread(self._janitor.finish)
         logger.info("stopped in %.1f s", time.monotonic() - began)
         if (killed := killed + redis_killed) and self._serving and not hurry.is_set():
-            self._progress.warn(f"{killed} processes had to be killed")
+            self._progress.warn(f"processes that had to be killed: {killed}")
         return clean
 
     async def _close_pools(self, hurry: asyncio.Event) -> bool:
@@ -205,12 +209,9 @@ class Launcher:
             timeout=self._config.cluster.stop_timeout_s,
             return_when=asyncio.FIRST_COMPLETED,
         )
-        closed = closing.done()
         for task in (closing, hurried):
             task.cancel()
-        results = await asyncio.gather(closing, hurried, return_exceptions=True)
-        if isinstance(results[0], Exception):
-            logger.error(
-                "the %s backend did not close: %s", self._config.cluster.backend, results[0]
-            )
-        return closed
+        result, _ = await asyncio.gather(closing, hurried, return_exceptions=True)
+        if result is not True:
+            logger.error("the backend did not let go: %r", result)
+        return result is True

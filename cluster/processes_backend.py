@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -100,5 +101,11 @@ class ProcessesBackend:
                 start_new_session=True,
             )
 
-    async def close(self) -> None:
+    async def wait_lost(self) -> str:
+        """Never: there is nothing but this process itself."""
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    async def close(self) -> bool:
         """Nothing runs here but what the reconciler stops."""
+        return True

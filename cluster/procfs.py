@@ -46,6 +46,14 @@ def is_alive(process: ProcessName) -> bool:
     return name_of(process.pid) == process
 
 
+def command_of(process: ProcessName) -> str:
+    """The kernel's short name of its command; empty once it is gone."""
+    try:
+        return Path(f"/proc/{process.pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def send(process: ProcessName, signal_number: signal.Signals) -> bool:
     """Signals this very process, through a pidfd; False when it is gone."""
     try:

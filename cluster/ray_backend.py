@@ -21,7 +21,7 @@ from baton.config import BatonConfig
 from baton.errors import BatonError
 from cluster import ray_cluster
 from cluster.backend import Exit
-from cluster.procfs import ProcessName, descendants, send, wait_gone
+from cluster.procfs import ProcessName, command_of, descendants, send, wait_gone
 from cluster.ray_actor import MAX_CONCURRENCY, Place, WorkerActor, WorkerStart
 from cluster.ray_thread import RayThread
 
@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 _PROOF_POLL_S = 0.2
 """Between two questions to Ray whether an actor of another machine is dead."""
+
+
+_TELL_S = 5.0
+"""How long Ray may take to hear something that nobody waits for."""
 
 
 class RayBackend:
@@ -59,6 +63,7 @@ class RayBackend:
         self._namespace = f"baton-{config.registry.cluster}"
         self._thread = RayThread()
         self._opening: asyncio.Task[None] | None = None
+        self._vital: list[ProcessName] = []
 
     async def open(self) -> None:
         """Connects to Ray, once. Raises UnavailableError."""
@@ -82,6 +87,23 @@ class RayBackend:
         if address is None:
             for process in descendants(os.getpid()):
                 self._on_started(process)
+                if command_of(process) in ("gcs_server", "raylet"):
+                    self._vital.append(process)
+
+    async def wait_lost(self) -> str:
+        """A Ray of our own is lost with its raylet or its GCS: neither can be replaced.
+        What a given Ray cluster does about its own is its own matter."""
+        await self.open()
+        if not self._vital:
+            await asyncio.Event().wait()
+        waits = {asyncio.create_task(wait_gone(process)): process for process in self._vital}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for waiting in waits:
+                waiting.cancel()
+        self._thread.give_up()
+        return f"Ray has died on this machine (pid {waits[done.pop()].pid} is gone)"
 
     async def start(self, role: str, worker_id: str) -> RayWorker:
         await self.open()
@@ -110,13 +132,17 @@ class RayBackend:
         threads = self._config.engine.threads
         return {**own, "OMP_NUM_THREADS": str(threads)} if threads else own
 
-    async def close(self) -> None:
-        """Waits for an opening that is under way, then leaves or ends Ray."""
+    async def close(self) -> bool:
+        """Waits for an opening that is under way, then leaves or ends Ray. Of a Ray that
+        was lost nobody takes leave; the launcher's janitor ends what is left of it."""
         if self._opening is None:
-            return
+            return True
+        if self._thread.given_up:
+            return False
         with contextlib.suppress(BatonError):
             await asyncio.shield(self._opening)
         await self._thread.call(ray_cluster.disconnect)
+        return True
 
 
 class RayWorker:
@@ -133,7 +159,9 @@ class RayWorker:
         self._thread = thread
         self._name = name
         self._on_started = on_started
-        self._process: ProcessName | None = None  # on this machine, once it is known
+        self._placed = False
+        self._unwanted = False
+        self._process: ProcessName | None = None  # on this machine, once it is placed
         self._created = asyncio.create_task(thread.call(lambda: _create(name, start)))
 
     async def wait(self) -> Exit:
@@ -142,8 +170,11 @@ class RayWorker:
         except Exception as error:
             return Exit(None, f"could not be created by Ray: {_first_line(error)}")
         try:
+            if self._unwanted:
+                return Exit(None, "was killed")
             with contextlib.suppress(Exception):  # then running fails too, and says why
                 place = await asyncio.wrap_future(actor.place)
+                self._placed = True
                 if place.is_local:
                     self._process = place.process
                     self._on_started(place.process)
@@ -168,27 +199,39 @@ class RayWorker:
 
     async def _end(self, actor: _Actor) -> None:
         """Ends the actor's process, has its end proved, and gives its place back."""
-        await self._thread.call(lambda: _kill(actor.handle))
         if self._process is not None:
             send(self._process, signal.SIGKILL)
             await wait_gone(self._process)
-        else:
+        await self._tell_ray(lambda: _kill(actor.handle))
+        if self._process is None and self._placed:
             while not await self._thread.call(lambda: _is_dead(actor.handle)):
                 logger.debug("%s is not proved dead yet", self._name)
-        await self._thread.call(lambda: _give_back(actor.group))
+        await self._tell_ray(lambda: _give_back(actor.group))
+
+    async def _tell_ray(self, function: Callable[[], None]) -> None:
+        """For what Ray should know; a Ray that has died itself cannot hear it."""
+        try:
+            await asyncio.wait_for(self._thread.call(function), _TELL_S)
+        except Exception as error:  # Ray raises many kinds, documented nowhere
+            logger.warning("%s: Ray did not hear of its end: %s", self._name, _first_line(error))
 
     async def stop(self) -> None:
-        with contextlib.suppress(Exception):  # not created, or gone already
-            actor = await asyncio.shield(self._created)
-            await self._thread.call(lambda: actor.handle.stop.remote())
+        """A worker that has not come up yet has nothing to finish: it is killed. So is
+        one that Ray cannot be asked to stop."""
+        if not self._placed or self._thread.given_up:
+            await self.kill()
+            return
+        actor = await self._created
+        await self._tell_ray(lambda: actor.handle.stop.remote())
 
     async def kill(self) -> None:
         if self._process is not None:
             send(self._process, signal.SIGKILL)
-            return
-        with contextlib.suppress(Exception):
-            actor = await asyncio.shield(self._created)
-            await self._thread.call(lambda: _kill(actor.handle))
+        elif self._created.done():
+            actor = await self._created
+            await self._tell_ray(lambda: _kill(actor.handle))
+        else:  # being created; ``wait`` ends it as soon as that is done
+            self._unwanted = True
 
 
 class _Actor:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from baton.errors import UnavailableError
+
 T = TypeVar("T")
 
 
@@ -18,6 +20,7 @@ class RayThread:
     daemon, so that a call that hangs cannot keep the process from ending."""
 
     def __init__(self) -> None:
+        self.given_up = False
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="ray", daemon=True).start()
 
@@ -31,9 +34,18 @@ class RayThread:
             except BaseException as error:
                 future.set_exception(error)
 
+    def give_up(self) -> None:
+        """Ray has died: refuses all calls from now on, which could only hang."""
+        self.given_up = True
+
     async def call(self, function: Callable[[], T]) -> T:
         """Its result or exception. When the caller is cancelled, a call that has
-        begun goes on and one that has not is dropped."""
+        begun goes on and one that has not is dropped.
+
+        Raises: UnavailableError once Ray was given up.
+        """
+        if self.given_up:
+            raise UnavailableError("Ray has died")
         future: Future[T] = Future()
         self._calls.put((future, function))
         return await asyncio.wrap_future(future)

@@ -29,6 +29,8 @@ STABLE_S = 30.0
 """A process that lived this long did not die of its start."""
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 30.0
+PROOF_S = 5.0
+"""How long a killed process may take to be proved gone, before a stop goes on."""
 
 
 def backoff_s(quick_deaths: int) -> float:
@@ -164,7 +166,10 @@ class Reconciler:
                 num_killed += 1
             elif slot.life is not None:
                 slot.life.cancel()
-        await asyncio.gather(*lives, return_exceptions=True)
+        await _wait_all(lives, PROOF_S, asyncio.Event())
+        for slot in slots:
+            if slot.life is not None:
+                logger.error("%s is not proved gone", slot.worker_id)
         return num_killed
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from typing import TextIO
@@ -17,7 +18,7 @@ import yaml
 from rich.table import Table
 
 from baton.config import BatonConfig
-from baton.errors import BatonError, CheckpointError, ConfigurationError
+from baton.errors import BatonError, CheckpointError, ConfigurationError, UnavailableError
 from cluster import preflight, redis_server
 from cluster.console import Progress
 from cluster.launcher import MODULES, Launcher
@@ -43,6 +44,13 @@ class StopSignals:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self.received)
+
+    def ignore(self) -> None:
+        """Everything has ended; one Ctrl-C too many must not look like a failure."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
     def received(self) -> None:
         now = time.monotonic()
@@ -82,7 +90,8 @@ def serve(
         progress.fail(error.message)
         return 2 if isinstance(error, ConfigurationError | CheckpointError) else 1
     if not clean:
-        os._exit(code)  # a thread hangs in Ray, whose processes are dead by now
+        sys.stdout.flush()
+        os._exit(code)  # a thread may hang in Ray, whose processes are dead by now
     return code
 
 
@@ -135,9 +144,13 @@ async def _run(
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not stop.done():
             _announce(start.result(), config, folder, progress)
-            await stop
+            await _wait_end(launcher, stop)
             bound = f"at most {config.gateway.drain_s:g} s"
             progress.say(f"\nstopping: finishing what is in flight ({bound}; Ctrl-C hurries)")
+        else:
+            start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
+            progress.say("\nstopping what has begun")
     except BatonError as error:
         code = 1
         progress.fail(error.message)
@@ -146,9 +159,21 @@ async def _run(
         await asyncio.gather(start, return_exceptions=True)
         clean = await launcher.stop(signals.hurry)
         stop.cancel()
+        signals.ignore()
     if code == 0:
         progress.say("stopped; nothing is left running")
     return code, clean
+
+
+async def _wait_end(launcher: Launcher, stop: asyncio.Task[bool]) -> None:
+    """Until a stop is asked for. Raises UnavailableError when the cluster is lost."""
+    lost = asyncio.create_task(launcher.wait_lost())
+    try:
+        await asyncio.wait({lost, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if lost.done() and not stop.done():
+            raise UnavailableError(f"{lost.result()}; stopping everything")
+    finally:
+        lost.cancel()
 
 
 def _state(config: BatonConfig, temp_folder: str) -> ServerState:
@@ -174,6 +199,7 @@ def _log_to(folder: RunFolder) -> TextIO:
     root.setLevel(logging.INFO)
     for noisy in ("asyncio", "httpcore", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    assert handler.stream is not None
     return handler.stream
 
 

@@ -63,7 +63,6 @@ class Engine:
         """
         if not scheduled:
             return []
-        torch.get_num_threads()  # makes set_num_threads hold for oneDNN in this thread too
         batch = build_batch(scheduled, self.kv.layout)
         logits = self._model.forward(
             batch.token_ids, batch.positions, batch.sampled_rows, self._attention.begin(batch)

@@ -8,7 +8,6 @@ So a sequence that is computed again elsewhere draws the same tokens.
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,16 +75,14 @@ def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -
 def _invert(weights: Tensor, target: Tensor) -> Tensor:
     """The first column at which each row's cumulative share exceeds ``target``, [rows]."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1]
-    # The product may round up to the total itself, which no column would exceed.
-    bound = torch.minimum(target * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, bound[:, None], right=True)[:, 0]
+    # A number of 53 bits below 1 times a total is, rounded, below that total.
+    bound = target[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, bound, right=True)[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
 class _Limit:
-    """top_k (int64, the vocabulary's size where off) and top_p (float64, infinite
-    where off, lest rounding cut the rarest tokens away) of each row."""
+    """top_k (int64, the vocabulary's size where off) and top_p (float64) of each row."""
 
     top_k: Tensor
     top_p: Tensor
@@ -93,14 +90,14 @@ class _Limit:
     @classmethod
     def of(cls, params: list[SamplingParams], vocab_size: int) -> _Limit:
         top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
-        top_p = [p.top_p if p.top_p < 1.0 else math.inf for p in params]
+        top_p = [p.top_p for p in params]
         return cls(torch.tensor(top_k), torch.tensor(top_p, dtype=torch.float64))
 
     def of_rows(self, rows: Tensor) -> _Limit:
         return _Limit(self.top_k[rows], self.top_p[rows])
 
     def rows_in_force(self, vocab_size: int) -> Tensor:
-        return ((self.top_k < vocab_size) | self.top_p.isfinite()).nonzero()[:, 0]
+        return ((self.top_k < vocab_size) | (self.top_p < 1.0)).nonzero()[:, 0]
 
 
 def _draw_likeliest(logits: Tensor, weights: Tensor, limit: _Limit, target: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from baton.errors import InternalError
 from baton.faults import Faults
 from kv_transfer.keys import TransferKey
 from kv_transfer.transports.base import ServeLink
+from kv_transfer.transports.rendezvous import Rendezvous
 from kv_transfer.v1 import transfer_pb2 as pb
 
 FAULT_POINTS = {
@@ -28,8 +29,10 @@ class DecodeConnection:
         self.keys: set[TransferKey] = set()
         """Transfers that attached on this stream and have not ended."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.rendezvous = Rendezvous(self._send_rendezvous)
+        self._loop = asyncio.get_running_loop()
         self._faults = faults
-        self._outbox: asyncio.Queue[tuple[TransferKey, pb.PullResponse]] = asyncio.Queue()
+        self._outbox: asyncio.Queue[tuple[TransferKey | None, pb.PullResponse]] = asyncio.Queue()
 
     def lose(self, reason: str) -> None:
         if not self.lost.done():
@@ -52,6 +55,12 @@ class DecodeConnection:
                 if point := FAULT_POINTS.get(response.WhichOneof("body") or ""):
                     await self._faults.wait(point)
             except InternalError as error:
+                assert key is not None
                 failed(key, error)
                 continue
             await write(response)
+
+    def _send_rendezvous(self, key: str, value: bytes) -> None:
+        """In the thread that builds the link."""
+        response = pb.PullResponse(rendezvous=pb.Rendezvous(key=key, value=value))
+        self._loop.call_soon_threadsafe(self._outbox.put_nowait, (None, response))

@@ -89,6 +89,8 @@ class KvMemory:
 def map_read_only(fd: int, num_bytes: int) -> mmap.mmap:
     """A peer's memory, mapped for reading. ``fd`` may be closed afterwards.
 
+    For a thread: all its pages are mapped now, so that the first copy faults on none.
+
     Raises ValueError unless the file is of exactly this size and sealed against
     shrinking: reading a file that shrinks would kill this process.
     """
@@ -97,4 +99,4 @@ def map_read_only(fd: int, num_bytes: int) -> mmap.mmap:
         raise ValueError(f"the peer's memory has {size} bytes, {num_bytes} were announced")
     if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
         raise ValueError("the peer's memory is not sealed against shrinking")
-    return mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+    return mmap.mmap(fd, num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)

@@ -16,12 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import grpc
-import grpc.aio
+from typing import Protocol
 
 from baton import rpc
 from baton.config import KvTransferConfig, SessionConfig
@@ -29,6 +25,7 @@ from baton.errors import IncompatiblePeerError, InternalError, TransferError
 from baton.faults import Faults
 from kv_transfer import handshake
 from kv_transfer.keys import TransferKey
+from kv_transfer.stream import PullStream, RefusedError
 from kv_transfer.transports import shared_memory
 from kv_transfer.transports.base import LinkError, PullLink, PullTransport
 from kv_transfer.v1 import transfer_pb2 as pb
@@ -38,19 +35,6 @@ logger = logging.getLogger(__name__)
 
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MOST_S = 1.0
-FAULT_POINTS = {"attach": "decode.attach", "release": "decode.release"}
-
-_STATUS_S = 1.0
-
-_FINAL = (
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.UNIMPLEMENTED,
-)
-"""What a peer answers that will answer the same the next time."""
-
-Call = Any  # grpc.aio.StreamStreamCall, which the stubs type by request and response
 
 
 class PeerOwner(Protocol):
@@ -84,14 +68,6 @@ class PeerSettings:
     idle_s: float
 
 
-class _RefusedError(Exception):
-    """The peer can never serve this worker; carries what its transfers are told."""
-
-    def __init__(self, error: TransferError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
 class _NextTransportError(Exception):
     """This transport does not work with the peer; another may."""
 
@@ -117,9 +93,8 @@ class PrefillPeer:
         self._owner = owner
         self._names = list(handshake.allowed_transports(settings.config))
         self._num_transfers = 0
-        self._outbox: asyncio.Queue[tuple[TransferKey, pb.PullRequest]] = asyncio.Queue()
+        self._stream: PullStream | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._lose: Callable[[str], None] = lambda reason: None
         self._closing: set[asyncio.Task[None]] = set()
         self.task = asyncio.create_task(self._run(), name=f"kv-peer-{worker_id}")
 
@@ -133,8 +108,8 @@ class PrefillPeer:
 
     def send(self, key: TransferKey, request: pb.PullRequest) -> None:
         """Never waits; messages leave in this order. Without a stream nothing leaves."""
-        if self.link is not None:
-            self._outbox.put_nowait((key, request))
+        if self.link is not None and self._stream is not None:
+            self._stream.send(key, request)
 
     async def close(self) -> None:
         """Returns when every link's operations have ended."""
@@ -152,7 +127,8 @@ class PrefillPeer:
 
     def _let_stream_go(self) -> None:
         self.link = None  # a transfer that begins now waits for the next stream
-        self._lose("")
+        if self._stream is not None:
+            self._stream.lose("")
 
     async def _run(self) -> None:
         """Keeps a stream up as long as transfers want one."""
@@ -170,7 +146,7 @@ class PrefillPeer:
                     if self._num_transfers:
                         await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
                     delay_s = min(2 * delay_s, BACKOFF_MOST_S)
-        except _RefusedError as refused:
+        except RefusedError as refused:
             logger.warning("%s", refused.error.message)
             self._owner.peer_down(self, refused.error, for_good=True)
         except Exception as error:
@@ -184,120 +160,76 @@ class PrefillPeer:
 
     async def _connect_and_serve(self) -> None:
         """One stream, from its opening to its end. Returns when it was idle; raises
-        TransferError, _NextTransportError or _RefusedError."""
-        channel = rpc.channel(self.address, self._settings.session)
+        TransferError, _NextTransportError or RefusedError."""
+        settings = self._settings
+        channel = rpc.channel(self.address, settings.session)
+        stream = PullStream(
+            TransferStub(channel).Pull(metadata=rpc.auth_metadata(settings.secret)),
+            named=self._named(),
+            faults=settings.faults,
+            received=lambda response: self._owner.peer_received(self, response),
+            held_back=self._owner.peer_held_back,
+        )
         link: PullLink | None = None
-        lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-        def lose(reason: str) -> None:
-            if not lost.done():
-                lost.set_result(reason)
-
-        call: Call = TransferStub(channel).Pull(metadata=rpc.auth_metadata(self._settings.secret))
         try:
-            link = await self._greet(call, lose)
-            self._outbox, self._lose = asyncio.Queue(), lose
-            self.link = link
+            link = await self._greet(stream)
+            self._stream, self.link = stream, link
             self._owner.peer_up(self)
             self._watch_idleness()
-            await self._serve(call, lost)
+            await stream.wait_end()
         finally:
             self.link = None
-            call.cancel()
             if link is not None:
                 closing = asyncio.create_task(link.close())
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)
+            await stream.close()
             await channel.close()
 
-    async def _greet(self, call: Call, lose: Callable[[str], None]) -> PullLink:
+    async def _greet(self, stream: PullStream) -> PullLink:
         settings = self._settings
         try:
             async with asyncio.timeout(settings.config.attach_s):
-                hello = handshake.make_hello(settings.identity, self._names)
-                await call.write(pb.PullRequest(hello=hello))
-                response = await call.read()
-                if response is grpc.aio.EOF or not response.HasField("welcome"):
-                    raise TransferError(f"{self._named()} did not greet back")
-                return await self._connect(response.welcome, lose)
+                welcome = await stream.greet(handshake.make_hello(settings.identity, self._names))
+                return await self._connect(stream, welcome)
         except TimeoutError:
             waited = f"did not answer in {settings.config.attach_s:g} s"
             raise TransferError(f"{self._named()} {waited}") from None
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            raise await self._status(call) from None
 
-    async def _connect(self, welcome: pb.PeerWelcome, lose: Callable[[str], None]) -> PullLink:
+    async def _connect(self, stream: PullStream, welcome: pb.PeerWelcome) -> PullLink:
         settings = self._settings
-        if welcome.epoch != self.epoch:
-            raise _RefusedError(TransferError(f"{self._named()} restarted: its epoch differs"))
-        reason = handshake.refuse_welcome(
-            welcome,
-            settings.identity,
-            worker_id=self.worker_id,
-            verify=settings.config.verify,
-        )
-        name = welcome.WhichOneof("transport")
-        if reason is None and name not in self._names:
-            reason = f"it chose transport {name}, {' and '.join(self._names)} were offered"
-        if reason is not None:
-            raise _RefusedError(IncompatiblePeerError(f"{self._named()}: {reason}"))
-        assert name is not None
+        name = self._chosen(welcome)
         peer_layout = handshake.layout_of(welcome, settings.identity)
         try:
-            return await settings.transports[name].connect(welcome, peer_layout, lose)
+            return await settings.transports[name].connect(
+                welcome, peer_layout, stream.lose, stream.rendezvous
+            )
         except LinkError as error:
+            if stream.over:
+                raise await stream.status() from error
             if name == shared_memory.NAME and len(self._names) > 1:
                 self._names.remove(name)
                 raise _NextTransportError(f"{name} does not work: {error}") from error
             failure = IncompatiblePeerError(f"{self._named()}: {name} does not work: {error}")
             if name == shared_memory.NAME:
-                raise _RefusedError(failure) from error
+                raise RefusedError(failure) from error
             raise failure from error
 
-    async def _serve(self, call: Call, lost: asyncio.Future[str]) -> None:
-        """Reads and writes until the stream or the link is lost, or let go as idle."""
-        reader = asyncio.create_task(self._read(call))
-        writer = asyncio.create_task(self._write(call))
-        try:
-            await asyncio.wait((reader, writer, lost), return_when="FIRST_COMPLETED")
-        finally:
-            for task in (reader, writer):
-                task.cancel()
-            ended = await asyncio.gather(reader, writer, return_exceptions=True)
-        for error in ended:
-            if isinstance(error, Exception) and not isinstance(error, grpc.aio.AioRpcError):
-                logger.error("stream to %s failed", self._named(), exc_info=error)
-        if lost.done():
-            if reason := lost.result():
-                raise TransferError(f"{self._named()}: {reason}")
-            return
-        raise await self._status(call)
-
-    async def _read(self, call: Call) -> None:
-        while (response := await call.read()) is not grpc.aio.EOF:
-            self._owner.peer_received(self, response)
-
-    async def _write(self, call: Call) -> None:
-        while True:
-            key, request = await self._outbox.get()
-            try:
-                if point := FAULT_POINTS.get(request.WhichOneof("body") or ""):
-                    await self._settings.faults.wait(point)
-            except InternalError as error:
-                self._owner.peer_held_back(key, error)
-                continue
-            await call.write(request)
-
-    async def _status(self, call: Call) -> TransferError | _RefusedError:
-        """What a stream that ended says about its end."""
-        try:
-            async with asyncio.timeout(_STATUS_S):
-                code, details = await call.code(), await call.details()
-        except TimeoutError:
-            return TransferError(f"the stream to {self._named()} failed")
-        if code in _FINAL:
-            return _RefusedError(IncompatiblePeerError(f"{self._named()} refuses: {details}"))
-        return TransferError(f"{self._named()} is lost: {details or code.name}")
+    def _chosen(self, welcome: pb.PeerWelcome) -> str:
+        """The transport, if the peer is the right one. Raises RefusedError."""
+        if welcome.epoch != self.epoch:
+            raise RefusedError(TransferError(f"{self._named()} restarted: its epoch differs"))
+        settings = self._settings
+        reason = handshake.refuse_welcome(
+            welcome, settings.identity, worker_id=self.worker_id, verify=settings.config.verify
+        )
+        name = welcome.WhichOneof("transport")
+        if reason is None and name not in self._names:
+            reason = f"it chose transport {name}, {' and '.join(self._names)} were offered"
+        if reason is not None:
+            raise RefusedError(IncompatiblePeerError(f"{self._named()}: {reason}"))
+        assert name is not None
+        return name
 
     def _named(self) -> str:
         return f"prefill worker {self.worker_id} at {self.address}"

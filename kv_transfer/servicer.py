@@ -94,7 +94,9 @@ class PullServicer(TransferServicer):
         welcome = handshake.make_welcome(self._identity, verify=self._config.verify)
         transport = await self._choose(hello, context)
         try:
-            link = connection.link = await transport.open(welcome, connection.lose)
+            link = connection.link = await transport.open(
+                welcome, connection.lose, connection.rendezvous
+            )
         except LinkError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
             return
@@ -114,6 +116,7 @@ class PullServicer(TransferServicer):
             for task in tasks:
                 task.cancel()
             self._connections.discard(connection)
+            connection.rendezvous.close()
             self._lost(connection)
             self._spawn(self._let_go(link, tasks))
         if reason:
@@ -151,7 +154,11 @@ class PullServicer(TransferServicer):
         """An empty reason means that the peer closed the stream in order."""
         try:
             while isinstance(request := await context.read(), pb.PullRequest):
-                self._received(connection, request)
+                if request.HasField("rendezvous"):
+                    value = request.rendezvous
+                    connection.rendezvous.received(value.key, value.value)
+                else:
+                    self._received(connection, request)
             connection.lose("")
         except Exception as error:
             logger.exception("%s: stream of %s", self._identity.worker_id, connection.worker_id)

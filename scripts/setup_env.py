@@ -79,7 +79,8 @@ def _lines(process: subprocess.Popen[str]) -> "queue.Queue[str | None]":
 
 def pip(*arguments: str) -> None:
     """Runs pip in .venv; shows its large steps, a sign of life, and why it failed."""
-    command = [str(PYTHON), "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    quiet = ("--disable-pip-version-check", "--no-input")
+    command = [str(PYTHON), "-I", "-m", "pip", *quiet, *arguments]
     with (
         LOG.open("a") as log,
         subprocess.Popen(

@@ -11,12 +11,15 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from baton.errors import TransferError
 from baton.kv_layout import KvLayout
 from kv_transfer.ranges import BlockRange
 from kv_transfer.v1 import transfer_pb2 as pb
+
+if TYPE_CHECKING:
+    from kv_transfer.transports.rendezvous import Rendezvous
 
 Ended = Callable[[TransferError | None], None]
 """Called on the event loop: the operation touches the blocks no more. Without an
@@ -74,7 +77,11 @@ class PullTransport(ABC):
 
     @abstractmethod
     async def connect(
-        self, welcome: pb.PeerWelcome, peer_layout: KvLayout, lost: Callable[[str], None]
+        self,
+        welcome: pb.PeerWelcome,
+        peer_layout: KvLayout,
+        lost: Callable[[str], None],
+        rendezvous: Rendezvous,
     ) -> PullLink:
         """A link to the peer that sent ``welcome``; ``lost`` is called, with the
         reason, when it breaks by itself. Raises LinkError."""
@@ -117,7 +124,9 @@ class ServeTransport(ABC):
         """Makes it ready for peers. Raises LinkError where it cannot work here."""
 
     @abstractmethod
-    async def open(self, welcome: pb.PeerWelcome, lost: Callable[[str], None]) -> ServeLink:
+    async def open(
+        self, welcome: pb.PeerWelcome, lost: Callable[[str], None], rendezvous: Rendezvous
+    ) -> ServeLink:
         """A link for one peer; fills in the transport's part of ``welcome``."""
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """Two processes joined by torch.distributed's gloo: the only file of the hand-off that needs torch.
 
 Every (decode, prefill) pair gets a process group of its own, built directly on
-a store: there is no default group, because membership changes. Prefill is rank
-0. Everything here blocks and belongs into a thread; torch drops the GIL.
+a rendezvous over their stream: there is no default group, because membership
+changes. Everything here blocks and belongs into a thread; torch drops the GIL.
 
 A wait that times out makes gloo close the connection for good, and every other
 wait on it then raises at once. So when each posted operation has either
@@ -11,7 +11,6 @@ finished or raised, nothing reads or writes its blocks any more.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch.distributed
 
 from baton.kv_layout import KvLayout
 from kv_transfer.transports.base import LinkError
+from kv_transfer.transports.rendezvous import Rendezvous
 
 _dist: Any = torch.distributed  # its stubs lack most of what is used here
 
@@ -58,60 +58,60 @@ class _Receive:
     wanted: torch.Tensor
 
 
+class _Store(_dist.Store):  # type: ignore[misc]
+    """A rendezvous, as torch.distributed wants it."""
+
+    def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
+        super().__init__()
+        self._rendezvous = rendezvous
+        self._timeout_s = timeout_s
+
+    def set(self, key: str, value: bytes) -> None:
+        self._rendezvous.set(key, bytes(value))
+
+    def get(self, key: str) -> bytes:
+        return self._rendezvous.wait([key], self._timeout_s)[0]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        timeout_s = self._timeout_s if timeout is None else timeout.total_seconds()
+        self._rendezvous.wait(keys, timeout_s)
+
+
 class Endpoint:
-    """What all pairs of one process share: its pool, gloo's listener and thread and,
-    on prefill, the store in which ranks find each other.
+    """What all pairs of one process share: its pool, and gloo's listener and thread.
 
     Args:
-        host: the only address on which any of it listens.
+        host: the only address on which gloo listens.
     """
 
-    def __init__(self, layout: KvLayout, memory: memoryview, host: str, *, serve: bool) -> None:
+    def __init__(self, layout: KvLayout, memory: memoryview, host: str) -> None:
         self.pool = TensorPool(layout, memory)
-        self.host = host
         self._device = _dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)
-        self.port = 0
-        if serve:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, 0), family=family)
-            self.port = listener.getsockname()[1]
-            self._store = _dist.TCPStore(
-                host, self.port, is_master=True, wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-            )  # fmt: skip
 
-    def pair(
-        self, *, store_host: str, store_port: int, group: str, rank: int, timeout_s: float
-    ) -> GlooPair:
+    def pair(self, rendezvous: Rendezvous, *, rank: int, timeout_s: float) -> GlooPair:
         """Waits for the other rank. Raises LinkError where it does not turn up.
 
         Args:
-            store_host, store_port: of prefill's store.
-            group: unique, and secret: who knows it could join in the peer's place.
             timeout_s: for the peer to turn up, and for each operation.
         """
-        timeout = timedelta(seconds=timeout_s)
+        store = _Store(rendezvous, timeout_s)
+        options = _dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        options._threads = 1
+        options._devices = [self._device]
         try:
-            # A connection of its own: waiting for one peer must not hold up another.
-            store = _dist.TCPStore(
-                store_host, store_port, is_master=False, wait_for_workers=False, timeout=timeout
-            )
-            options = _dist.ProcessGroupGloo._Options()
-            options._timeout = timeout
-            options._threads = 1
-            options._devices = [self._device]
-            prefixed = _dist.PrefixStore(group, store)
-            process_group = _dist.ProcessGroupGloo(prefixed, rank, 2, options)
-        except (RuntimeError, ValueError) as error:
+            process_group = _dist.ProcessGroupGloo(store, rank, 2, options)
+        except (LinkError, RuntimeError, ValueError) as error:
             raise LinkError(f"the gloo pair did not form: {_first_line(error)}") from error
-        return GlooPair(process_group, peer=1 - rank, timeout_s=timeout_s)
+        return GlooPair(process_group, store, peer=1 - rank, timeout_s=timeout_s)
 
 
 class GlooPair:
     """One two-rank group. After a LinkError it is of no more use."""
 
-    def __init__(self, process_group: Any, *, peer: int, timeout_s: float) -> None:
+    def __init__(self, process_group: Any, store: _Store, *, peer: int, timeout_s: float) -> None:
         self._group = process_group
+        self._store = store  # the group calls back into it and does not keep it alive
         self._peer = peer
         self._timeout_s = timeout_s
 

@@ -3,7 +3,7 @@
 Decode posts its receives, then asks for the range (Fetch); prefill sends what is
 asked for, in that order. Each link has one thread on either side, which owns the
 pair. A pair that failed is never used again: the link is lost, the stream is
-closed, and the next handshake makes a new pair under a new name.
+closed, and the next stream's handshake makes a new pair.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import asyncio
 import importlib
 import importlib.util
 import logging
-import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from kv_transfer.transports.base import (
     ServeLink,
     ServeTransport,
 )
+from kv_transfer.transports.rendezvous import Rendezvous
 from kv_transfer.v1 import transfer_pb2 as pb
 
 if TYPE_CHECKING:
@@ -59,11 +59,10 @@ def installed() -> bool:
 class _Endpoint:
     """This process's gloo endpoint, made when it is first needed: torch takes a second to load."""
 
-    def __init__(self, *, memory: KvMemory, layout: KvLayout, host: str, serve: bool) -> None:
+    def __init__(self, *, memory: KvMemory, layout: KvLayout, host: str) -> None:
         self._memory = memory
         self._layout = layout
         self._host = host
-        self._serve = serve
         self._making = asyncio.Lock()
         self._made: gloo.Endpoint | None = None
 
@@ -80,9 +79,7 @@ class _Endpoint:
 
     def _make(self) -> gloo.Endpoint:
         module = importlib.import_module("kv_transfer.transports.gloo")
-        made: gloo.Endpoint = module.Endpoint(
-            self._layout, self._memory.buffer, self._host, serve=self._serve
-        )
+        made: gloo.Endpoint = module.Endpoint(self._layout, self._memory.buffer, self._host)
         return made
 
 
@@ -215,22 +212,19 @@ class GlooPull(PullTransport):
         self._pool = pool
         self._timeout_s = timeout_s
         self._faults = faults
-        self._endpoint = _Endpoint(memory=memory, layout=pool.layout, host=host, serve=False)
+        self._endpoint = _Endpoint(memory=memory, layout=pool.layout, host=host)
 
     async def connect(
-        self, welcome: pb.PeerWelcome, peer_layout: KvLayout, lost: Callable[[str], None]
+        self,
+        welcome: pb.PeerWelcome,
+        peer_layout: KvLayout,
+        lost: Callable[[str], None],
+        rendezvous: Rendezvous,
     ) -> GlooPullLink:
         endpoint = await self._endpoint.get()
-        offered = welcome.gloo
         pairs = _Pairs(lost)
-        make = partial(
-            endpoint.pair,
-            store_host=offered.store_host,
-            store_port=offered.store_port,
-            group=offered.group,
-            rank=DECODE_RANK,
-            timeout_s=min(self._timeout_s, offered.timeout_ms / 1000),
-        )
+        timeout_s = min(self._timeout_s, welcome.gloo.timeout_ms / 1000)
+        make = partial(endpoint.pair, rendezvous, rank=DECODE_RANK, timeout_s=timeout_s)
         try:
             await pairs.build(make)
         except BaseException:
@@ -273,32 +267,23 @@ class GlooServeLink(ServeLink):
 
 
 class GlooServe(ServeTransport):
-    """Prefill's side: serves the store in which all its pairs meet, on ``host``."""
+    """Prefill's side. ``host`` is this process's own address."""
 
     name: ClassVar[str] = NAME
 
     def __init__(self, *, memory: KvMemory, layout: KvLayout, host: str, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._endpoint = _Endpoint(memory=memory, layout=layout, host=host, serve=True)
+        self._endpoint = _Endpoint(memory=memory, layout=layout, host=host)
 
     async def start(self) -> None:
         await self._endpoint.get()
 
-    async def open(self, welcome: pb.PeerWelcome, lost: Callable[[str], None]) -> ServeLink:
+    async def open(
+        self, welcome: pb.PeerWelcome, lost: Callable[[str], None], rendezvous: Rendezvous
+    ) -> ServeLink:
         endpoint = await self._endpoint.get()
-        group = secrets.token_hex(16)
-        welcome.gloo.store_host = endpoint.host
-        welcome.gloo.store_port = endpoint.port
-        welcome.gloo.group = group
         welcome.gloo.timeout_ms = max(1, int(self._timeout_s * 1000))
-        make = partial(
-            endpoint.pair,
-            store_host=endpoint.host,
-            store_port=endpoint.port,
-            group=group,
-            rank=PREFILL_RANK,
-            timeout_s=self._timeout_s,
-        )
+        make = partial(endpoint.pair, rendezvous, rank=PREFILL_RANK, timeout_s=self._timeout_s)
         return GlooServeLink(pairs=_Pairs(lost), make=make, endpoint=endpoint)
 
     async def close(self) -> None:

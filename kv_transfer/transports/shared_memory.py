@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import mmap
 import os
 import socket
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from kv_transfer.transports.base import (
     ServeTransport,
 )
 from kv_transfer.transports.memory_socket import MemorySocket, fetch_memory, wait_readable
+from kv_transfer.transports.rendezvous import Rendezvous
 from kv_transfer.v1 import transfer_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -118,7 +120,11 @@ class SharedMemoryPull(PullTransport):
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
 
     async def connect(
-        self, welcome: pb.PeerWelcome, peer_layout: KvLayout, lost: Callable[[str], None]
+        self,
+        welcome: pb.PeerWelcome,
+        peer_layout: KvLayout,
+        lost: Callable[[str], None],
+        rendezvous: Rendezvous,
     ) -> SharedMemoryPullLink:
         offered = welcome.shared_memory
         if offered.num_bytes != peer_layout.num_bytes:
@@ -129,12 +135,15 @@ class SharedMemoryPull(PullTransport):
             offered.socket_path, secret=self._secret, timeout_s=self._timeout_s
         )
         try:
-            memory = map_read_only(descriptor, offered.num_bytes)
+            memory = await asyncio.get_running_loop().run_in_executor(
+                None, _map_and_close, descriptor, offered.num_bytes
+            )
         except (OSError, ValueError) as error:
             connection.close()
             raise LinkError(f"the peer's memory cannot be mapped: {error}") from error
-        finally:
-            os.close(descriptor)
+        except BaseException:
+            connection.close()
+            raise
         return SharedMemoryPullLink(
             pool=self._pool,
             source=PoolView(peer_layout, memory),
@@ -146,6 +155,14 @@ class SharedMemoryPull(PullTransport):
 
     async def close(self) -> None:
         self._executor.shutdown(wait=False)
+
+
+def _map_and_close(descriptor: int, num_bytes: int) -> mmap.mmap:
+    """In a thread, which outlives a handshake that is given up: it closes what it uses."""
+    try:
+        return map_read_only(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
 
 
 class _SharedMemoryServeLink(ServeLink):
@@ -181,7 +198,9 @@ class SharedMemoryServe(ServeTransport):
         except OSError as error:
             raise LinkError(f"its Unix socket cannot be opened: {error}") from error
 
-    async def open(self, welcome: pb.PeerWelcome, lost: Callable[[str], None]) -> ServeLink:
+    async def open(
+        self, welcome: pb.PeerWelcome, lost: Callable[[str], None], rendezvous: Rendezvous
+    ) -> ServeLink:
         welcome.shared_memory.socket_path = self._socket.path
         welcome.shared_memory.num_bytes = self._num_bytes
         return _SharedMemoryServeLink()

@@ -85,6 +85,27 @@ class Layout(google.protobuf.message.Message):
 Global___Layout: typing_extensions.TypeAlias = Layout
 
 @typing.final
+class Rendezvous(google.protobuf.message.Message):
+    """While a link is built: what a transport's library wants its peer to know."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    value: builtins.bytes
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        value: builtins.bytes = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Rendezvous: typing_extensions.TypeAlias = Rendezvous
+
+@typing.final
 class PullRequest(google.protobuf.message.Message):
     """------------------------------------------------------------------ to prefill"""
 
@@ -96,6 +117,7 @@ class PullRequest(google.protobuf.message.Message):
     RENEW_FIELD_NUMBER: builtins.int
     RELEASE_FIELD_NUMBER: builtins.int
     ABANDON_FIELD_NUMBER: builtins.int
+    RENDEZVOUS_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___PeerHello: ...
     @property
@@ -108,6 +130,8 @@ class PullRequest(google.protobuf.message.Message):
     def release(self) -> Global___Release: ...
     @property
     def abandon(self) -> Global___Abandon: ...
+    @property
+    def rendezvous(self) -> Global___Rendezvous: ...
     def __init__(
         self,
         *,
@@ -117,12 +141,13 @@ class PullRequest(google.protobuf.message.Message):
         renew: Global___Renew | None = ...,
         release: Global___Release | None = ...,
         abandon: Global___Abandon | None = ...,
+        rendezvous: Global___Rendezvous | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["abandon", b"abandon", "attach", b"attach", "body", b"body", "fetch", b"fetch", "hello", b"hello", "release", b"release", "renew", b"renew"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["abandon", b"abandon", "attach", b"attach", "body", b"body", "fetch", b"fetch", "hello", b"hello", "release", b"release", "rendezvous", b"rendezvous", "renew", b"renew"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["abandon", b"abandon", "attach", b"attach", "body", b"body", "fetch", b"fetch", "hello", b"hello", "release", b"release", "renew", b"renew"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["abandon", b"abandon", "attach", b"attach", "body", b"body", "fetch", b"fetch", "hello", b"hello", "release", b"release", "rendezvous", b"rendezvous", "renew", b"renew"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: typing_extensions.TypeAlias = typing.Literal["hello", "attach", "fetch", "renew", "release", "abandon"]
+    _WhichOneofReturnType_body: typing_extensions.TypeAlias = typing.Literal["hello", "attach", "fetch", "renew", "release", "abandon", "rendezvous"]
     _WhichOneofArgType_body: typing_extensions.TypeAlias = typing.Literal["body", b"body"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -300,6 +325,7 @@ class PullResponse(google.protobuf.message.Message):
     COMMIT_FIELD_NUMBER: builtins.int
     RELEASED_FIELD_NUMBER: builtins.int
     ABORTED_FIELD_NUMBER: builtins.int
+    RENDEZVOUS_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> Global___PeerWelcome: ...
     @property
@@ -310,6 +336,8 @@ class PullResponse(google.protobuf.message.Message):
     def released(self) -> Global___Released: ...
     @property
     def aborted(self) -> Global___Aborted: ...
+    @property
+    def rendezvous(self) -> Global___Rendezvous: ...
     def __init__(
         self,
         *,
@@ -318,12 +346,13 @@ class PullResponse(google.protobuf.message.Message):
         commit: Global___Commit | None = ...,
         released: Global___Released | None = ...,
         aborted: Global___Aborted | None = ...,
+        rendezvous: Global___Rendezvous | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["aborted", b"aborted", "body", b"body", "commit", b"commit", "ready", b"ready", "released", b"released", "welcome", b"welcome"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["aborted", b"aborted", "body", b"body", "commit", b"commit", "ready", b"ready", "released", b"released", "rendezvous", b"rendezvous", "welcome", b"welcome"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["aborted", b"aborted", "body", b"body", "commit", b"commit", "ready", b"ready", "released", b"released", "welcome", b"welcome"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["aborted", b"aborted", "body", b"body", "commit", b"commit", "ready", b"ready", "released", b"released", "rendezvous", b"rendezvous", "welcome", b"welcome"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: typing_extensions.TypeAlias = typing.Literal["welcome", "ready", "commit", "released", "aborted"]
+    _WhichOneofReturnType_body: typing_extensions.TypeAlias = typing.Literal["welcome", "ready", "commit", "released", "aborted", "rendezvous"]
     _WhichOneofArgType_body: typing_extensions.TypeAlias = typing.Literal["body", b"body"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -394,26 +423,21 @@ Global___SharedMemory: typing_extensions.TypeAlias = SharedMemory
 
 @typing.final
 class Gloo(google.protobuf.message.Message):
+    """A two-rank group of this stream's own; prefill is rank 0. The ranks find each
+    other by Rendezvous messages on this stream.
+    """
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    STORE_HOST_FIELD_NUMBER: builtins.int
-    STORE_PORT_FIELD_NUMBER: builtins.int
-    GROUP_FIELD_NUMBER: builtins.int
     TIMEOUT_MS_FIELD_NUMBER: builtins.int
-    store_host: builtins.str
-    store_port: builtins.int
-    group: builtins.str
-    """unique name of this pair's group; prefill is rank 0"""
     timeout_ms: builtins.int
+    """of each operation"""
     def __init__(
         self,
         *,
-        store_host: builtins.str = ...,
-        store_port: builtins.int = ...,
-        group: builtins.str = ...,
         timeout_ms: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["group", b"group", "store_host", b"store_host", "store_port", b"store_port", "timeout_ms", b"timeout_ms"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["timeout_ms", b"timeout_ms"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Gloo: typing_extensions.TypeAlias = Gloo

@@ -43,7 +43,8 @@ class WorkerLink:
     ) -> None:
         self.record = record
         self.session: WorkerSession | None = None
-        self._listed = True
+        self.listed = True
+        """The registry lists this process, as far as is known; set by the pool."""
         self._identity = identity
         self._config = config
         self._on_change = on_change
@@ -52,23 +53,9 @@ class WorkerLink:
         self._task.add_done_callback(self._ended)
 
     @property
-    def listed(self) -> bool:
-        """The registry lists this process, as far as is known."""
-        return self._listed
-
-    @listed.setter
-    def listed(self, listed: bool) -> None:
-        if listed == self._listed:
-            return
-        self._listed = listed
-        if not listed and self.session is None:
-            self._task.cancel()
-        self._on_change()
-
-    @property
     def ready(self) -> bool:
         """It may be given new streams."""
-        return self._listed and self.session is not None and self.session.lost is None
+        return self.listed and self.session is not None and self.session.lost is None
 
     async def close(self) -> None:
         """Loses the Session, if there is one, and ends."""
@@ -86,7 +73,7 @@ class WorkerLink:
         pause_s = FIRST_PAUSE_S
         complaint = None
         try:
-            while self._listed:
+            while self.listed:
                 began = loop.time()
                 try:
                     await self._live(await self._connect(channel))
@@ -96,7 +83,7 @@ class WorkerLink:
                         logger.warning("no Session with %s: %s", self.record.worker_id, complaint)
                 if loop.time() - began > LONGEST_PAUSE_S:
                     pause_s = FIRST_PAUSE_S
-                if self._listed:
+                if self.listed:
                     await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         finally:

@@ -41,7 +41,7 @@ class WorkerPool:
         if self._closed:
             return
         listed = {record.epoch: record for record in records.values()}
-        for epoch, link in list(self._links.items()):
+        for epoch, link in self._links.items():
             link.listed = epoch in listed
         for epoch, record in listed.items():
             if epoch not in self._links:
@@ -52,6 +52,7 @@ class WorkerPool:
                     on_change=self._changed,
                     on_ended=self._forget,
                 )
+        self._changed()
 
     def sessions(self, role: Role) -> list[WorkerSession]:
         """Live Sessions of that role that may be given new streams."""

@@ -22,9 +22,9 @@ CASES: dict[str, tuple[str, str | None]] = {
     "malformed JSON": ('{"model": ', None),
     "lone surrogate": (
         '{"messages": [{"role": "user", "content": "\\ud800"}]}',
-        None,
+        "messages.0.content",
     ),
-    "NaN": (json.dumps({**CHAT, "temperature": float("nan")}), None),
+    "NaN": (json.dumps({**CHAT, "temperature": float("nan")}), "temperature"),
     "wrong type": (json.dumps({**CHAT, "temperature": "hot"}), "temperature"),
     "unknown field": (json.dumps({**CHAT, "temprature": 1}), "temprature"),
     "negative temperature": (json.dumps({**CHAT, "temperature": -1}), "temperature"),

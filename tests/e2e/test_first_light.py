@@ -88,7 +88,7 @@ def test_openai_client_streams_the_same_answer(server: BatonServer, client: open
 
 @pytest.mark.slow
 async def test_sixteen_clients_at_once_get_their_own_answers(server: BatonServer) -> None:
-    capitals = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo"}
+    capitals = {"France": "Paris", "Germany": "Berlin", "Japan": "Tokyo", "Egypt": "Cairo"}
     model = server.model()
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
 

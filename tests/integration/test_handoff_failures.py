@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from baton.config import KvTransferConfig
-from baton.errors import DeadlineExceededError, LeaseExpiredError, TransferError
+from baton.errors import DeadlineExceededError, InternalError, LeaseExpiredError, TransferError
 from kv_transfer.keys import TransferKey
 from kv_transfer.receiver import ReceiverState
+from kv_transfer.service import KvSender
 from kv_transfer.transports.gloo_links import GlooPullLink
 from kv_transfer.v1 import transfer_pb2 as pb
 from tests.support.handoff import (
@@ -143,6 +144,8 @@ async def test_cancel_drains_decode_and_frees_prefill(
     if reach in (computing, copying):
         await until(lambda: prefill.freed == [(key, "abandoned")])
     await until(lambda: not prefill.sender._parked)
+    last = BLOCKS[4]
+    np.testing.assert_array_equal(decode.pool.tokens[last], decode.pool.before[last])
     gate.open.set()
     await works_again(prefill, decode)
     assert decode.drained == [key]
@@ -340,7 +343,7 @@ async def test_killed_prefill_fails_its_transfers_at_once(
     await decode.close()
 
 
-@pytest.mark.parametrize("point", ["prefill.offer", "prefill.commit", "prefill.released"])
+@pytest.mark.parametrize("point", ["prefill.commit", "prefill.released"])
 async def test_prefill_killed_at_any_point_never_leads_to_ready(
     config: KvTransferConfig, tmp_path: Path, point: str
 ) -> None:
@@ -384,6 +387,34 @@ async def test_posted_receive_of_a_stopped_prefill_is_quarantined_until_it_ends(
     await decode.close()
 
 
+async def test_receives_posted_for_a_transfer_that_is_over_end_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prefill aborts, and Fetch crosses its message: zeros come, the pair stays in order."""
+    config = KvTransferConfig(transport="gloo", operation_s=20)
+    gate = Gate()
+    prefill = await Prefill.start(config)
+    decode = await Decode.start(config, faults=FaultsAt(decode_copy=second(gate)))
+    key = begin(prefill, decode)
+    await computing(prefill, decode, key, gate)
+    prefill.sender.ready(key, NUM_TOKENS, SOURCE_BLOCKS)
+    await until(gate.reached.is_set)
+    with monkeypatch.context() as patch:
+        patch.setattr(KvSender, "_refuse", lambda *_: None)
+        prefill.sender.abort(key, DeadlineExceededError("too late"))
+    gate.open.set()
+    transfer = decode.receiver._transfers[key]
+    await until(lambda: not transfer.machine._copying)
+    assert not decode.pool.tokens[BLOCKS[4], :, :2].any(), "zeros, not the freed blocks"
+    decode.receiver.cancel(key)
+    await until(lambda: decode.drained == [key])
+    await works_again(prefill, decode)
+    (peer,) = decode.receiver._peers.values()
+    assert peer.link is transfer.link
+    await decode.close()
+    await prefill.close()
+
+
 async def test_operation_that_times_out_drains_and_the_pair_is_rebuilt() -> None:
     config = KvTransferConfig(transport="gloo", operation_s=0.5)
     gate = Gate()
@@ -422,7 +453,7 @@ async def test_restarted_prefill_is_another_peer_on_the_same_address(
     stale = key_between(first, decode, 2)
     decode.begin(stale, first, start_token=0, num_tokens=NUM_TOKENS, block_ids=BLOCKS)
     await until(lambda: decode.drained == [old, stale], within_s=4)
-    assert "epoch differs" in str(decode.failed[stale])
+    assert "restarted: its epoch differs" in str(decode.failed[stale])
     assert decode.failed[stale].retriable
     key = await begin_with_process(second_life, decode)
     await second_life.tell("ready", key, end_token=NUM_TOKENS, block_ids=SOURCE_BLOCKS)
@@ -474,3 +505,33 @@ async def test_late_messages_of_ended_transfers_are_ignored(pair: tuple[Prefill,
             peer.send(key, request)
     await works_again(prefill, decode)
     assert (peer.task.done(), decode.drained, len(prefill.freed)) == (False, [key], 2)
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["prefill.offer", "prefill.commit", "prefill.released",
+     "decode.attach", "decode.copy", "decode.release"],
+)  # fmt: skip
+async def test_fault_at_any_point_fails_the_transfer_and_no_more(
+    config: KvTransferConfig, point: str
+) -> None:
+    config = config.model_copy(update={"lease_s": 0.5})
+    failing = [InternalError("injected")]
+
+    def fail_once() -> None:
+        if failing:
+            raise failing.pop()
+
+    faults = FaultsAt(**{point.replace(".", "_"): fail_once})
+    prefill = await Prefill.start(config, faults=faults)
+    decode = await Decode.start(config, faults=faults)
+    key = await attached(prefill, decode) if "attach" not in point else begin(prefill, decode)
+    if "attach" in point:
+        prefill.sender.offer(key, start_token=0, num_tokens=NUM_TOKENS)
+    prefill.compute(key, NUM_TOKENS, SOURCE_BLOCKS)
+    await until(lambda: decode.drained == [key])
+    assert decode.failed[key].retriable
+    await works_again(prefill, decode)
+    await decode.close()
+    await prefill.close()
+    assert len([freed for freed, _ in prefill.freed if freed == key]) == 1

@@ -146,7 +146,7 @@ async def test_refused_peer_is_asked_again_by_the_next_transfer(
     stale = replace(key_between(prefill, decode), prefill_epoch=b"old")
     decode.begin(stale, prefill, start_token=0, num_tokens=6, block_ids=[1, 2])
     await until(lambda: decode.drained == [stale])
-    assert "epoch differs" in decode.failed[stale].message
+    assert "restarted: its epoch differs" in decode.failed[stale].message
     await hand_over(prefill, decode)
 
 

@@ -151,6 +151,7 @@ async def fake_cluster(**settings: Any) -> AsyncIterator[FakeCluster]:
     try:
         yield cluster
         await wait_until(lambda: cluster.num_open() == 0, "no stream is left in a table")
+        assert not cluster.pool._watchers
     finally:
         await cluster.pool.close()
         for worker in cluster.workers:

@@ -38,6 +38,47 @@ def wait_until(
         time.sleep(poll_s)
 
 
+class Page:
+    """A metrics page, parsed."""
+
+    def __init__(self, text: str) -> None:
+        self._samples = [
+            sample for family in text_string_to_metric_families(text) for sample in family.samples
+        ]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum over the series of ``name`` whose labels include ``labels``."""
+        return sum(
+            sample.value
+            for sample in self._samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def blocks(self) -> dict[tuple[str, str], float]:
+        """(role, state) → blocks."""
+        return {
+            (role, state): self.metric("baton_kv_blocks", role=role, state=state)
+            for role in ("prefill", "decode")
+            for state in ("free", "cached", "referenced", "quarantined")
+        }
+
+    def at_rest(self) -> bool:
+        """Every block is free or cached, no request is in flight, no sequence is anywhere."""
+        held = sum(
+            self.metric("baton_kv_blocks", state=state) for state in ("referenced", "quarantined")
+        )
+        work = sum(
+            self.metric(name)
+            for name in (
+                "baton_requests_in_flight",
+                "baton_choices_queued",
+                "baton_sequences_running",
+                "baton_sequences_waiting",
+            )
+        )
+        return held == 0 and work == 0
+
+
 class BatonServer:
     """One running ``baton serve``; ``settings`` is the configuration file's content."""
 
@@ -154,42 +195,34 @@ class BatonServer:
             result: dict[str, Any] = client.get("/status").json()
             return result
 
-    def status_counts(self) -> dict[str, int]:
-        """Sequences running and waiting, over all workers, as they last reported."""
-        workers = self.status()["workers"]
-        return {
-            "running": sum(worker["num_running"] for worker in workers),
-            "waiting": sum(worker["num_waiting"] for worker in workers),
-        }
+    def page(self) -> Page:
+        """The gateway's metrics page, read once."""
+        with self.client() as client:
+            return Page(client.get("/metrics").text)
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum over the series of ``name`` whose labels include ``labels``."""
-        with self.client() as client:
-            page = client.get("/metrics").text
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(page)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
+        return self.page().metric(name, **labels)
 
-    def blocks(self) -> dict[tuple[str, str], float]:
-        """(role, state) → blocks, over the gateway's metrics page."""
-        return {
-            (role, state): self.metric("baton_kv_blocks", role=role, state=state)
-            for role in ("prefill", "decode")
-            for state in ("free", "cached", "referenced", "quarantined")
-        }
+    def wait_at_rest(self, *, timeout_s: float = 15.0, still_s: float = 0.7) -> Page:
+        """Until no block is referenced or quarantined and nothing is in flight.
 
-    def wait_at_rest(self, *, timeout_s: float = 10.0) -> None:
-        """Until no block is referenced or quarantined and nothing is in flight."""
-
-        def at_rest() -> bool:
-            blocks = self.blocks()
-            held = sum(n for (_, state), n in blocks.items() if state in _HELD)
-            return held == 0 and self.metric("baton_requests_in_flight") == 0
-
-        wait_until(at_rest, timeout_s=timeout_s, what="every block free or cached")
+        Workers report what was true after their last step, so it has to stay true
+        for longer than a step and a report take.
+        """
+        since: float | None = None
+        ends_at = time.monotonic() + timeout_s
+        while True:
+            page = self.page()
+            now = time.monotonic()
+            if not page.at_rest():
+                assert now < ends_at, f"not at rest: {page.blocks()}"
+                since = None
+            elif since is None:
+                since = now
+            elif now - since >= still_s:
+                return page
+            time.sleep(0.05)
 
     def inject(self, **points: Mapping[str, Any]) -> None:
         """Sets the fault points (dots written as double underscores); none clears them."""
@@ -197,6 +230,3 @@ class BatonServer:
         scratch = self.faults_file.with_suffix(".new")
         scratch.write_text(json.dumps(plan))
         scratch.replace(self.faults_file)
-
-
-_HELD = ("referenced", "quarantined")

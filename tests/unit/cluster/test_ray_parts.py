@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from baton.errors import CheckpointError
+from baton.errors import CheckpointError, UnavailableError
 from cluster.procfs import ProcessName
 from cluster.ray_actor import Place, WorkerActor, WorkerStart, _Life, machine_id
 from cluster.ray_thread import RayThread
@@ -144,3 +144,10 @@ async def test_cancelled_call_that_has_not_begun_is_dropped() -> None:
     await first
     await thread.call(lambda: ran.append("third"))
     assert ran == ["third"]
+
+
+async def test_ray_thread_that_was_given_up_refuses_calls() -> None:
+    thread = RayThread()
+    thread.give_up()
+    with pytest.raises(UnavailableError, match="Ray has died"):
+        await thread.call(lambda: 3)

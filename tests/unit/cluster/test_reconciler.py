@@ -63,7 +63,11 @@ class FakeBackend:
         self.started.append(process)
         return process
 
-    async def close(self) -> None: ...
+    async def wait_lost(self) -> str:
+        raise AssertionError("the reconciler does not ask")
+
+    async def close(self) -> bool:
+        return True
 
     def ids(self) -> list[str]:
         return [process.worker_id for process in self.started]

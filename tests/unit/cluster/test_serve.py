@@ -54,6 +54,34 @@ async def test_signals_reach_the_event_also_after_others_took_them(number: int) 
         asyncio.get_running_loop().remove_signal_handler(one)
 
 
+class FakeLauncher:
+    """Is lost as soon as it is asked, or never."""
+
+    def __init__(self, reason: str | None) -> None:
+        self.reason = reason
+
+    async def wait_lost(self) -> str:
+        if self.reason is None:
+            await asyncio.Event().wait()
+        return str(self.reason)
+
+
+async def test_lost_cluster_ends_the_server_with_the_reason() -> None:
+    stop = asyncio.create_task(asyncio.Event().wait())
+    launcher: Any = FakeLauncher("Ray has died")
+    with pytest.raises(UnavailableError, match="Ray has died; stopping everything"):
+        await asyncio.wait_for(serve_module._wait_end(launcher, stop), 10)
+    stop.cancel()
+
+
+async def test_stop_that_was_asked_for_ends_the_server_without_an_error() -> None:
+    asked = asyncio.Event()
+    asked.set()
+    launcher: Any = FakeLauncher(None)
+    stop = asyncio.create_task(asked.wait())
+    await asyncio.wait_for(serve_module._wait_end(launcher, stop), 10)
+
+
 def test_check_fills_in_port_threads_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_module.preflight, "local_model", lambda _: "/abs/model")
     config = check(parse_config({"model": "model", "gateway": {"port": 0}}))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from support.tiny_models import config_json, tiny_tensors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.engine import Engine, Scheduled
+from engine.sampling import sample
 from engine.sequence import SamplingParams, Sequence
 
 NUM_TOKENS = 24
@@ -179,22 +182,50 @@ def test_a_step_that_fails_leaves_every_sequence_as_it_was(
     assert generate(engine, seq, NUM_TOKENS) == expected
 
 
-def test_threads_hold_in_the_thread_that_steps() -> None:
+def test_a_draw_position_counts_emitted_tokens(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def spy(logits: torch.Tensor, params: list[SamplingParams], positions: list[int]) -> list[int]:
+        seen.extend(positions)
+        return sample(logits, params, positions)
+
+    monkeypatch.setattr("engine.engine.sample", spy)
+    seq = prompt(tokens(9))
+    generate(engine, seq, 2)
+    engine.kv.free(seq)
+    generate(engine, seq, 4)
+    assert seen == [0, 1, 2, 3]
+
+
+def openmp_threads() -> int:
+    """What oneDNN uses in the calling thread, asked of the library itself."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    paths = {line.split()[-1] for line in lines if "libgomp" in line}
+    if not paths:
+        pytest.skip("needs a torch that computes with libgomp")
+    return int(ctypes.CDLL(paths.pop()).omp_get_max_threads())
+
+
+def test_threads_hold_in_a_thread_that_steps() -> None:
     before = torch.get_num_threads()
     seen: list[int] = []
     try:
-        engine = tiny_engine(threads=1)
+        torch.set_num_threads(1)
+        engine = tiny_engine(threads=3)
 
         def work() -> None:
             run_step(engine, prompt(tokens(4)))
-            seen.append(torch.get_num_threads())
+            seen.append(openmp_threads())
 
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
     finally:
         torch.set_num_threads(before)
-    assert seen == [1]
+    assert seen == [3]
 
 
 def test_the_engine_names_its_limits(engine: Engine) -> None:

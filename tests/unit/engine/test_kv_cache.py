@@ -61,6 +61,13 @@ def test_a_prefix_ends_at_the_first_differing_block(kv: KvCache) -> None:
     assert kv.hold_prefix(prompt([99, 1, 2, 3, 4, 5, 6, 7])) == 0
 
 
+def test_equal_tokens_after_another_prefix_are_another_block(kv: KvCache) -> None:
+    seq = prompt([1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2])
+    compute(kv, seq, 12)
+    assert seq.block_hashes == DOMAIN.chain(seq.root_hash, seq.token_ids, 4)
+    assert kv.hold_prefix(prompt([2, 2, 2, 2])) == 0
+
+
 def test_sequences_of_different_roots_share_nothing(kv: KvCache) -> None:
     compute(kv, prompt(list(range(8))), 8)
     other = prompt(list(range(8)))

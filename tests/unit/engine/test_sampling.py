@@ -164,7 +164,7 @@ def test_greedy_takes_the_lowest_of_equal_ids() -> None:
     assert sample(logits, [SamplingParams(0, temperature=0.0)] * 2, [0, 0]) == [1, 0]
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
 def test_a_tiny_temperature_equals_argmax(temperature: float) -> None:
     torch.manual_seed(1)
     logits = torch.randn(20, 300) * 4

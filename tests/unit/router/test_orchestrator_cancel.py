@@ -13,6 +13,7 @@ from baton.errors import (
     ReservationError,
 )
 from baton.v1 import session_pb2 as pb
+from router.choice_run import ChoiceRun
 from tests.support.fake_cluster import choice, fake_cluster, wait_until
 from tests.support.fake_worker import FakeStream
 
@@ -94,6 +95,33 @@ async def test_deadline_cancels_on_the_workers_while_the_client_reads_nothing() 
         await wait_until(stream.cancelled.is_set)
         with pytest.raises(DeadlineExceededError):
             await anext(outputs)
+
+
+async def test_decode_is_let_go_at_once_when_prefill_ends_a_choice_whose_client_is_slow() -> None:
+    async with fake_cluster() as cluster:
+        prefill, decode = await cluster.add_pair()
+        outputs = cluster.orchestrator.generate(choice())
+        first = asyncio.ensure_future(anext(outputs))
+        stream, reserved = await prefill.next_open(), await decode.next_open()
+        stream.tokens(0, 50)
+        await first
+        stream.close(pb.CLOSE_REASON_STOP)
+        await wait_until(reserved.cancelled.is_set)
+        assert (await anext(outputs)).finish_reason == "stop"
+        await outputs.aclose()
+
+
+async def test_nothing_of_a_choice_is_kept_once_it_has_ended() -> None:
+    async with fake_cluster() as cluster:
+        worker = await cluster.add("decode-0", "decode", cluster.scripts.decode)
+        await cluster.ask(choice(deadline_s=3600.0)).end()
+        left = cluster.ask(choice(deadline_s=3600.0, max_tokens=1000))
+        await wait_until(lambda: len(worker.streams) == 2)
+        await left.leave()
+        del left
+        await asyncio.sleep(0)  # what woke this task still has the cancellation's traceback
+        gc.collect()
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, ChoiceRun)]
 
 
 async def test_deadline_passes_while_no_worker_has_room() -> None:

@@ -114,6 +114,50 @@ async def test_failed_handoff_avoids_both_workers_where_others_exist() -> None:
         await client.end()
 
 
+async def test_failed_handoff_of_the_only_pair_is_prefilled_by_decode_itself() -> None:
+    async with fake_cluster() as cluster:
+        _, worker = await cluster.add_pair()
+        client = cluster.ask(choice())
+        (await worker.next_open()).fail(TransferError("the copy broke"))
+        second = await worker.next_open()
+        assert not second.message.HasField("handoff")
+        second.tokens(0, 50)
+        second.close(STOP)
+        await client.end()
+
+
+async def test_token_that_waited_for_a_missing_one_is_forgotten_with_its_attempt() -> None:
+    async with fake_cluster() as cluster:
+        worker = await cluster.add("decode-0", "decode")
+        client = cluster.ask(choice())
+        first = await worker.next_open()
+        first.tokens(1, 99)
+        first.fail(TransferError("a gap"))
+        second = await worker.next_open()
+        assert list(second.message.emitted_token_ids) == []
+        second.tokens(0, 50, 51)
+        second.close(STOP)
+        await client.end()
+        assert client.token_ids == [50, 51]
+
+
+async def test_after_each_pause_every_worker_that_had_refused_is_asked_once() -> None:
+    asked: list[str] = []
+
+    async def refuse(stream: FakeStream) -> None:
+        asked.append(stream.worker.worker_id)
+        stream.fail(ReservationError("no room"))
+
+    async with fake_cluster() as cluster:
+        for number in range(3):
+            await cluster.add(f"decode-{number}", "decode", refuse)
+        client = cluster.ask(choice())
+        await wait_until(lambda: len(asked) >= 12)
+        await client.leave()
+        rounds = [set(asked[at : at + 3]) for at in range(0, 12, 3)]
+        assert all(len(workers) == 3 for workers in rounds)
+
+
 @pytest.mark.parametrize("refusal", [ReservationError("no room"), OverloadedError("queue full")])
 async def test_refusal_pairs_anew_with_another_worker_in_the_same_attempt(
     refusal: BatonError,

@@ -212,3 +212,17 @@ async def test_gateway_announces_itself_for_as_long_as_it_lives(server: RedisSer
 async def test_wrong_password_is_a_registry_that_does_not_answer(server: RedisServer) -> None:
     async with viewing(server.url.replace("://:", "://:wrong")) as view:
         assert not view.registry.up
+
+
+async def test_registry_closes_at_any_moment(server: RedisServer) -> None:
+    config = RegistryConfig(poll_s=1e-6)
+    metrics = GatewayMetrics(CollectorRegistry())
+    for num_steps in range(60):
+        registry = Registry(
+            server.url, config, gateway_id="g", metrics=metrics, on_records=lambda records: None
+        )
+        await registry.start()
+        for _ in range(num_steps % 20):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await registry.close()

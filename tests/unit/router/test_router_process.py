@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from fastapi import FastAPI
 from baton.errors import ConfigurationError
 from baton.records import gateway_key, worker_key
 from router.http_server import HttpServer, listen, url_of
+from router.main import main
 from tests.support.fake_cluster import wait_until
 from tests.support.fake_worker import MODEL, SECRET, FakeStream, FakeWorker, Scripts
 from tests.support.redis_server import RedisServer, redis_server
@@ -104,8 +106,6 @@ async def test_gateway_serves_and_finishes_what_runs_when_it_is_told_to_end(
 
     async def decode(stream: FakeStream) -> None:
         if stream.message.prompt_token_ids[0] == 99:
-            stream.reserve()
-            stream.tokens(0, 500)
             await held.wait()
         await scripts.decode(stream)
 
@@ -157,12 +157,16 @@ async def test_what_outlasts_the_drain_is_told_so_and_the_gateway_ends(
         async with httpx.AsyncClient(base_url=process.url, timeout=30) as client:
             await wait_ready(client)
             body = {**COMPLETION, "stream": True}
-            async with client.stream("POST", "/v1/completions", json=body) as response:
-                stream = await worker.next_open()
-                stream.tokens(0, 500)
-                process.process.send_signal(signal.SIGINT)
-                lines = [line async for line in response.aiter_lines() if line]
+            request = client.build_request("POST", "/v1/completions", json=body)
+            sent = asyncio.create_task(client.send(request, stream=True))
+            stream = await worker.next_open()
+            stream.tokens(0, 500)
+            response = await sent  # its first event is on the way
+            process.process.send_signal(signal.SIGINT)
+            lines = [line async for line in response.aiter_lines()]
+            await response.aclose()
         events = [json.loads(line.removeprefix("data: ")) for line in lines if "{" in line]
+        assert "choices" in events[0]
         assert events[-1]["error"]["code"] == "draining"
         await wait_until(stream.cancelled.is_set)
         assert (await process.end())[0] == 0
@@ -178,13 +182,22 @@ async def test_what_outlasts_the_drain_is_told_so_and_the_gateway_ends(
         ({}, ("--config", "/nowhere.yaml"), "cannot read configuration /nowhere.yaml"),
     ],
 )
-async def test_wrong_setting_ends_it_with_one_sentence(
-    tmp_path: Path, changes: dict[str, str], arguments: tuple[str, ...], sentence: str
+def test_wrong_setting_ends_it_with_one_sentence(
+    changes: dict[str, str],
+    arguments: tuple[str, ...],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["router.main", "--port", "0", *arguments])
     environment = {"BATON_SECRET": SECRET, "REDIS_URL": "redis://127.0.0.1:1"} | changes
-    async with gateway(tmp_path, *arguments, environment=environment) as process:
-        status, errors = await process.end()
-    assert status == 1
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    errors = capsys.readouterr().err
     assert sentence in errors
     assert len(errors.splitlines()) == 1
 
