@@ -21,6 +21,7 @@ from typing import Any
 
 from baton.config import BatonConfig
 from baton.errors import UnavailableError
+from baton.worker.environment import worker_environment
 from cluster import redis_server
 from cluster.backend import PoolBackend
 from cluster.console import Progress
@@ -99,7 +100,8 @@ class Launcher:
         if role == "redis":
             assert self._private is not None
             return Command(self._private.arguments)
-        environment = {"BATON_SECRET": self._secret, "REDIS_URL": self._redis_url}
+        secrets_of_all = {"BATON_SECRET": self._secret, "REDIS_URL": self._redis_url}
+        environment = worker_environment(os.environ) | secrets_of_all
         name = "--gateway-id" if role == "gateway" else "--worker-id"
         # -P: a folder named like one of our packages, where the user stands, is not it.
         arguments = (

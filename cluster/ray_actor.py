@@ -95,6 +95,8 @@ class _Life:
         start, stop = self._start, asyncio.Event()
         with self._guard:
             self._stopper = (asyncio.get_running_loop(), stop)
+            if self._stop_requested:
+                stop.set()
         watch = asyncio.create_task(_die_with(start.owner)) if start.owner.is_local else None
         serve = importlib.import_module(f"{start.role}_workers.main").serve
         try:

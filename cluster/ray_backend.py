@@ -19,6 +19,7 @@ from typing import Any
 
 from baton.config import BatonConfig
 from baton.errors import BatonError
+from baton.worker.environment import worker_environment
 from cluster import ray_cluster
 from cluster.backend import Exit
 from cluster.procfs import ProcessName, command_of, descendants, send, wait_gone
@@ -129,6 +130,7 @@ class RayBackend:
             for key, value in os.environ.items()
             if key.startswith("BATON_") and key != "BATON_SECRET"
         }
+        own |= worker_environment(os.environ)
         threads = self._config.engine.threads
         return {**own, "OMP_NUM_THREADS": str(threads)} if threads else own
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from engine.engine import Engine
-from kv_transfer.client import KvReceiver
-from kv_transfer.memory import KvMemory
 from prometheus_client import CollectorRegistry, generate_latest
 
 from baton.config import BatonConfig
@@ -24,8 +21,11 @@ from baton.worker.session_server import SessionServer
 from decode_workers.scheduler import DecodeScheduler
 from decode_workers.service import DecodeService
 from decode_workers.worker import DecodeWorker
+from engine.engine import Engine
 from engine.setup import EnginePlan, plan_engine
+from kv_transfer.client import KvReceiver
 from kv_transfer.keys import TransferKey
+from kv_transfer.memory import KvMemory
 
 
 def _build_engine(plan: EnginePlan) -> tuple[Engine, KvMemory]:

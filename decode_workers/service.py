@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import time
 
-from kv_transfer.keys import TransferKey
-
 from baton.errors import BatonError, WorkerLostError
 from baton.v1 import session_pb2 as pb
 from baton.worker.inbox import Inbox
@@ -16,6 +14,7 @@ from decode_workers.scheduler import DecodeStream
 from decode_workers.worker import DecodeWorker
 from engine.intake import check_open, sequence_from_open, stop_rule
 from engine.setup import EnginePlan
+from kv_transfer.keys import TransferKey
 
 logger = logging.getLogger(__name__)
 

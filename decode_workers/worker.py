@@ -12,9 +12,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from engine.engine import Engine
-from kv_transfer.client import KvReceiver
-
 from baton.config import EngineConfig, KvTransferConfig
 from baton.errors import (
     BatonError,
@@ -29,7 +26,9 @@ from baton.worker.inbox import Inbox
 from baton.worker.outbox import InputUse, Load, Outbox
 from baton.worker.session_server import StreamKey
 from decode_workers.scheduler import DecodeScheduler, DecodeStream, StreamState
+from engine.engine import Engine
 from engine.sequence import Sampled
+from kv_transfer.client import KvReceiver
 from kv_transfer.keys import TransferKey
 
 logger = logging.getLogger(__name__)

@@ -78,3 +78,20 @@ class Engine:
         for seq, token_id in zip(batch.sampled, token_ids, strict=True):
             seq.token_ids.append(token_id)
         return [Sampled(seq, id_) for seq, id_ in zip(batch.sampled, token_ids, strict=True)]
+
+    @torch.inference_mode()
+    def score(self, scheduled: Scheduled) -> torch.Tensor:
+        """Logits of the next ``num_tokens`` tokens of one sequence, teacher-forced.
+
+        Float32 [num_tokens, vocabulary]: row i follows from the tokens up to and with
+        the i-th. As in ``step`` the caller has called ``kv.ensure_blocks``, and the
+        tokens' KV is there afterwards; nothing is sampled. For evaluation.
+        """
+        batch = build_batch([scheduled], self.kv.layout)
+        rows = torch.arange(scheduled.num_tokens)
+        logits = self._model.forward(
+            batch.token_ids, batch.positions, rows, self._attention.begin(batch)
+        )
+        scheduled.seq.num_computed_tokens += scheduled.num_tokens
+        self.kv.publish(scheduled.seq)
+        return logits

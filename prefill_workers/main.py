@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from engine.engine import Engine
-from kv_transfer.memory import KvMemory
-from kv_transfer.service import KvSender
 from prometheus_client import CollectorRegistry, generate_latest
 
 from baton.config import BatonConfig
@@ -20,8 +17,11 @@ from baton.worker.inbox import Inbox
 from baton.worker.outbox import Outbox
 from baton.worker.process import run
 from baton.worker.session_server import SessionServer
+from engine.engine import Engine
 from engine.setup import EnginePlan, plan_engine
 from kv_transfer.keys import TransferKey
+from kv_transfer.memory import KvMemory
+from kv_transfer.service import KvSender
 from prefill_workers.scheduler import PrefillScheduler
 from prefill_workers.service import PrefillService
 from prefill_workers.worker import PrefillWorker

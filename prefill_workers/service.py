@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-from kv_transfer.keys import TransferKey
-
 from baton.errors import BatonError, InvalidRequestError, WorkerLostError
 from baton.v1 import session_pb2 as pb
 from baton.worker.inbox import Inbox
@@ -13,6 +11,7 @@ from baton.worker.outbox import Outbox
 from baton.worker.session_server import StreamKey
 from engine.intake import check_open, sequence_from_open, stop_rule
 from engine.setup import EnginePlan
+from kv_transfer.keys import TransferKey
 from prefill_workers.scheduler import PrefillJob
 from prefill_workers.worker import PrefillWorker
 

@@ -12,9 +12,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from engine.engine import Engine
-from kv_transfer.service import KvSender
-
 from baton.config import EngineConfig
 from baton.errors import (
     BatonError,
@@ -30,8 +27,10 @@ from baton.v1 import session_pb2 as pb
 from baton.worker.inbox import Inbox
 from baton.worker.outbox import InputUse, Load, Outbox
 from baton.worker.session_server import StreamKey
+from engine.engine import Engine
 from engine.sequence import Sampled, Scheduled
 from kv_transfer.keys import TransferKey
+from kv_transfer.service import KvSender
 from prefill_workers.scheduler import JobState, PrefillJob, PrefillScheduler
 
 logger = logging.getLogger(__name__)

@@ -67,8 +67,8 @@ async def _main(role: str, serve: Serve, arguments: argparse.Namespace) -> None:
 def run(role: str, serve: Serve) -> None:
     """Runs one worker to its end; a failure is one line and exit status 1."""
     arguments = _parser(role).parse_args()
-    configure(arguments.worker_id)
     try:
+        configure(arguments.worker_id)
         uvloop.run(_main(role, serve, arguments))
     except BatonError as error:
         logger.error("%s: %s", error.code, error.message)

@@ -46,10 +46,20 @@ class Oracle:
         self._torch = torch
         checkpoint = open_checkpoint(DEFAULT_MODEL)
         self.eos_token_ids = set(checkpoint.eos_token_ids)
-        folder = hf_folder(checkpoint, torch.float32)
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self._model.eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._folder = hf_folder(checkpoint, torch.float32)
+        self._load = AutoModelForCausalLM.from_pretrained
+        self._model = self.copy_in(torch.float32)
+        self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
+
+    def copy_in(self, dtype: Any) -> Any:
+        """The same weights in another dtype."""
+        return self._load(self._folder, dtype=dtype).eval()
+
+    def logits(self, token_ids: list[int], model: Any = None) -> Any:
+        """Teacher-forced, float32 [tokens, vocabulary]; in fp32 unless ``model`` is given."""
+        with self._torch.inference_mode():
+            output = (model or self._model)(self._torch.tensor([token_ids]))
+        return output.logits[0].float()
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -64,6 +64,12 @@ def test_model_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert preflight.local_model("smollm2-135m-instruct") == "smollm2-135m-instruct"
 
 
-def test_threads_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.os, "sched_getaffinity", lambda _: {0, 3, 5})
-    assert preflight.default_threads(parse_config({})) == 3
+@pytest.mark.parametrize(
+    ("prefill", "decode", "threads"), [(1, 1, 4), (0, 1, 9), (2, 2, 2), (20, 20, 1)]
+)
+def test_workers_share_the_cores_that_this_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, prefill: int, decode: int, threads: int
+) -> None:
+    monkeypatch.setattr(preflight.os, "sched_getaffinity", lambda _: set(range(9)))
+    pools = {"prefill": {"replicas": prefill}, "decode": {"replicas": decode}}
+    assert preflight.default_threads(parse_config(pools)) == threads

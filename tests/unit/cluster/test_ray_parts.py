@@ -77,7 +77,7 @@ async def _until_stopped(_config: Any, *, stop: asyncio.Event, **_: Any) -> None
 def test_stop_from_another_thread_ends_the_worker(tmp_path: Path, standin: Any) -> None:
     standin(_until_stopped)
     life = _Life(start_of(tmp_path))
-    thread = threading.Thread(target=lambda: asyncio.run(life.run()))
+    thread = threading.Thread(target=lambda: asyncio.run(life.run()), daemon=True)
     thread.start()
     life.stop()
     thread.join(10)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -86,7 +85,7 @@ def test_check_fills_in_port_threads_and_model(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(serve_module.preflight, "local_model", lambda _: "/abs/model")
     config = check(parse_config({"model": "model", "gateway": {"port": 0}}))
     assert config.gateway.port > 0
-    assert config.engine.threads == len(os.sched_getaffinity(0))
+    assert config.engine.threads == serve_module.preflight.default_threads(config)
     assert config.model == "/abs/model"
     chosen = check(parse_config({"engine": {"threads": 7}, "gateway": {"port": 0}}))
     assert chosen.engine.threads == 7
