@@ -79,6 +79,7 @@ def test_client_that_leaves_gives_every_block_back(
         salt=f"{moment} {stream}",
     )
     after = server.wait_at_rest()
+    print(f"at rest {server.rest_s:.2f} s after the client had gone")
     server.inject()
     outcome = {"outcome": "cancelled"}
     cancelled = before.metric("baton_requests_total", **outcome)

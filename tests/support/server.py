@@ -112,6 +112,8 @@ class BatonServer:
         }
         self._environment.pop("REDIS_URL", None)
         self._process: subprocess.Popen[bytes] | None = None
+        self.rest_s = 0.0
+        """How long the last ``wait_at_rest`` waited until rest began."""
 
     def start(self) -> BatonServer:
         """Returns once every pool is whole; AssertionError with the log otherwise."""
@@ -211,7 +213,8 @@ class BatonServer:
         for longer than a step and a report take.
         """
         since: float | None = None
-        ends_at = time.monotonic() + timeout_s
+        began = time.monotonic()
+        ends_at = began + timeout_s
         while True:
             page = self.page()
             now = time.monotonic()
@@ -221,6 +224,7 @@ class BatonServer:
             elif since is None:
                 since = now
             elif now - since >= still_s:
+                self.rest_s = since - began
                 return page
             time.sleep(0.05)
 
