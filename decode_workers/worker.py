@@ -71,7 +71,9 @@ class DecodeWorker:
     def open(self, stream: DecodeStream) -> None:
         """Queues a stream for room, or refuses it."""
         self._faults.hit("decode.open")
-        if self._draining:
+        if stream.key in self._streams:
+            logger.error("request %s: its stream id is in use; ignored", stream.request_id)
+        elif self._draining:
             self._outbox.failed(stream.key, DrainingError("this decode worker is going away"))
         elif len(self._scheduler.queued) >= self._config.max_waiting:
             self._outbox.failed(stream.key, ReservationError("this decode worker's queue is full"))

@@ -36,6 +36,7 @@ from prefill_workers.scheduler import JobState, PrefillJob, PrefillScheduler
 logger = logging.getLogger(__name__)
 
 RELEASED = "released"
+_WAITING = (JobState.WAITING, JobState.QUEUED)
 
 
 class PrefillWorker:
@@ -70,7 +71,9 @@ class PrefillWorker:
 
     def open(self, job: PrefillJob) -> None:
         """Takes a job that waits for Proceed, or refuses it."""
-        if self._draining:
+        if job.key in self._jobs:
+            logger.error("request %s: its stream id is in use; ignored", job.request_id)
+        elif self._draining:
             self._outbox.failed(job.key, DrainingError("this prefill worker is going away"))
         elif len(self._jobs) >= self._config.max_num_seqs + self._config.max_waiting:
             self._outbox.failed(job.key, OverloadedError("this prefill worker's queue is full"))
@@ -215,7 +218,7 @@ class PrefillWorker:
         counts = self._engine.kv.pool.counts()
         return Load(
             num_steps=self._num_steps,
-            num_waiting=len(self._jobs) - self._scheduler.num_running,
+            num_waiting=sum(job.state in _WAITING for job in self._jobs.values()),
             num_running=self._scheduler.num_running,
             num_waiting_tokens=self._scheduler.num_tokens_to_compute,
             free=counts.free,

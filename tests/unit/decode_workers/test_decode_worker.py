@@ -250,3 +250,13 @@ async def test_late_cancel_and_unknown_transfers_do_nothing() -> None:
     await rig.step()
     assert rig.closed == {}
     assert rig.tokens == []
+
+
+async def test_stream_id_in_use_changes_nothing_for_the_one_that_has_it() -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream([1, 2, 3], local=True, most=1))
+    rig.worker.open(rig.stream([4, 5, 6]))
+
+    await rig.step()
+    assert [key for key, *_ in rig.tokens] == [KEY]
+    assert rig.closed[KEY].reason == pb.CLOSE_REASON_LENGTH

@@ -188,3 +188,13 @@ async def test_draining_worker_refuses_and_late_messages_do_nothing() -> None:
     rig.worker.open(rig.job([1]))
     await rig.step()
     assert rig.closed[KEY].error_code == "draining"
+
+
+async def test_stream_id_in_use_changes_nothing_for_the_one_that_has_it() -> None:
+    rig = PrefillRig()
+    rig.worker.open(rig.job([1, 2, 3], most=1))
+    rig.worker.open(rig.job([4, 5, 6]))
+    rig.worker.proceed(KEY, 0)
+    await rig.step()
+    assert [key for key, *_ in rig.tokens] == [KEY]
+    assert rig.closed[KEY].reason == pb.CLOSE_REASON_LENGTH
