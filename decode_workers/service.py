@@ -7,13 +7,11 @@ import time
 
 from baton.errors import BatonError, WorkerLostError
 from baton.v1 import session_pb2 as pb
-from baton.worker.inbox import Inbox
-from baton.worker.outbox import Outbox
 from baton.worker.session_server import StreamKey
 from decode_workers.scheduler import DecodeStream
 from decode_workers.worker import DecodeWorker
 from engine.intake import check_open, sequence_from_open, stop_rule
-from engine.setup import EnginePlan
+from engine.worker_parts import WorkerParts
 from kv_transfer.keys import TransferKey
 
 logger = logging.getLogger(__name__)
@@ -22,20 +20,12 @@ logger = logging.getLogger(__name__)
 class DecodeService:
     """Implements SessionHandler; runs on the event loop, acts on the engine thread."""
 
-    def __init__(
-        self,
-        *,
-        worker: DecodeWorker,
-        plan: EnginePlan,
-        epoch: bytes,
-        inbox: Inbox,
-        outbox: Outbox,
-    ) -> None:
+    def __init__(self, worker: DecodeWorker, parts: WorkerParts) -> None:
         self._worker = worker
-        self._plan = plan
-        self._epoch = epoch
-        self._inbox = inbox
-        self._outbox = outbox
+        self._plan = parts.plan
+        self._epoch = parts.identity.epoch
+        self._inbox = parts.inbox
+        self._outbox = parts.outbox
 
     def on_open(self, key: StreamKey, message: pb.Open) -> None:
         try:

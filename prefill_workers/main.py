@@ -4,40 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
-from prometheus_client import CollectorRegistry, generate_latest
-
 from baton.config import BatonConfig
-from baton.faults import Faults
-from baton.protocol import new_epoch
-from baton.rpc import server as grpc_server
-from baton.telemetry import WorkerMetrics
-from baton.v1 import session_pb2_grpc
-from baton.worker.host import Identity, WorkerHost, report_from
-from baton.worker.inbox import Inbox
-from baton.worker.outbox import Outbox
 from baton.worker.process import run
-from baton.worker.session_server import SessionServer
-from engine.engine import Engine
-from engine.setup import EnginePlan, plan_engine
+from engine.setup import plan_engine
+from engine.worker_parts import WorkerParts
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
 from kv_transfer.service import KvSender
 from prefill_workers.scheduler import PrefillScheduler
 from prefill_workers.service import PrefillService
 from prefill_workers.worker import PrefillWorker
-
-
-def _build_engine(plan: EnginePlan) -> tuple[Engine, KvMemory]:
-    memory = KvMemory(plan.layout.num_bytes)
-    engine = Engine(
-        plan.checkpoint,
-        dtype=plan.dtype,
-        layout=plan.layout,
-        memory=memory.buffer,
-        domain=plan.domain,
-        threads=plan.threads,
-    )
-    return engine, memory
 
 
 async def serve(
@@ -57,75 +33,49 @@ async def serve(
     InternalError when its engine dies.
     """
     plan = await asyncio.to_thread(plan_engine, config, secret=secret)
-    engine, memory = await asyncio.to_thread(_build_engine, plan)
-    epoch = new_epoch()
-    registry = CollectorRegistry()
-    metrics = WorkerMetrics(registry, worker_id=worker_id, role="prefill")
-    faults = Faults.from_environment(worker_id)
-    inbox = Inbox(asyncio.get_running_loop())
-    outbox = Outbox(inbox, metrics)
+    memory = await asyncio.to_thread(KvMemory, plan.layout.num_bytes)
+    parts = await WorkerParts.build(
+        config, plan, memory.buffer, worker_id=worker_id, role="prefill"
+    )
 
     def on_freed(transfer: TransferKey, outcome: str) -> None:
-        inbox.post(worker.freed, transfer, outcome)
+        parts.inbox.post(worker.freed, transfer, outcome)
 
     sender = KvSender(
         worker_id=worker_id,
-        epoch=epoch,
+        epoch=parts.identity.epoch,
         digest=plan.digest,
         generation=config.generation,
         layout=plan.layout,
         memory=memory,
         secret=secret,
         config=config.kv_transfer,
-        metrics=metrics,
-        faults=faults,
+        metrics=parts.metrics,
+        faults=parts.faults,
         on_freed=on_freed,
+        host=host,
     )
     worker = PrefillWorker(
-        engine=engine,
+        engine=parts.engine,
         scheduler=PrefillScheduler(
-            engine.kv,
+            parts.engine.kv,
             max_num_batched_tokens=config.engine.max_num_batched_tokens,
             max_num_seqs=config.engine.max_num_seqs,
         ),
         sender=sender,
-        inbox=inbox,
-        outbox=outbox,
-        metrics=metrics,
-        faults=faults,
+        inbox=parts.inbox,
+        outbox=parts.outbox,
+        metrics=parts.metrics,
+        faults=parts.faults,
         config=config.engine,
     )
-    identity = Identity(
-        worker_id=worker_id,
-        role="prefill",
-        epoch=epoch,
-        model=plan.served_name,
-        digest=plan.digest,
-        block_size=plan.layout.block_size,
-        num_blocks=plan.layout.num_blocks,
-        max_model_len=plan.max_model_len,
-        generation=config.generation,
-    )
-    sessions = SessionServer(
-        welcome=identity.welcome(),
-        handler=PrefillService(worker=worker, plan=plan, epoch=epoch, inbox=inbox, outbox=outbox),
-        report=lambda: report_from(outbox, generate_latest(registry)),
-        config=config.session,
-    )
-    outbox.deliver = sessions.deliver
-    server = grpc_server(secret, config.session)
-    session_pb2_grpc.add_WorkerServicer_to_server(sessions, server)
+    server = parts.session_server(PrefillService(worker, parts), secret=secret)
     sender.register(server)
     await sender.start()
     try:
-        await WorkerHost(
-            config=config,
-            identity=identity,
-            worker=worker,
-            inbox=inbox,
-            registry=registry,
-            redis_url=redis_url,
-        ).run(server, host=host, port=port, metrics_port=metrics_port, stop=stop)
+        await parts.host(worker, redis_url=redis_url).run(
+            server, host=host, port=port, metrics_port=metrics_port, stop=stop
+        )
     finally:
         await sender.close()
 

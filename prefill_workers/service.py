@@ -6,11 +6,9 @@ import time
 
 from baton.errors import BatonError, InvalidRequestError, WorkerLostError
 from baton.v1 import session_pb2 as pb
-from baton.worker.inbox import Inbox
-from baton.worker.outbox import Outbox
 from baton.worker.session_server import StreamKey
 from engine.intake import check_open, sequence_from_open, stop_rule
-from engine.setup import EnginePlan
+from engine.worker_parts import WorkerParts
 from kv_transfer.keys import TransferKey
 from prefill_workers.scheduler import PrefillJob
 from prefill_workers.worker import PrefillWorker
@@ -19,20 +17,12 @@ from prefill_workers.worker import PrefillWorker
 class PrefillService:
     """Implements SessionHandler; runs on the event loop, acts on the engine thread."""
 
-    def __init__(
-        self,
-        *,
-        worker: PrefillWorker,
-        plan: EnginePlan,
-        epoch: bytes,
-        inbox: Inbox,
-        outbox: Outbox,
-    ) -> None:
+    def __init__(self, worker: PrefillWorker, parts: WorkerParts) -> None:
         self._worker = worker
-        self._plan = plan
-        self._epoch = epoch
-        self._inbox = inbox
-        self._outbox = outbox
+        self._plan = parts.plan
+        self._epoch = parts.identity.epoch
+        self._inbox = parts.inbox
+        self._outbox = parts.outbox
 
     def on_open(self, key: StreamKey, message: pb.Open) -> None:
         try:

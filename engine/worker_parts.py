@@ -1,0 +1,114 @@
+"""What every worker process is made of, whichever pool it is in.
+
+A pool's ``main.py`` adds its scheduler, its worker and its side of the hand-off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import grpc.aio
+from prometheus_client import CollectorRegistry, generate_latest
+
+from baton.config import BatonConfig
+from baton.faults import Faults
+from baton.protocol import new_epoch
+from baton.records import Role
+from baton.rpc import server
+from baton.telemetry import WorkerMetrics
+from baton.v1 import session_pb2_grpc
+from baton.worker.host import Identity, LoopWorker, WorkerHost, report_from
+from baton.worker.inbox import Inbox
+from baton.worker.outbox import Outbox
+from baton.worker.session_server import SessionHandler, SessionServer
+from engine.engine import Engine
+from engine.setup import EnginePlan
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """Made once, by ``build``, on the event loop that the worker will run on."""
+
+    config: BatonConfig
+    plan: EnginePlan
+    engine: Engine
+    identity: Identity
+    registry: CollectorRegistry
+    metrics: WorkerMetrics
+    faults: Faults
+    inbox: Inbox
+    outbox: Outbox
+
+    @classmethod
+    async def build(
+        cls,
+        config: BatonConfig,
+        plan: EnginePlan,
+        memory: memoryview,
+        *,
+        worker_id: str,
+        role: Role,
+    ) -> WorkerParts:
+        """Loads the weights, in a thread. ``memory`` is the KV pool's, kept by the caller.
+
+        Raises CheckpointError for weights that cannot be loaded.
+        """
+        engine = await asyncio.to_thread(
+            Engine,
+            plan.checkpoint,
+            dtype=plan.dtype,
+            layout=plan.layout,
+            memory=memory,
+            domain=plan.domain,
+            threads=plan.threads,
+        )
+        registry = CollectorRegistry()
+        metrics = WorkerMetrics(registry, worker_id=worker_id, role=role)
+        inbox = Inbox(asyncio.get_running_loop())
+        identity = Identity(
+            worker_id=worker_id,
+            role=role,
+            epoch=new_epoch(),
+            model=plan.served_name,
+            digest=plan.digest,
+            block_size=plan.layout.block_size,
+            num_blocks=plan.layout.num_blocks,
+            max_model_len=plan.max_model_len,
+            generation=config.generation,
+        )
+        return cls(
+            config=config,
+            plan=plan,
+            engine=engine,
+            identity=identity,
+            registry=registry,
+            metrics=metrics,
+            faults=Faults.from_environment(worker_id),
+            inbox=inbox,
+            outbox=Outbox(inbox, metrics),
+        )
+
+    def session_server(self, handler: SessionHandler, *, secret: str) -> grpc.aio.Server:
+        """A server, not started, on which gateways open Sessions with ``handler``."""
+        sessions = SessionServer(
+            welcome=self.identity.welcome(),
+            handler=handler,
+            report=lambda: report_from(self.outbox, generate_latest(self.registry)),
+            config=self.config.session,
+        )
+        self.outbox.deliver = sessions.deliver
+        grpc_server = server(secret, self.config.session)
+        session_pb2_grpc.add_WorkerServicer_to_server(sessions, grpc_server)
+        return grpc_server
+
+    def host(self, worker: LoopWorker, *, redis_url: str) -> WorkerHost:
+        """The life of a process that runs ``worker``."""
+        return WorkerHost(
+            config=self.config,
+            identity=self.identity,
+            worker=worker,
+            inbox=self.inbox,
+            registry=self.registry,
+            redis_url=redis_url,
+        )
