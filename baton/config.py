@@ -22,11 +22,11 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class GatewayConfig(_Section):
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535)
     max_in_flight: int = Field(256, ge=1)
     """Choices being served at once; further ones wait."""
@@ -41,6 +41,8 @@ class GatewayConfig(_Section):
     """Of one request: its prompts times ``n``."""
     max_attempts: int = Field(3, ge=1)
     """Of one choice, the first included."""
+    recovery_s: float = Field(60.0, ge=0)
+    """How long a choice that has lost its worker waits for another, within its deadline."""
     drain_s: float = Field(10.0, ge=0)
     """At shutdown: how long running requests may go on before they are refused."""
 
@@ -69,6 +71,8 @@ class EngineConfig(_Section):
     """Sequences running at once on one worker."""
     max_waiting: int = Field(512, ge=0)
     """Sequences waiting on one worker; further ones are refused and re-paired."""
+    hang_s: float = Field(60.0, gt=0)
+    """A step that takes longer is a hang: the worker ends itself and is replaced."""
     threads: int = Field(0, ge=0)
     """Compute threads of one worker; 0 shares the machine's cores out evenly."""
 
@@ -96,6 +100,12 @@ class SessionConfig(_Section):
     silence_s: float = Field(5.0, gt=0)
     """A worker whose Session says nothing for this long is treated as lost."""
 
+    @model_validator(mode="after")
+    def _reports_in_time(self) -> SessionConfig:
+        if self.report_s > self.silence_s / 2:
+            raise ValueError("report_s is over half of silence_s; lower it or raise silence_s")
+        return self
+
 
 class RegistryConfig(_Section):
     cluster: str = Field("default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
@@ -103,6 +113,12 @@ class RegistryConfig(_Section):
     ttl_s: float = Field(5.0, gt=0)
     poll_s: float = Field(0.25, gt=0)
     """How often a gateway looks for new workers."""
+
+    @model_validator(mode="after")
+    def _beats_in_time(self) -> RegistryConfig:
+        if self.heartbeat_s > self.ttl_s / 2:
+            raise ValueError("heartbeat_s is over half of ttl_s; lower it or raise ttl_s")
+        return self
 
 
 class ClusterConfig(_Section):
@@ -116,8 +132,8 @@ class ClusterConfig(_Section):
 class BatonConfig(_Section):
     """The root. ``generation`` names a rollout: different ones never pair."""
 
-    model: str = DEFAULT_MODEL
-    served_model_name: str | None = None
+    model: str = Field(DEFAULT_MODEL, min_length=1)
+    served_model_name: str | None = Field(None, min_length=1)
     """The ``id`` clients use; by default the checkpoint's name."""
     generation: str = "0"
     gateway: GatewayConfig = GatewayConfig()
@@ -168,8 +184,12 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both and isinstance(old, dict) else value
+        if isinstance(value, Mapping) and isinstance(old, dict):
+            merged[key] = _merge(old, value)
+        elif isinstance(value, Mapping) and old is not None:
+            raise ConfigurationError(f"{key}: expected settings as `key: value`, not {old!r}")
+        else:
+            merged[key] = value
     return merged
 
 
@@ -188,4 +208,6 @@ def load_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -
             raise ConfigurationError(
                 f"{path}: expected settings as `key: value`, not a list or text"
             )
+        # A section with nothing in it is an empty one.
+        data = {key: value for key, value in data.items() if value is not None}
     return parse_config(_merge(data, overrides or {}))

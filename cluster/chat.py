@@ -11,7 +11,7 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
-from baton.errors import BatonError, UnavailableError
+from baton.errors import BatonError, InvalidRequestError, UnavailableError
 from cluster.chat_stream import Answer, Message, stream_chat
 from cluster.server_client import authorization, fetch_json
 
@@ -69,6 +69,7 @@ class Chat:
     def begin_anew(self) -> None:
         """Forgets everything but the system's message."""
         system = self._options.system
+        _check_text(system or "")
         self._messages = [{"role": "system", "content": system}] if system else []
 
     def _body(self) -> dict[str, Any]:
@@ -80,7 +81,9 @@ class Chat:
         return body
 
     def ask(self, question: str) -> None:
-        """Prints the answer as it comes. Raises UnavailableError, KeyboardInterrupt."""
+        """Prints the answer as it comes. Raises UnavailableError, KeyboardInterrupt, and
+        InvalidRequestError for what is no text."""
+        _check_text(question)
         self._messages.append({"role": "user", "content": question})
         answer = Answer(began=time.monotonic())
         done = False
@@ -121,6 +124,14 @@ class Chat:
             self._aside.print("[dim]stopped[/dim]")
         except BatonError as error:
             self._aside.print(f"[red]baton:[/red] {escape(error.message)}")
+
+
+def _check_text(text: str) -> None:
+    """A terminal can pass on bytes that are no UTF-8; Python keeps them as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError("that is not UTF-8 text; write it again") from None
 
 
 def chat(options: ChatOptions, message: str | None) -> None:

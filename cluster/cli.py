@@ -212,11 +212,15 @@ def chat(
     from baton.errors import BatonError
     from cluster.chat import ChatOptions
     from cluster.chat import chat as run
+    from cluster.server_client import server_url
     from cluster.status import known_url
 
     try:
         address = url or known_url(cluster or "default")
-        run(ChatOptions(address.rstrip("/"), model, temperature, max_tokens, system), message)
+        run(
+            ChatOptions(server_url(address), model, temperature, max_tokens, system),
+            message,
+        )
     except BatonError as error:
         raise _fail(error.message, 1) from None
 
@@ -240,10 +244,14 @@ def status(
 ) -> None:
     """Show the pools, their workers and how full their KV caches are."""
     from baton.errors import BatonError
+    from cluster.server_client import server_url
     from cluster.status import known_url, show_status
 
     try:
-        show_status((url or known_url(cluster or "default")).rstrip("/"), as_json=as_json)
+        show_status(
+            server_url(url or known_url(cluster or "default")),
+            as_json=as_json,
+        )
     except BatonError as error:
         raise _fail(error.message, 1) from None
 

@@ -20,6 +20,11 @@ def authorization() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
+def server_url(address: str) -> str:
+    """What a person may give for a server's address: also the one for API clients."""
+    return address.rstrip("/").removesuffix("/v1")
+
+
 def url_of(host: str, port: int) -> str:
     """The address to use on this machine for a gateway that listens on ``host:port``."""
     here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

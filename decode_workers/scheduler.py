@@ -54,6 +54,8 @@ class DecodeStream:
     num_input_tokens: int = 0
     """Prompt and tokens emitted by earlier attempts."""
     use: InputUse = field(default_factory=InputUse)
+    num_cached_tokens: int | None = None
+    """Of the input, found in the prefix cache when it was first admitted."""
     counted: bool = False
     """Its input is computed once, and has been counted."""
 
@@ -124,6 +126,10 @@ class DecodeScheduler:
             if not self._take_blocks(stream.sequence):
                 break
             self._queued.popleft()
+            if stream.num_cached_tokens is None:
+                # A fully cached input still has its last token computed.
+                num_cached = stream.sequence.num_cached_tokens
+                stream.num_cached_tokens = min(num_cached, stream.num_input_tokens - 1)
             if stream.transfer is None:
                 self._run(stream)
             else:

@@ -215,8 +215,9 @@ class DecodeWorker:
         stream = self._streams[sampled.seq.key]
         sequence = stream.sequence
         if not stream.counted:
-            # A fully cached input still has its last token computed.
-            num_cached = min(sequence.num_cached_tokens, stream.num_input_tokens - 1)
+            assert stream.num_cached_tokens is not None
+            num_cached = stream.num_cached_tokens
+            self._outbox.reserved(stream.key, num_cached)
             stream.use = InputUse(num_cached, stream.num_input_tokens - num_cached)
             self._outbox.count_input(stream.use)
             stream.counted = True

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from baton.config import KvTransferConfig, SessionConfig
 from baton.errors import (
     BatonError,
+    CancelledError,
     DrainingError,
     IncompatiblePeerError,
     InternalError,
@@ -234,6 +235,9 @@ class KvReceiver:
                 effects = machine.released(now, ok=response.released.ok)
             case "aborted":
                 error = from_code(response.aborted.error_code, response.aborted.error_message)
+                if isinstance(error, CancelledError):
+                    # Whoever cancelled it there knows; here the hand-off has just failed.
+                    error = TransferError(f"prefill gave the hand-off up: {error.message}")
                 effects = machine.aborted(now, error)
         self._apply(transfer, effects)
 

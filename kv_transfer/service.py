@@ -271,7 +271,8 @@ class KvSender:
         self, offer: _Offer, connection: DecodeConnection, start_token: int, lease_s: float
     ) -> None:
         offer.connection = connection
-        connection.keys.add(offer.machine.key)
+        if offer.machine.state is not SenderState.FREED:
+            connection.keys.add(offer.machine.key)
         self._apply(offer, offer.machine.attach(self._now(), start_token, lease_s))
 
     def _unpark(self, key: TransferKey) -> _Parked | None:

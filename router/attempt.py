@@ -30,6 +30,9 @@ from router.routing.policy import Pairing
 from router.token_merge import TokenMerge
 from router.workers.session import WorkerSession
 
+VERDICT_S = 0.5
+"""How long a failed hand-off waits for the prefill side's word on why it failed."""
+
 _FINISH: dict[int, FinishReason] = {
     pb.CLOSE_REASON_STOP: "stop",
     pb.CLOSE_REASON_LENGTH: "length",
@@ -85,6 +88,9 @@ class Attempt:
         self._decode = _Side(self, pairing.decode)
         self._prefill = _Side(self, pairing.prefill) if pairing.prefill is not None else None
         self._proceeded = False
+        self._num_held_tokens = 0
+        self._verdict: asyncio.TimerHandle | None = None
+        self._handoff_error: BatonError | None = None
         self._end: tuple[FinishReason, int] | None = None
 
     @property
@@ -114,6 +120,8 @@ class Attempt:
 
     def close(self) -> None:
         """Cancels every side that is still open. Nothing is heard of the attempt after it."""
+        if self._verdict is not None:
+            self._verdict.cancel()
         for side in self._sides():
             side.is_open = False
             side.session.cancel(self._message.stream_id)
@@ -122,7 +130,7 @@ class Attempt:
         """Prompt tokens that no worker computed; 0 where that is not known for sure."""
         computing = self._prefill or self._decode
         if computing.account is None:
-            return 0
+            return self._num_held_tokens if self._prefill is None else 0
         accounts = [side.account for side in self._sides() if side.account is not None]
         num_computed = max(account.num_computed_tokens for account in accounts)
         return max(0, len(self._message.prompt_token_ids) - num_computed)
@@ -130,6 +138,7 @@ class Attempt:
     # ------------------------------------------------------ called by the sides
 
     def reserved(self, side: _Side, num_held_tokens: int) -> None:
+        self._num_held_tokens = num_held_tokens
         if side is self._decode and self._prefill is not None and not self._proceeded:
             self._proceeded = True
             self._prefill.session.proceed(self._message.stream_id, num_held_tokens)
@@ -160,8 +169,23 @@ class Attempt:
     def side_failed(self, side: _Side, error: BatonError) -> None:
         if side is self._prefill and self._decode.end is not None:
             self._settle()  # decode has taken over already
+        elif self._prefill_knows_better(side, error):
+            self._handoff_error = error
+            loop = asyncio.get_running_loop()
+            self._verdict = loop.call_later(VERDICT_S, self._fail, error, side)
         else:
             self._fail(error, side)
+
+    def _prefill_knows_better(self, side: _Side, error: BatonError) -> bool:
+        """A hand-off ends on both sides, and the news race over two Sessions. Prefill's
+        say why: perhaps the request has ended there, with its first token."""
+        return (
+            isinstance(error, TransferError)
+            and side is self._decode
+            and self._prefill is not None
+            and self._prefill.is_open
+            and self._handoff_error is None
+        )
 
     # ------------------------------------------------------------------ inside
 
@@ -191,7 +215,8 @@ class Attempt:
         if self._end is not None and self._tokens.num_in_order >= self._end[1]:
             self.finish_reason = self._end[0]
         elif not any(side.is_open for side in self._sides()):
-            self._fail(InternalError("tokens are missing, and no worker has the request open"))
+            nobody = InternalError("tokens are missing, and no worker has the request open")
+            self._fail(self._handoff_error or nobody, self._decode)
 
     def _fail(self, error: BatonError, side: _Side | None = None) -> None:
         if self._ended:

@@ -57,7 +57,9 @@ class Serving:
     rng: random.Random
     max_attempts: int
     wait_for_worker_s: float
-    """How long a choice waits for a decode worker when there is none."""
+    """How long a new choice waits for a decode worker when there is none."""
+    wait_for_recovery_s: float
+    """The same for a choice whose worker was lost: its replacement has to start."""
 
 
 class ChoiceRun:
@@ -121,7 +123,9 @@ class ChoiceRun:
         return attempt
 
     async def _pair(self) -> Pairing:
-        give_up_at = self._loop.time() + self._serving.wait_for_worker_s
+        serving, begun = self._serving, self._number > 0 or self._tokens.num_in_order > 0
+        patience_s = serving.wait_for_recovery_s if begun else serving.wait_for_worker_s
+        give_up_at = self._loop.time() + patience_s
         with self._serving.pool.watched_by(self._wake):
             while True:
                 self._check()

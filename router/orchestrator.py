@@ -49,6 +49,7 @@ class Orchestrator:
             rng=rng,
             max_attempts=config.gateway.max_attempts,
             wait_for_worker_s=config.session.silence_s,
+            wait_for_recovery_s=config.gateway.recovery_s,
         )
 
     async def generate(self, choice: ChoiceRequest) -> AsyncGenerator[ChoiceOutput, None]:

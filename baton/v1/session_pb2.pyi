@@ -406,12 +406,15 @@ Global___Events: typing_extensions.TypeAlias = Events
 
 @typing.final
 class Reserved(google.protobuf.message.Message):
+    """Decode has blocks for the input. Where it prefills by itself: its first token follows."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     STREAM_ID_FIELD_NUMBER: builtins.int
     NUM_HELD_TOKENS_FIELD_NUMBER: builtins.int
     stream_id: builtins.int
     num_held_tokens: builtins.int
+    """leading tokens whose KV it had already"""
     def __init__(
         self,
         *,

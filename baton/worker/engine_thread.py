@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from baton.worker.inbox import Inbox
@@ -27,10 +28,21 @@ class EngineThread:
         self._step = step
         self._on_fatal = on_fatal
         self._stopping = False
+        self._began_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def round_age_s(self) -> float:
+        """How long the round under way has taken so far: commands and a step, or an
+        idle wait of at most ``IDLE_WAIT_S``.
+
+        An engine that hangs still has a process that answers, so this is what to watch.
+        """
+        return time.monotonic() - self._began_at
 
     def start(self) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._began_at = time.monotonic()
         self._thread.start()
 
     def stop(self, *, timeout_s: float) -> None:
@@ -42,6 +54,7 @@ class EngineThread:
         try:
             busy = True
             while not self._stopping:
+                self._began_at = time.monotonic()
                 arrived = self._inbox.run_pending(wait_s=0.0 if busy else IDLE_WAIT_S)
                 busy = self._step() or (arrived and busy)
         except BaseException as error:

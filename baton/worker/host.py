@@ -170,7 +170,9 @@ class WorkerHost:
             await self._drain(registration)
         finally:
             await server.stop(grace=FLUSH_S)
-            await asyncio.to_thread(self._thread.stop, timeout_s=self._config.gateway.drain_s)
+            hangs = self._thread.round_age_s > self._config.engine.hang_s
+            patience_s = 0.0 if hangs else self._config.gateway.drain_s
+            await asyncio.to_thread(self._thread.stop, timeout_s=patience_s)
             await asyncio.to_thread(page.shutdown)
             page.server_close()
             page_thread.join()
@@ -198,6 +200,7 @@ class WorkerHost:
             asyncio.ensure_future(self._fatal),
             asyncio.ensure_future(stop.wait()),
             asyncio.ensure_future(registration.lost.wait()),
+            asyncio.ensure_future(self._watch_progress()),
         ]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for task in waits[1:]:
@@ -205,6 +208,14 @@ class WorkerHost:
         if self._fatal.done():
             await registration.close()
             self._fatal.result()
+
+    async def _watch_progress(self) -> None:
+        """Declares the engine dead when one step takes longer than ``engine.hang_s``."""
+        bound_s = self._config.engine.hang_s
+        while not self._fatal.done():
+            await asyncio.sleep(min(1.0, bound_s / 4))
+            if self._thread.round_age_s > bound_s and not self._fatal.done():
+                self._on_fatal(TimeoutError(f"no progress for {bound_s:g} s"))
 
     async def _drain(self, registration: Registration) -> None:
         await registration.close()

@@ -65,18 +65,22 @@ class Registration:
         # does, before Python 3.12, when an answer comes at the same moment).
         while not (self.lost.is_set() or self._closed):
             for act in (self._pause, self._renew):
-                await act(slept)
+                known_ours = await act(slept)
                 # No act takes that long by itself: its own timeouts are shorter.
                 now = time.monotonic()
-                slept = slept or now - seen_at > self._config.ttl_s
+                slept = (slept and not known_ours) or now - seen_at > self._config.ttl_s
                 seen_at = now
 
-    async def _pause(self, slept: bool) -> None:
+    async def _pause(self, slept: bool) -> bool:
         await asyncio.sleep(self._config.heartbeat_s)
+        return False
 
-    async def _renew(self, slept: bool) -> None:
-        """One beat. Being unable to ask is not being asleep: a worker that finds no
-        record because Redis was away registers again, one that slept has lost it."""
+    async def _renew(self, slept: bool) -> bool:
+        """One beat; is the record known to be ours?
+
+        Being unable to ask is not being asleep: a worker that finds no record because
+        Redis was away registers again, one that slept has lost it.
+        """
         try:
             found = await self._renew_if_ours(keys=[self._key], args=[self._value, self._ttl_ms])
             if found == b"other":
@@ -85,8 +89,10 @@ class Registration:
                 self._give_up("this process was stopped for longer than its lease")
             elif found == b"none":
                 await self._redis.set(self._key, self._value, px=self._ttl_ms, nx=True)
+            return bool(found == b"ours")
         except (RedisError, OSError) as error:
             logger.warning("registry does not answer, serving on: %s", error)
+            return False
 
     def _give_up(self, reason: str) -> None:
         logger.error("%s has lost its registration: %s", self._record.worker_id, reason)

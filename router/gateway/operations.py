@@ -17,11 +17,13 @@ from router.gateway.services import Services
 def operations_routes(services: Services) -> APIRouter:
     routes = APIRouter(tags=["operations"])
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> JSONResponse:
         """The process is alive; says nothing about workers."""
         return JSONResponse({"status": "alive"})
 
+    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready")
     async def ready() -> JSONResponse:
         """200 when a request would be served, else 503 with what is missing."""

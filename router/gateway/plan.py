@@ -37,7 +37,9 @@ class Planner:
     ) -> None:
         self._checkpoint = checkpoint
         self._tokenizer = tokenizer
-        self._max_choices = config.gateway.max_choices
+        gateway = config.gateway
+        # More than can be in flight and queued together could never be admitted.
+        self._max_choices = min(gateway.max_choices, gateway.max_in_flight + gateway.max_queued)
         own = checkpoint.config.max_position
         configured = config.engine.max_model_len
         self._context = own if configured is None else min(own, configured)

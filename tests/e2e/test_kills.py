@@ -82,3 +82,24 @@ def test_streams_survive_the_kill_of_a_worker_and_the_pool_heals(
 
     wait_until(whole_again, timeout_s=60, what=f"another {victim}")
     server.wait_at_rest()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_engine_that_hangs_is_found_and_its_streams_go_on(serving: Serving) -> None:
+    server = serving(
+        settings={"engine": {"hang_s": 3.0, "dtype": "float32", "kv_cache_bytes": 134_217_728}}
+    )
+    expected = ask(server, 1)
+    before = pools(server)
+    server.inject(prefill__chunk={"action": "delay", "seconds": 60.0})
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(ask, server, 1)
+        wait_until(
+            lambda: pools(server).get("prefill-0", before["prefill-0"]) != before["prefill-0"],
+            timeout_s=60,
+            what="another prefill-0",
+        )
+        server.inject()
+        assert answer.result(60) == expected
+    server.wait_at_rest()

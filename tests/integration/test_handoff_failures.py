@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from baton.config import KvTransferConfig
-from baton.errors import DeadlineExceededError, InternalError, LeaseExpiredError, TransferError
+from baton.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    InternalError,
+    LeaseExpiredError,
+    TransferError,
+)
 from kv_transfer.keys import TransferKey
 from kv_transfer.receiver import ReceiverState
 from kv_transfer.service import KvSender
@@ -185,6 +191,20 @@ async def test_abort_reaches_decode_with_its_error(pair: tuple[Prefill, Decode])
     assert isinstance(decode.failed[key], DeadlineExceededError)
     assert decode.failed[key].message == "too late"
     assert prefill.freed == [(key, "aborted")]
+
+
+async def test_cancel_on_prefill_is_a_failed_handoff_on_decode(
+    pair: tuple[Prefill, Decode],
+) -> None:
+    prefill, decode = pair
+    key = begin(prefill, decode)
+    prefill.sender.offer(key, start_token=0, num_tokens=NUM_TOKENS)
+    await until(lambda: state_of(decode, key) is ReceiverState.RECEIVING)
+    prefill.sender.abort(key, CancelledError("the gateway has gone"))
+    await until(lambda: decode.drained == [key])
+    assert type(decode.failed[key]) is TransferError
+    assert decode.failed[key].retriable
+    assert "the gateway has gone" in decode.failed[key].message
 
 
 async def test_attach_after_an_abort_learns_of_it(pair: tuple[Prefill, Decode]) -> None:

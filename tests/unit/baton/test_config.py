@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -32,6 +33,36 @@ def test_no_decode_worker_is_refused_because_nothing_could_answer() -> None:
 def test_default_deadline_over_the_maximum_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="max_deadline_s"):
         parse_config({"gateway": {"default_deadline_s": 10, "max_deadline_s": 5}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"gateway": {"sse_keepalive_s": float("inf")}}, "sse_keepalive_s"),
+        ({"gateway": {"host": ""}}, "host"),
+        ({"model": ""}, "model"),
+        ({"registry": {"heartbeat_s": 10}}, "heartbeat_s"),
+        ({"session": {"report_s": 30}}, "report_s"),
+    ],
+)
+def test_setting_that_could_never_work_is_refused(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        parse_config(settings)
+
+
+def test_section_that_is_no_mapping_is_refused_though_the_command_line_sets_it_too(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "baton.yaml"
+    path.write_text("gateway: 3\n")
+    with pytest.raises(ConfigurationError, match="gateway"):
+        load_config(path, {"gateway": {"port": 1}})
+
+
+def test_section_with_nothing_in_it_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "baton.yaml"
+    path.write_text("gateway:\nengine: {threads: 2}\n")
+    assert load_config(path).gateway == BatonConfig().gateway
 
 
 def test_command_line_wins_over_file_and_file_over_defaults(tmp_path: Path) -> None:

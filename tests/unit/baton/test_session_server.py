@@ -17,7 +17,7 @@ from baton.v1 import session_pb2 as pb
 from baton.v1 import session_pb2_grpc
 from baton.worker.session_server import SessionServer, StepEvents, StreamKey
 
-CONFIG = SessionConfig(report_s=60.0)
+CONFIG = SessionConfig(report_s=60.0, silence_s=120.0)
 SECRET = "secret of this test"
 
 

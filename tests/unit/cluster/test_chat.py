@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.errors import UnavailableError
+from baton.errors import InvalidRequestError, UnavailableError
 from cluster.chat import Chat, ChatOptions, summary
 from cluster.chat_stream import Answer, events, stream_chat
+from cluster.server_client import server_url
 
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -194,3 +195,25 @@ def test_error_does_not_end_the_conversation(
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     chat.converse()
     assert len(server.conversations) == 1
+
+
+def test_question_that_is_no_text_is_refused_and_the_chat_goes_on() -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content)["messages"][-1]["content"])
+        return httpx.Response(200, text=sse(piece("yes", "stop"), USAGE))
+
+    with client_of(answer) as client:
+        chat = Chat(client, ChatOptions("http://test", "m", None, None, None), "m")
+        with pytest.raises(InvalidRequestError, match="UTF-8"):
+            chat.ask("h\udcff")
+        chat.ask("hello")
+    assert asked == ["hello"]
+
+
+@pytest.mark.parametrize(
+    "address", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"]
+)
+def test_address_for_api_clients_names_the_server_too(address: str) -> None:
+    assert server_url(address) == "http://h:1"

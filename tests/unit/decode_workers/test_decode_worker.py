@@ -95,7 +95,7 @@ async def test_held_prefix_is_not_asked_for_again() -> None:
     second = StreamKey(1, 6)
     rig.worker.open(rig.stream([*range(8), 50, 51], key=second))
     await rig.step()
-    assert rig.reserved == [(second, 8)]
+    assert rig.reserved[-1] == (second, 8)
     options = rig.receiver.calls[-1][2]
     assert (options["start_token"], options["num_tokens"]) == (8, 10)
     assert len(options["block_ids"]) == 1
@@ -260,3 +260,31 @@ async def test_stream_id_in_use_changes_nothing_for_the_one_that_has_it() -> Non
     await rig.step()
     assert [key for key, *_ in rig.tokens] == [KEY]
     assert rig.closed[KEY].reason == pb.CLOSE_REASON_LENGTH
+
+
+async def test_local_prefill_tells_what_was_cached_with_its_first_token() -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream(list(range(9)), local=True, most=1))
+    for _ in range(2):
+        await rig.step()
+    second = StreamKey(1, 6)
+    rig.worker.open(rig.stream([*range(8), 50], key=second, local=True, most=1))
+    await rig.step()
+    assert rig.reserved == [(KEY, 0), (second, 8)]
+
+
+async def test_preempted_stream_does_not_count_its_own_blocks_as_cached() -> None:
+    rig = DecodeRig(num_blocks=16)
+    for n in range(4):
+        tokens = list(range(100 * n, 100 * n + 4))
+        rig.worker.open(rig.stream(tokens, key=StreamKey(2, n), local=True, most=12))
+    while len(rig.tokens) < 12:
+        await rig.step()
+    rig.worker.open(rig.stream(list(range(900, 926)), local=True, most=2))
+    for _ in range(60):
+        await rig.step()
+    assert rig.registry.get_sample_value(
+        "baton_preemptions_total", {"worker": "w", "role": "decode"}
+    )
+    closed = rig.closed[KEY]
+    assert (closed.num_cached_tokens, closed.num_computed_tokens) == (0, 26)

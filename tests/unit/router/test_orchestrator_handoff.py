@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from baton.errors import InternalError
+from baton.errors import InternalError, TransferError
 from baton.v1 import session_pb2 as pb
 from tests.support.fake_cluster import Client, FakeCluster, choice, fake_cluster, wait_until
 from tests.support.fake_worker import FakeStream
@@ -101,6 +101,39 @@ async def test_choice_that_ends_with_its_first_token_cancels_decode_and_hands_no
         assert (client.token_ids, last.finish_reason) == ([2], "stop")
         await wait_until(decode.cancelled.is_set)
         assert (prefill.num_cancels, decode.num_cancels) == (0, 1)
+
+
+async def test_end_with_the_first_token_stands_though_decode_hears_of_it_first() -> None:
+    async with fake_cluster() as cluster:
+        prefill, decode, client = await opened(cluster, max_tokens=1)
+        decode.reserve()
+        await prefill.held
+        decode.fail(TransferError("prefill gave the hand-off up"))
+        await wait_until(lambda: decode.worker.num_received("open") == 1)
+        prefill.tokens(0, 50)
+        prefill.close(LENGTH, num_computed_tokens=3)
+        assert (await client.end()).finish_reason == "length"
+        assert client.token_ids == [50]
+        assert decode.worker.num_received("open") == 1
+
+
+@pytest.mark.parametrize("word", ["handed over", "nothing"])
+async def test_failed_handoff_is_attempted_again_whatever_prefill_says(word: str) -> None:
+    async with fake_cluster() as cluster:
+        prefill, decode, client = await opened(cluster)
+        decode.reserve()
+        await prefill.held
+        prefill.tokens(0, 50)
+        decode.fail(TransferError("its lease had run out"))
+        if word == "handed over":
+            prefill.close(HANDED_OFF, num_computed_tokens=3)
+        again = await decode.worker.next_open()
+        assert again.message.attempt == 1
+        assert list(again.message.emitted_token_ids) == [50]
+        again.tokens(1, 51)
+        again.close(STOP)
+        await client.end()
+        assert client.token_ids == [50, 51]
 
 
 async def test_prefill_that_ends_after_the_handoff_is_no_end_and_no_failure() -> None:
