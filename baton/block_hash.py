@@ -16,6 +16,11 @@ from dataclasses import dataclass
 HASH_BYTES = 16
 
 
+def block_key(secret: str) -> bytes:
+    """The key of all block hashes in the cluster whose processes share ``secret``."""
+    return hashlib.blake2b(secret.encode(), digest_size=32, person=b"baton-blocks").digest()
+
+
 @dataclass(frozen=True, slots=True)
 class HashDomain:
     """What all blocks of one deployment have in common."""

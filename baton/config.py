@@ -107,6 +107,15 @@ class SessionConfig(_Section):
         return self
 
 
+class RoutingConfig(_Section):
+    policy: Literal["kv_aware", "round_robin", "least_loaded", "random"] = "kv_aware"
+    """How a prefill and a decode worker are chosen; all but ``kv_aware`` are for comparison."""
+    decode_block_weight: float = Field(0.25, ge=0)
+    """Cost of a token in use on the decode worker, in tokens of prefill."""
+    transfer_weight: float = Field(0.25, ge=0)
+    """Cost of a token that the hand-off moves, in tokens of prefill."""
+
+
 class RegistryConfig(_Section):
     cluster: str = Field("default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
     heartbeat_s: float = Field(1.0, gt=0)
@@ -142,6 +151,7 @@ class BatonConfig(_Section):
     engine: EngineConfig = EngineConfig()
     kv_transfer: KvTransferConfig = KvTransferConfig()
     session: SessionConfig = SessionConfig()
+    routing: RoutingConfig = RoutingConfig()
     registry: RegistryConfig = RegistryConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -175,6 +175,7 @@ class DecodeWorker:
             self._num_steps += 1
             for result in sampled:
                 self._emit(result)
+        self._outbox.cache_changed(self._engine.kv.pool.take_changes())
         self._outbox.flush()
         self._outbox.set_load(self._load())
         return bool(chunks)

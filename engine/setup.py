@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 
-from baton.block_hash import HashDomain
+from baton.block_hash import HashDomain, block_key
 from baton.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from baton.config import BatonConfig
 from baton.errors import ConfigurationError
@@ -71,7 +70,7 @@ def plan_engine(config: BatonConfig, *, secret: str) -> EnginePlan:
             protocol_version=PROTOCOL_VERSION,
         ),
         domain=HashDomain(
-            key=hashlib.blake2b(secret.encode(), digest_size=32, person=b"baton-blocks").digest(),
+            key=block_key(secret),
             weights_revision=checkpoint.revision,
             kv_dtype=dtype_name,
         ),

@@ -63,6 +63,7 @@ class WorkerParts:
             domain=plan.domain,
             threads=plan.threads,
         )
+        engine.kv.pool.watch()
         registry = CollectorRegistry()
         metrics = WorkerMetrics(registry, worker_id=worker_id, role=role)
         inbox = Inbox(asyncio.get_running_loop())
@@ -75,6 +76,7 @@ class WorkerParts:
             block_size=plan.layout.block_size,
             num_blocks=plan.layout.num_blocks,
             max_model_len=plan.max_model_len,
+            kv_dtype=plan.layout.dtype,
             generation=config.generation,
         )
         return cls(

@@ -44,6 +44,8 @@ class PrefillJob:
     state: JobState = JobState.WAITING
     num_held_tokens: int = 0
     """Leading tokens that decode already holds."""
+    num_uncached_tokens: int = 0
+    """Of the input, as the prefix cache stood when the job was queued."""
     use: InputUse = field(default_factory=InputUse)
 
 
@@ -67,13 +69,17 @@ class PrefillScheduler:
 
     @property
     def num_tokens_to_compute(self) -> int:
-        """Input tokens still to compute, queued jobs counted whole."""
-        jobs = [*self._queued.values(), *self._running.values()]
-        return sum(job.sequence.num_remaining for job in jobs)
+        """Input tokens still to compute; of a queued job, those that were not cached
+        when it was queued."""
+        running = sum(job.sequence.num_remaining for job in self._running.values())
+        return running + sum(job.num_uncached_tokens for job in self._queued.values())
 
     def enqueue(self, job: PrefillJob) -> None:
         """WAITING → QUEUED."""
         job.state = JobState.QUEUED
+        num_tokens = job.sequence.num_tokens
+        num_cached = self._kv.num_cached_prefix(job.sequence)
+        job.num_uncached_tokens = num_tokens - min(num_cached, num_tokens - 1)
         self._queued[job.key] = job
 
     def remove(self, job: PrefillJob) -> None:

@@ -167,6 +167,7 @@ class PrefillWorker:
             self._announce(chunks)
             for result in sampled:
                 self._first_token(result)
+        self._outbox.cache_changed(self._engine.kv.pool.take_changes())
         self._outbox.flush()
         self._outbox.set_load(self._load())
         return bool(chunks)

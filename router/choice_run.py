@@ -28,6 +28,7 @@ from baton.telemetry import GatewayMetrics
 from baton.v1 import session_pb2 as pb
 from router.attempt import Attempt
 from router.request import ChoiceOutput, ChoiceRequest, FinishReason
+from router.routing.input_hashes import BlockNames, InputHashes
 from router.routing.policy import Pairing, RoutingPolicy
 from router.token_merge import TokenMerge
 from router.workers.pool import WorkerPool
@@ -55,6 +56,8 @@ class Serving:
     stream_ids: Iterator[int]
     """Never gives the same id twice."""
     rng: random.Random
+    names: BlockNames | None
+    """How workers name blocks; None where the policy does not ask."""
     max_attempts: int
     wait_for_worker_s: float
     """How long a new choice waits for a decode worker when there is none."""
@@ -71,6 +74,7 @@ class ChoiceRun:
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._tokens = TokenMerge(choice.max_tokens)
+        self._hashes = InputHashes(serving.names, cache_salt=choice.cache_salt)
         self._attempt: Attempt | None = None
         self._number = 0
         self._cause = "first"
@@ -129,14 +133,22 @@ class ChoiceRun:
         with self._serving.pool.watched_by(self._wake):
             while True:
                 self._check()
+                await self._prepare_hashes()
                 pairing = self._serving.policy.pick(
-                    self._candidates("prefill"), self._candidates("decode")
+                    self._hashes, self._candidates("prefill"), self._candidates("decode")
                 )
                 if pairing is not None:
                     return pairing
                 if self._loop.time() >= give_up_at:
                     raise UnavailableError("no decode worker is ready")
                 await self._wait(give_up_at)
+
+    async def _prepare_hashes(self) -> None:
+        """Names the input's blocks as the workers there are do."""
+        pool = self._serving.pool
+        token_ids = [*self._choice.prompt_token_ids, *self._tokens.token_ids]
+        await self._hashes.prepare(token_ids, [*pool.sessions("prefill"), *pool.sessions("decode")])
+        self._check()
 
     def _candidates(self, role: Role) -> list[WorkerSession]:
         """Workers that have not failed this choice, and not just refused it, where such

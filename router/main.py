@@ -32,7 +32,9 @@ from router.gateway.app import create_app
 from router.gateway.lifecycle import Lifecycle
 from router.http_server import HttpServer, drain, listen, url_of
 from router.orchestrator import Orchestrator
-from router.routing.policy import LeastLoaded
+from router.routing.input_hashes import BlockNames
+from router.routing.kv_index import KvIndex
+from router.routing.policy import make_policy
 from router.workers.handshake import GatewayIdentity
 from router.workers.pool import WorkerPool
 from router.workers.registry import Registry
@@ -92,7 +94,10 @@ async def serve(
         secret=secret,
     )
     rng = random.Random()
-    pool = WorkerPool(identity=identity, config=config.session, metrics=metrics)
+    clock = asyncio.get_running_loop().time
+    index = KvIndex(clock)
+    names = BlockNames(secret=secret, weights_revision=checkpoint.revision)
+    pool = WorkerPool(identity=identity, config=config.session, metrics=metrics, index=index)
     registry = Registry(
         redis_url,
         config.registry,
@@ -103,11 +108,12 @@ async def serve(
     orchestrator = Orchestrator(
         config=config,
         pool=pool,
-        policy=LeastLoaded(rng),
+        policy=make_policy(config.routing, index, rng, clock),
         metrics=metrics,
         faults=Faults.from_environment(gateway_id),
         registry_up=lambda: registry.up,
         rng=rng,
+        names=names if config.routing.policy == "kv_aware" else None,
     )
     lifecycle = Lifecycle()
     app = create_app(

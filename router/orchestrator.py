@@ -12,6 +12,7 @@ from baton.telemetry import GatewayMetrics
 from router.admission import Admission
 from router.choice_run import ChoiceRun, Serving
 from router.request import ChoiceOutput, ChoiceRequest
+from router.routing.input_hashes import BlockNames
 from router.routing.policy import RoutingPolicy
 from router.status import ClusterStatus
 from router.workers.pool import WorkerPool
@@ -31,6 +32,7 @@ class Orchestrator:
         faults: Faults,
         registry_up: Callable[[], bool],
         rng: random.Random,
+        names: BlockNames | None = None,
     ) -> None:
         self._config = config
         self._pool = pool
@@ -47,6 +49,7 @@ class Orchestrator:
             metrics=metrics,
             stream_ids=itertools.count(1),
             rng=rng,
+            names=names,
             max_attempts=config.gateway.max_attempts,
             wait_for_worker_s=config.session.silence_s,
             wait_for_recovery_s=config.gateway.recovery_s,

@@ -24,45 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/v1/session.proto\x12\x08\x62\x61ton.v1\"\xa4\x01\n\x0eGatewayMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12\x1e\n\x04open\x18\x02 \x01(\x0b\x32\x0e.baton.v1.OpenH\x00\x12$\n\x07proceed\x18\x03 \x01(\x0b\x32\x11.baton.v1.ProceedH\x00\x12\"\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x42\x06\n\x04\x62ody\"I\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\t\x12\x12\n\ngateway_id\x18\x03 \x01(\t\"\xf4\x02\n\x04Open\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x06 \x03(\r\x12$\n\x08sampling\x18\x07 \x01(\x0b\x32\x12.baton.v1.Sampling\x12\x12\n\nmax_tokens\x18\x08 \x01(\x04\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x14\n\x0cremaining_ms\x18\n \x01(\x04\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\x12\x12\n\ntracestate\x18\x0c \x01(\t\x12\x12\n\ncache_salt\x18\r \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x0e \x01(\t\x12\x0f\n\x07grammar\x18\x0f \x01(\t\x12\"\n\x07handoff\x18\x10 \x01(\x0b\x32\x11.baton.v1.Handoff\"K\n\x08Sampling\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\"\xa2\x01\n\x07Handoff\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x15\n\rprefill_epoch\x18\x02 \x01(\x0c\x12\x14\n\x0c\x64\x65\x63ode_epoch\x18\x03 \x01(\x0c\x12\x19\n\x11prefill_worker_id\x18\x04 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x05 \x01(\t\x12 \n\x18prefill_transfer_address\x18\x06 \x01(\t\"5\n\x07Proceed\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x17\n\x0fnum_held_tokens\x18\x02 \x01(\r\"\x1b\n\x06\x43\x61ncel\x12\x11\n\tstream_id\x18\x01 \x01(\x04\"\x85\x01\n\rWorkerMessage\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.baton.v1.WelcomeH\x00\x12\"\n\x06\x65vents\x18\x02 \x01(\x0b\x32\x10.baton.v1.EventsH\x00\x12\"\n\x06report\x18\x03 \x01(\x0b\x32\x10.baton.v1.ReportH\x00\x42\x06\n\x04\x62ody\"\xc5\x01\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x0c\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x0c\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x15\n\rmax_model_len\x18\n \x01(\r\"v\n\x06\x45vents\x12$\n\x08reserved\x18\x01 \x03(\x0b\x32\x12.baton.v1.Reserved\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x14.baton.v1.TokenBatch\x12 \n\x06\x63losed\x18\x03 \x03(\x0b\x32\x10.baton.v1.Closed\"6\n\x08Reserved\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x17\n\x0fnum_held_tokens\x18\x02 \x01(\r\"F\n\nTokenBatch\x12\x12\n\nstream_ids\x18\x01 \x03(\x04\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\xc2\x01\n\x06\x43losed\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12%\n\x06reason\x18\x02 \x01(\x0e\x32\x15.baton.v1.CloseReason\x12\x12\n\nerror_code\x18\x03 \x01(\t\x12\x15\n\rerror_message\x18\x04 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x06 \x01(\r\x12\x1b\n\x13num_received_tokens\x18\x07 \x01(\r\"\x99\x01\n\x06Report\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x04 \x01(\x04\x12%\n\x06\x62locks\x18\x05 \x01(\x0b\x32\x15.baton.v1.BlockCounts\x12\x0f\n\x07metrics\x18\x06 \x01(\x0c\"T\n\x0b\x42lockCounts\x12\x0c\n\x04\x66ree\x18\x01 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\r\x12\x12\n\nreferenced\x18\x03 \x01(\r\x12\x13\n\x0bquarantined\x18\x04 \x01(\r*\xad\x01\n\x0b\x43loseReason\x12\x1c\n\x18\x43LOSE_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43LOSE_REASON_STOP\x10\x01\x12\x17\n\x13\x43LOSE_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x43LOSE_REASON_HANDED_OFF\x10\x03\x12\x1a\n\x16\x43LOSE_REASON_CANCELLED\x10\x04\x12\x17\n\x13\x43LOSE_REASON_FAILED\x10\x05\x32J\n\x06Worker\x12@\n\x07Session\x12\x18.baton.v1.GatewayMessage\x1a\x17.baton.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/v1/session.proto\x12\x08\x62\x61ton.v1\"\xe6\x01\n\x0eGatewayMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12\x1e\n\x04open\x18\x02 \x01(\x0b\x32\x0e.baton.v1.OpenH\x00\x12$\n\x07proceed\x18\x03 \x01(\x0b\x32\x11.baton.v1.ProceedH\x00\x12\"\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x12@\n\x16\x63\x61\x63he_snapshot_request\x18\x05 \x01(\x0b\x32\x1e.baton.v1.CacheSnapshotRequestH\x00\x42\x06\n\x04\x62ody\"I\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\t\x12\x12\n\ngateway_id\x18\x03 \x01(\t\"\xf4\x02\n\x04Open\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x06 \x03(\r\x12$\n\x08sampling\x18\x07 \x01(\x0b\x32\x12.baton.v1.Sampling\x12\x12\n\nmax_tokens\x18\x08 \x01(\x04\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x14\n\x0cremaining_ms\x18\n \x01(\x04\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\x12\x12\n\ntracestate\x18\x0c \x01(\t\x12\x12\n\ncache_salt\x18\r \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x0e \x01(\t\x12\x0f\n\x07grammar\x18\x0f \x01(\t\x12\"\n\x07handoff\x18\x10 \x01(\x0b\x32\x11.baton.v1.Handoff\"K\n\x08Sampling\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\"\xa2\x01\n\x07Handoff\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x15\n\rprefill_epoch\x18\x02 \x01(\x0c\x12\x14\n\x0c\x64\x65\x63ode_epoch\x18\x03 \x01(\x0c\x12\x19\n\x11prefill_worker_id\x18\x04 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x05 \x01(\t\x12 \n\x18prefill_transfer_address\x18\x06 \x01(\t\"5\n\x07Proceed\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x17\n\x0fnum_held_tokens\x18\x02 \x01(\r\"\x1b\n\x06\x43\x61ncel\x12\x11\n\tstream_id\x18\x01 \x01(\x04\"\x16\n\x14\x43\x61\x63heSnapshotRequest\"\xb4\x01\n\rWorkerMessage\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.baton.v1.WelcomeH\x00\x12\"\n\x06\x65vents\x18\x02 \x01(\x0b\x32\x10.baton.v1.EventsH\x00\x12\"\n\x06report\x18\x03 \x01(\x0b\x32\x10.baton.v1.ReportH\x00\x12-\n\x0c\x63\x61\x63he_events\x18\x04 \x01(\x0b\x32\x15.baton.v1.CacheEventsH\x00\x42\x06\n\x04\x62ody\"\xd7\x01\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x0c\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x0c\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x15\n\rmax_model_len\x18\n \x01(\r\x12\x10\n\x08kv_dtype\x18\x0b \x01(\t\"v\n\x06\x45vents\x12$\n\x08reserved\x18\x01 \x03(\x0b\x32\x12.baton.v1.Reserved\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x14.baton.v1.TokenBatch\x12 \n\x06\x63losed\x18\x03 \x03(\x0b\x32\x10.baton.v1.Closed\"6\n\x08Reserved\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x17\n\x0fnum_held_tokens\x18\x02 \x01(\r\"F\n\nTokenBatch\x12\x12\n\nstream_ids\x18\x01 \x03(\x04\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\xc2\x01\n\x06\x43losed\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12%\n\x06reason\x18\x02 \x01(\x0e\x32\x15.baton.v1.CloseReason\x12\x12\n\nerror_code\x18\x03 \x01(\t\x12\x15\n\rerror_message\x18\x04 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x06 \x01(\r\x12\x1b\n\x13num_received_tokens\x18\x07 \x01(\r\"\x99\x01\n\x06Report\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x04 \x01(\x04\x12%\n\x06\x62locks\x18\x05 \x01(\x0b\x32\x15.baton.v1.BlockCounts\x12\x0f\n\x07metrics\x18\x06 \x01(\x0c\"Q\n\x0b\x43\x61\x63heEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0f\n\x07removed\x18\x03 \x01(\x0c\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x01(\x0c\"T\n\x0b\x42lockCounts\x12\x0c\n\x04\x66ree\x18\x01 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\r\x12\x12\n\nreferenced\x18\x03 \x01(\r\x12\x13\n\x0bquarantined\x18\x04 \x01(\r*\xad\x01\n\x0b\x43loseReason\x12\x1c\n\x18\x43LOSE_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43LOSE_REASON_STOP\x10\x01\x12\x17\n\x13\x43LOSE_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x43LOSE_REASON_HANDED_OFF\x10\x03\x12\x1a\n\x16\x43LOSE_REASON_CANCELLED\x10\x04\x12\x17\n\x13\x43LOSE_REASON_FAILED\x10\x05\x32J\n\x06Worker\x12@\n\x07Session\x12\x18.baton.v1.GatewayMessage\x1a\x17.baton.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.session_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CLOSEREASON']._serialized_start=2003
-  _globals['_CLOSEREASON']._serialized_end=2176
+  _globals['_CLOSEREASON']._serialized_start=2241
+  _globals['_CLOSEREASON']._serialized_end=2414
   _globals['_GATEWAYMESSAGE']._serialized_start=37
-  _globals['_GATEWAYMESSAGE']._serialized_end=201
-  _globals['_HELLO']._serialized_start=203
-  _globals['_HELLO']._serialized_end=276
-  _globals['_OPEN']._serialized_start=279
-  _globals['_OPEN']._serialized_end=651
-  _globals['_SAMPLING']._serialized_start=653
-  _globals['_SAMPLING']._serialized_end=728
-  _globals['_HANDOFF']._serialized_start=731
-  _globals['_HANDOFF']._serialized_end=893
-  _globals['_PROCEED']._serialized_start=895
-  _globals['_PROCEED']._serialized_end=948
-  _globals['_CANCEL']._serialized_start=950
-  _globals['_CANCEL']._serialized_end=977
-  _globals['_WORKERMESSAGE']._serialized_start=980
-  _globals['_WORKERMESSAGE']._serialized_end=1113
-  _globals['_WELCOME']._serialized_start=1116
-  _globals['_WELCOME']._serialized_end=1313
-  _globals['_EVENTS']._serialized_start=1315
-  _globals['_EVENTS']._serialized_end=1433
-  _globals['_RESERVED']._serialized_start=1435
-  _globals['_RESERVED']._serialized_end=1489
-  _globals['_TOKENBATCH']._serialized_start=1491
-  _globals['_TOKENBATCH']._serialized_end=1561
-  _globals['_CLOSED']._serialized_start=1564
-  _globals['_CLOSED']._serialized_end=1758
-  _globals['_REPORT']._serialized_start=1761
-  _globals['_REPORT']._serialized_end=1914
-  _globals['_BLOCKCOUNTS']._serialized_start=1916
-  _globals['_BLOCKCOUNTS']._serialized_end=2000
-  _globals['_WORKER']._serialized_start=2178
-  _globals['_WORKER']._serialized_end=2252
+  _globals['_GATEWAYMESSAGE']._serialized_end=267
+  _globals['_HELLO']._serialized_start=269
+  _globals['_HELLO']._serialized_end=342
+  _globals['_OPEN']._serialized_start=345
+  _globals['_OPEN']._serialized_end=717
+  _globals['_SAMPLING']._serialized_start=719
+  _globals['_SAMPLING']._serialized_end=794
+  _globals['_HANDOFF']._serialized_start=797
+  _globals['_HANDOFF']._serialized_end=959
+  _globals['_PROCEED']._serialized_start=961
+  _globals['_PROCEED']._serialized_end=1014
+  _globals['_CANCEL']._serialized_start=1016
+  _globals['_CANCEL']._serialized_end=1043
+  _globals['_CACHESNAPSHOTREQUEST']._serialized_start=1045
+  _globals['_CACHESNAPSHOTREQUEST']._serialized_end=1067
+  _globals['_WORKERMESSAGE']._serialized_start=1070
+  _globals['_WORKERMESSAGE']._serialized_end=1250
+  _globals['_WELCOME']._serialized_start=1253
+  _globals['_WELCOME']._serialized_end=1468
+  _globals['_EVENTS']._serialized_start=1470
+  _globals['_EVENTS']._serialized_end=1588
+  _globals['_RESERVED']._serialized_start=1590
+  _globals['_RESERVED']._serialized_end=1644
+  _globals['_TOKENBATCH']._serialized_start=1646
+  _globals['_TOKENBATCH']._serialized_end=1716
+  _globals['_CLOSED']._serialized_start=1719
+  _globals['_CLOSED']._serialized_end=1913
+  _globals['_REPORT']._serialized_start=1916
+  _globals['_REPORT']._serialized_end=2069
+  _globals['_CACHEEVENTS']._serialized_start=2071
+  _globals['_CACHEEVENTS']._serialized_end=2152
+  _globals['_BLOCKCOUNTS']._serialized_start=2154
+  _globals['_BLOCKCOUNTS']._serialized_end=2238
+  _globals['_WORKER']._serialized_start=2416
+  _globals['_WORKER']._serialized_end=2490
 # @@protoc_insertion_point(module_scope)

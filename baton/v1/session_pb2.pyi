@@ -62,6 +62,7 @@ class GatewayMessage(google.protobuf.message.Message):
     OPEN_FIELD_NUMBER: builtins.int
     PROCEED_FIELD_NUMBER: builtins.int
     CANCEL_FIELD_NUMBER: builtins.int
+    CACHE_SNAPSHOT_REQUEST_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello: ...
     @property
@@ -70,6 +71,8 @@ class GatewayMessage(google.protobuf.message.Message):
     def proceed(self) -> Global___Proceed: ...
     @property
     def cancel(self) -> Global___Cancel: ...
+    @property
+    def cache_snapshot_request(self) -> Global___CacheSnapshotRequest: ...
     def __init__(
         self,
         *,
@@ -77,12 +80,13 @@ class GatewayMessage(google.protobuf.message.Message):
         open: Global___Open | None = ...,
         proceed: Global___Proceed | None = ...,
         cancel: Global___Cancel | None = ...,
+        cache_snapshot_request: Global___CacheSnapshotRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "hello", b"hello", "open", b"open", "proceed", b"proceed"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["body", b"body", "cache_snapshot_request", b"cache_snapshot_request", "cancel", b"cancel", "hello", b"hello", "open", b"open", "proceed", b"proceed"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "hello", b"hello", "open", b"open", "proceed", b"proceed"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["body", b"body", "cache_snapshot_request", b"cache_snapshot_request", "cancel", b"cancel", "hello", b"hello", "open", b"open", "proceed", b"proceed"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: typing_extensions.TypeAlias = typing.Literal["hello", "open", "proceed", "cancel"]
+    _WhichOneofReturnType_body: typing_extensions.TypeAlias = typing.Literal["hello", "open", "proceed", "cancel", "cache_snapshot_request"]
     _WhichOneofArgType_body: typing_extensions.TypeAlias = typing.Literal["body", b"body"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -299,6 +303,18 @@ class Cancel(google.protobuf.message.Message):
 Global___Cancel: typing_extensions.TypeAlias = Cancel
 
 @typing.final
+class CacheSnapshotRequest(google.protobuf.message.Message):
+    """The gateway has missed CacheEvents: begin again with a snapshot."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___CacheSnapshotRequest: typing_extensions.TypeAlias = CacheSnapshotRequest
+
+@typing.final
 class WorkerMessage(google.protobuf.message.Message):
     """-------------------------------------------------------------- from a worker"""
 
@@ -307,24 +323,28 @@ class WorkerMessage(google.protobuf.message.Message):
     WELCOME_FIELD_NUMBER: builtins.int
     EVENTS_FIELD_NUMBER: builtins.int
     REPORT_FIELD_NUMBER: builtins.int
+    CACHE_EVENTS_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> Global___Welcome: ...
     @property
     def events(self) -> Global___Events: ...
     @property
     def report(self) -> Global___Report: ...
+    @property
+    def cache_events(self) -> Global___CacheEvents: ...
     def __init__(
         self,
         *,
         welcome: Global___Welcome | None = ...,
         events: Global___Events | None = ...,
         report: Global___Report | None = ...,
+        cache_events: Global___CacheEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["body", b"body", "events", b"events", "report", b"report", "welcome", b"welcome"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["body", b"body", "cache_events", b"cache_events", "events", b"events", "report", b"report", "welcome", b"welcome"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["body", b"body", "events", b"events", "report", b"report", "welcome", b"welcome"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["body", b"body", "cache_events", b"cache_events", "events", b"events", "report", b"report", "welcome", b"welcome"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: typing_extensions.TypeAlias = typing.Literal["welcome", "events", "report"]
+    _WhichOneofReturnType_body: typing_extensions.TypeAlias = typing.Literal["welcome", "events", "report", "cache_events"]
     _WhichOneofArgType_body: typing_extensions.TypeAlias = typing.Literal["body", b"body"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -344,6 +364,7 @@ class Welcome(google.protobuf.message.Message):
     BLOCK_SIZE_FIELD_NUMBER: builtins.int
     NUM_BLOCKS_FIELD_NUMBER: builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
+    KV_DTYPE_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     generation: builtins.str
     worker_id: builtins.str
@@ -356,6 +377,8 @@ class Welcome(google.protobuf.message.Message):
     block_size: builtins.int
     num_blocks: builtins.int
     max_model_len: builtins.int
+    kv_dtype: builtins.str
+    """with the weights' revision, part of every block hash"""
     def __init__(
         self,
         *,
@@ -369,8 +392,9 @@ class Welcome(google.protobuf.message.Message):
         block_size: builtins.int = ...,
         num_blocks: builtins.int = ...,
         max_model_len: builtins.int = ...,
+        kv_dtype: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_size", b"block_size", "digest", b"digest", "epoch", b"epoch", "generation", b"generation", "max_model_len", b"max_model_len", "model", b"model", "num_blocks", b"num_blocks", "protocol_version", b"protocol_version", "role", b"role", "worker_id", b"worker_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_size", b"block_size", "digest", b"digest", "epoch", b"epoch", "generation", b"generation", "kv_dtype", b"kv_dtype", "max_model_len", b"max_model_len", "model", b"model", "num_blocks", b"num_blocks", "protocol_version", b"protocol_version", "role", b"role", "worker_id", b"worker_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
@@ -531,6 +555,39 @@ class Report(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
+
+@typing.final
+class CacheEvents(google.protobuf.message.Message):
+    """What the prefix cache of the worker has found room for, and lost. The first one of
+    a Session is a snapshot; they are numbered from 1, and a missing number is a gap.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
+    REMOVED_FIELD_NUMBER: builtins.int
+    ADDED_FIELD_NUMBER: builtins.int
+    sequence: builtins.int
+    snapshot: builtins.bool
+    """Forget what was known before this message. A large snapshot goes on in further
+    messages, which look like any other: blocks that were added.
+    """
+    removed: builtins.bytes
+    """packed block hashes of 16 bytes; apply before added"""
+    added: builtins.bytes
+    def __init__(
+        self,
+        *,
+        sequence: builtins.int = ...,
+        snapshot: builtins.bool = ...,
+        removed: builtins.bytes = ...,
+        added: builtins.bytes = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["added", b"added", "removed", b"removed", "sequence", b"sequence", "snapshot", b"snapshot"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___CacheEvents: typing_extensions.TypeAlias = CacheEvents
 
 @typing.final
 class BlockCounts(google.protobuf.message.Message):

@@ -50,6 +50,7 @@ class Identity:
     block_size: int
     num_blocks: int
     max_model_len: int
+    kv_dtype: str
     generation: str
 
     def welcome(self) -> pb.Welcome:
@@ -64,6 +65,7 @@ class Identity:
             block_size=self.block_size,
             num_blocks=self.num_blocks,
             max_model_len=self.max_model_len,
+            kv_dtype=self.kv_dtype,
         )
 
     def record(self, *, address: str, metrics_address: str) -> WorkerRecord:

@@ -77,6 +77,10 @@ class Outbox:
         self._metrics.prompt_tokens["computed"].inc(use.num_computed_tokens)
         self._metrics.prompt_tokens["received"].inc(use.num_received_tokens)
 
+    def cache_changed(self, changes: dict[bytes, bool]) -> None:
+        """Block hashes, and whether the prefix cache holds each now."""
+        self._events.cache.update(changes)
+
     def flush(self) -> None:
         """Sends what has been collected to the event loop, in one call."""
         if self._events:

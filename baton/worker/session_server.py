@@ -20,6 +20,7 @@ from baton.config import SessionConfig
 from baton.protocol import PROTOCOL_VERSION
 from baton.v1 import session_pb2 as pb
 from baton.v1 import session_pb2_grpc
+from baton.worker.cache_feed import CacheFeed
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,11 @@ class StepEvents:
     tokens: list[tuple[StreamKey, int, int]] = field(default_factory=list)
     """(stream, position, token id)"""
     closed: list[tuple[StreamKey, pb.Closed]] = field(default_factory=list)
+    cache: dict[bytes, bool] = field(default_factory=dict)
+    """Block hashes, and whether the prefix cache holds each now."""
 
     def __bool__(self) -> bool:
-        return bool(self.reserved or self.tokens or self.closed)
+        return bool(self.reserved or self.tokens or self.closed or self.cache)
 
 
 class SessionHandler(Protocol):
@@ -78,6 +81,7 @@ class SessionServer(session_pb2_grpc.WorkerServicer):
         self._config = config
         self._numbers = itertools.count(1)
         self._outboxes: dict[int, asyncio.Queue[pb.WorkerMessage | None]] = {}
+        self._cache = CacheFeed(self._post)
 
     def deliver(self, events: StepEvents) -> None:
         """Sends a step's events; those for gateways that have gone are dropped."""
@@ -98,6 +102,8 @@ class SessionServer(session_pb2_grpc.WorkerServicer):
             message(key).closed.append(closed)
         for session, body in messages.items():
             self._post(session, pb.WorkerMessage(events=body))
+        if events.cache:
+            self._cache.change(events.cache)
 
     def _post(self, session: int, message: pb.WorkerMessage) -> None:
         outbox = self._outboxes.get(session)
@@ -106,6 +112,7 @@ class SessionServer(session_pb2_grpc.WorkerServicer):
         if outbox.qsize() >= MAX_PENDING_MESSAGES:
             logger.error("session %d does not read its messages; giving it up", session)
             self._outboxes.pop(session)
+            self._cache.leave(session)
             while not outbox.empty():
                 outbox.get_nowait()
             outbox.put_nowait(None)
@@ -122,6 +129,7 @@ class SessionServer(session_pb2_grpc.WorkerServicer):
         session = next(self._numbers)
         outbox: asyncio.Queue[pb.WorkerMessage | None] = asyncio.Queue()
         self._outboxes[session] = outbox
+        self._cache.join(session)
         reader = asyncio.create_task(self._read(session, request_iterator, outbox))
         reporter = asyncio.create_task(self._report_regularly(session))
         logger.info("session %d with %s begins", session, gateway_id)
@@ -130,6 +138,7 @@ class SessionServer(session_pb2_grpc.WorkerServicer):
                 yield message
         finally:
             self._outboxes.pop(session, None)
+            self._cache.leave(session)
             reader.cancel()
             reporter.cancel()
             self._handler.on_session_lost(session)
@@ -171,6 +180,8 @@ class SessionServer(session_pb2_grpc.WorkerServicer):
                     self._handler.on_proceed(key, message.proceed.num_held_tokens)
                 elif body == "cancel":
                     self._handler.on_cancel(StreamKey(session, message.cancel.stream_id))
+                elif body == "cache_snapshot_request":
+                    self._cache.join(session)
                 else:
                     logger.warning("session %d: ignored message %r", session, body)
         except Exception:

@@ -41,6 +41,7 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._quarantined: set[int] = set()
+        self._changes: dict[bytes, bool] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -101,6 +102,8 @@ class BlockPool:
         assert self._hashes[block_id] is None, f"block {block_id} has another content already"
         self._hashes[block_id] = block_hash
         self._block_of_hash[block_hash] = block_id
+        if self._changes is not None:
+            self._changes[block_hash] = True
 
     def quarantine(self, block_ids: Iterable[int]) -> None:
         """Turns the only reference to each block into quarantine, and unpublishes it."""
@@ -117,6 +120,24 @@ class BlockPool:
             assert block_id in self._quarantined, f"block {block_id} is not quarantined"
             self._quarantined.remove(block_id)
             self._free.append(block_id)
+
+    def watch(self) -> None:
+        """From now on ``take_changes`` tells which hashes come and go."""
+        self._changes = dict.fromkeys(self._block_of_hash, True)
+
+    def take_changes(self) -> dict[bytes, bool]:
+        """The hashes that may have changed since the last call: whether each is published now.
+
+        Nothing unless the pool is watched; the first call tells of all that are.
+        """
+        if not self._changes:
+            return {}
+        changes, self._changes = self._changes, {}
+        return changes
+
+    def published(self) -> frozenset[bytes]:
+        """Every hash that ``lookup`` finds now. O(pool)."""
+        return frozenset(self._block_of_hash)
 
     def counts(self) -> BlockCounts:
         free, cached, quarantined = len(self._free), len(self._cached), len(self._quarantined)
@@ -146,3 +167,5 @@ class BlockPool:
         if block_hash is not None:
             del self._block_of_hash[block_hash]
             self._hashes[block_id] = None
+            if self._changes is not None:
+                self._changes[block_hash] = False

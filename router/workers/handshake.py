@@ -94,7 +94,7 @@ async def greet(
     *,
     identity: GatewayIdentity,
     config: SessionConfig,
-) -> Call:
+) -> tuple[Call, pb.Welcome]:
     """Opens a Session and shakes hands, within ``silence_s``; the caller cancels the call.
 
     Raises: WorkerLostError when nobody answers; IncompatiblePeerError when it is
@@ -109,4 +109,4 @@ async def greet(
     except BaseException:
         call.cancel()
         raise
-    return call
+    return call, welcome

@@ -20,6 +20,7 @@ from baton import rpc
 from baton.config import SessionConfig
 from baton.errors import BatonError
 from baton.records import WorkerRecord
+from router.routing.kv_index import KvIndex
 from router.workers.handshake import GatewayIdentity, greet
 from router.workers.session import WorkerSession
 
@@ -38,6 +39,7 @@ class WorkerLink:
         *,
         identity: GatewayIdentity,
         config: SessionConfig,
+        index: KvIndex,
         on_change: Callable[[], None],
         on_ended: Callable[[WorkerLink], None],
     ) -> None:
@@ -47,6 +49,7 @@ class WorkerLink:
         """The registry lists this process, as far as is known; set by the pool."""
         self._identity = identity
         self._config = config
+        self._index = index
         self._on_change = on_change
         self._on_ended = on_ended
         self._task = asyncio.create_task(self._run(), name=f"link {record.worker_id}")
@@ -90,8 +93,12 @@ class WorkerLink:
             await channel.close()
 
     async def _connect(self, channel: grpc.aio.Channel) -> WorkerSession:
-        call = await greet(self.record, channel, identity=self._identity, config=self._config)
-        return WorkerSession(self.record, call, self._config)
+        call, welcome = await greet(
+            self.record, channel, identity=self._identity, config=self._config
+        )
+        return WorkerSession(
+            self.record, call, self._config, kv_dtype=welcome.kv_dtype, index=self._index
+        )
 
     async def _live(self, session: WorkerSession) -> None:
         """Runs the Session to its end."""

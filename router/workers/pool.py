@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from baton.config import SessionConfig
 from baton.records import Role, WorkerRecord
 from baton.telemetry import GatewayMetrics
+from router.routing.kv_index import KvIndex
 from router.workers.handshake import GatewayIdentity
 from router.workers.link import WorkerLink
 from router.workers.session import WorkerSession
@@ -21,8 +22,15 @@ class WorkerPool:
     """
 
     def __init__(
-        self, *, identity: GatewayIdentity, config: SessionConfig, metrics: GatewayMetrics
+        self,
+        *,
+        identity: GatewayIdentity,
+        config: SessionConfig,
+        metrics: GatewayMetrics,
+        index: KvIndex,
     ) -> None:
+        self.index = index
+        """What the workers' caches hold; fed by their Sessions."""
         self._identity = identity
         self._config = config
         self._metrics = metrics
@@ -49,6 +57,7 @@ class WorkerPool:
                     record,
                     identity=self._identity,
                     config=self._config,
+                    index=self.index,
                     on_change=self._changed,
                     on_ended=self._forget,
                 )

@@ -19,6 +19,7 @@ from baton.config import SessionConfig
 from baton.errors import WorkerLostError
 from baton.records import WorkerRecord
 from baton.v1 import session_pb2 as pb
+from router.routing.kv_index import KvIndex
 from router.workers.handshake import STREAM_ENDED, Call, being_cancelled, reason_of
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,17 @@ class StreamSink(Protocol):
 class WorkerSession:
     """One greeted stream; whoever makes it awaits ``run``."""
 
-    def __init__(self, record: WorkerRecord, call: Call, config: SessionConfig) -> None:
+    def __init__(
+        self,
+        record: WorkerRecord,
+        call: Call,
+        config: SessionConfig,
+        *,
+        kv_dtype: str,
+        index: KvIndex,
+    ) -> None:
         self.record = record
+        self.kv_dtype = kv_dtype
         self.epoch = bytes.fromhex(record.epoch)
         self.lost: str | None = None
         """Why, once it is."""
@@ -53,6 +63,7 @@ class WorkerSession:
         """On the event loop's clock."""
         self._call = call
         self._config = config
+        self._index = index
         self._sinks: dict[int, StreamSink] = {}
         self._num_open_at_report = 0
         self._outbox: asyncio.Queue[pb.GatewayMessage] = asyncio.Queue()
@@ -95,7 +106,9 @@ class WorkerSession:
     async def run(self) -> str:
         """Carries messages both ways until the Session is lost; returns why."""
         # One writer task: whoever sends puts into the outbox, which holds at most an
-        # Open, a Proceed and a Cancel for every stream.
+        # Open, a Proceed and a Cancel for every stream, and now and then the request
+        # for a snapshot.
+        self._index.join(self.epoch, num_blocks=self.record.num_blocks)
         tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._write())}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -121,6 +134,7 @@ class WorkerSession:
             return
         self.lost = reason
         self._call.cancel()
+        self._index.forget(self.epoch)
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink.on_lost(self._lost_error())
@@ -162,6 +176,11 @@ class WorkerSession:
             self.report = message.report
             self.reported_at = asyncio.get_running_loop().time()
             self._num_open_at_report = self.num_open
+        elif body == "cache_events":
+            if self._index.take(self.epoch, message.cache_events):
+                logger.info("asking %s for a snapshot of its cache", self.record.worker_id)
+                request = pb.CacheSnapshotRequest()
+                self._outbox.put_nowait(pb.GatewayMessage(cache_snapshot_request=request))
         else:
             logger.warning("%s sent an unexpected %r", self.record.worker_id, body)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from baton.v1 import session_pb2 as pb
+from router.routing.kv_index import KvIndex
 from router.status import ClusterStatus, WorkerStatus
 from router.workers.link import WorkerLink
 from router.workers.pool import WorkerPool
 
 
-def _worker_status(link: WorkerLink, now: float) -> WorkerStatus:
+def _worker_status(link: WorkerLink, index: KvIndex, now: float) -> WorkerStatus:
     record, session = link.record, link.session
     report = (session.report if session else None) or pb.Report()
     reported_at = session.reported_at if session else None
@@ -31,6 +32,7 @@ def _worker_status(link: WorkerLink, now: float) -> WorkerStatus:
         block_size=record.block_size,
         max_model_len=record.max_model_len,
         generation=record.generation,
+        num_indexed_blocks=index.num_indexed_blocks(bytes.fromhex(record.epoch)),
         last_report_age_s=None if reported_at is None else now - reported_at,
     )
 
@@ -38,7 +40,7 @@ def _worker_status(link: WorkerLink, now: float) -> WorkerStatus:
 def cluster_status(pool: WorkerPool, *, registry_up: bool, prefill_wanted: bool) -> ClusterStatus:
     """All workers that are known, and in words what keeps them from serving, or serving well."""
     now = asyncio.get_running_loop().time()
-    workers = tuple(_worker_status(link, now) for link in pool.links)
+    workers = tuple(_worker_status(link, pool.index, now) for link in pool.links)
     ready_roles = {worker.role for worker in workers if worker.ready}
     lacks = []
     if prefill_wanted and "prefill" not in ready_roles:

@@ -16,12 +16,17 @@ from baton.records import Role, WorkerRecord
 from baton.telemetry import GatewayMetrics
 from router.orchestrator import Orchestrator
 from router.request import ChoiceOutput, ChoiceRequest, SamplingParams
-from router.routing.policy import LeastLoaded
+from router.routing.input_hashes import BlockNames
+from router.routing.kv_index import KvIndex
+from router.routing.policy import make_policy
 from router.workers.handshake import GatewayIdentity
 from router.workers.pool import WorkerPool
 from tests.support.fake_worker import DIGEST, MODEL, SECRET, FakeWorker, Script, Scripts
 
 IDENTITY = GatewayIdentity(gateway_id="gateway-0", generation="0", model=MODEL, secret=SECRET)
+
+
+NAMES = BlockNames(secret=SECRET, weights_revision="revision")
 
 
 async def wait_until(condition: Callable[[], bool], what: str = "the condition") -> None:
@@ -89,15 +94,20 @@ class FakeCluster:
         self.metrics = GatewayMetrics(self.registry)
         self.scripts = Scripts()
         self.workers: list[FakeWorker] = []
-        self.pool = WorkerPool(identity=IDENTITY, config=config.session, metrics=self.metrics)
+        clock = asyncio.get_running_loop().time
+        self.index = KvIndex(clock)
+        self.pool = WorkerPool(
+            identity=IDENTITY, config=config.session, metrics=self.metrics, index=self.index
+        )
         self.orchestrator = Orchestrator(
             config=config,
             pool=self.pool,
-            policy=LeastLoaded(random.Random(1)),
+            policy=make_policy(config.routing, self.index, random.Random(1), clock),
             metrics=self.metrics,
             faults=Faults(None, "gateway-0"),
             registry_up=lambda: True,
             rng=random.Random(1),
+            names=NAMES if config.routing.policy == "kv_aware" else None,
         )
         self._records: dict[str, WorkerRecord] = {}
 
@@ -145,7 +155,9 @@ class FakeCluster:
 
 @asynccontextmanager
 async def fake_cluster(**settings: Any) -> AsyncIterator[FakeCluster]:
-    """``settings`` are the configuration's sections. Ends with every table empty, or fails."""
+    """``settings`` are the configuration's sections, with a policy that tests can foresee
+    unless they name one. Ends with every table empty, or fails."""
+    settings = {"routing": {"policy": "least_loaded"}} | settings
     session = {"report_s": 0.05} | settings.pop("session", {})
     cluster = FakeCluster(parse_config({"session": session} | settings))
     try:

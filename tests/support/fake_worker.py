@@ -23,6 +23,7 @@ from baton.v1 import session_pb2_grpc
 SECRET = "a secret of the tests"
 MODEL = "a-model"
 DIGEST = b"\x01" * 16
+KV_DTYPE = "float32"
 SESSION = SessionConfig(report_s=0.05, silence_s=5.0)
 
 Script = Callable[["FakeStream"], Awaitable[None]]
@@ -160,6 +161,7 @@ class FakeWorker(session_pb2_grpc.WorkerServicer):
             "block_size": 16,
             "num_blocks": 100,
             "max_model_len": 2048,
+            "kv_dtype": KV_DTYPE,
         }
         return pb.Welcome(**facts | self.welcome_changes)
 

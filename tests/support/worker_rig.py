@@ -61,10 +61,12 @@ class Rig:
         self.reserved: list[tuple[StreamKey, int]] = []
         self.tokens: list[tuple[StreamKey, int, int]] = []
         self.closed: dict[StreamKey, pb.Closed] = {}
+        self.cache: dict[bytes, bool] = {}
 
     def _deliver(self, events: StepEvents) -> None:
         self.reserved += events.reserved
         self.tokens += events.tokens
+        self.cache |= events.cache
         for key, message in events.closed:
             assert key not in self.closed, f"{key} was closed twice"
             self.closed[key] = message

@@ -82,6 +82,7 @@ async def test_messages_reach_the_handler_and_events_come_back_in_one_message() 
     async with serving() as (address, sessions, handler):
         link, call = await greeted(address)
         assert (await call.read()).welcome.worker_id == "w"
+        assert (await call.read()).cache_events == pb.CacheEvents(sequence=1, snapshot=True)
         assert (await call.read()).report.num_steps == 3
         await call.write(pb.GatewayMessage(open=pb.Open(stream_id=4, prompt_token_ids=[1, 2])))
         await call.write(pb.GatewayMessage(proceed=pb.Proceed(stream_id=4, num_held_tokens=16)))
@@ -105,6 +106,37 @@ async def test_messages_reach_the_handler_and_events_come_back_in_one_message() 
         assert [(c.stream_id, c.reason) for c in events.closed] == [(4, pb.CLOSE_REASON_STOP)]
         call.cancel()
         await link.close()
+
+
+async def next_cache_events(call: Any) -> pb.CacheEvents:
+    while True:
+        message = await call.read()
+        if message.WhichOneof("body") == "cache_events":
+            events: pb.CacheEvents = message.cache_events
+            return events
+
+
+async def test_every_session_has_its_own_numbered_events_of_the_cache() -> None:
+    one, other = b"1" * 16, b"2" * 16
+    async with serving() as (address, sessions, _):
+        sessions.deliver(StepEvents(cache={one: True}))
+        first_link, first = await greeted(address)
+        assert await next_cache_events(first) == pb.CacheEvents(
+            sequence=1, snapshot=True, added=one
+        )
+        sessions.deliver(StepEvents(cache={one: False, other: True}))
+        changed = pb.CacheEvents(sequence=2, removed=one, added=other)
+        assert await next_cache_events(first) == changed
+        second_link, second = await greeted(address)
+        snapshot = pb.CacheEvents(sequence=1, snapshot=True, added=other)
+        assert await next_cache_events(second) == snapshot
+        request = pb.CacheSnapshotRequest()
+        await first.write(pb.GatewayMessage(cache_snapshot_request=request))
+        again = pb.CacheEvents(sequence=3, snapshot=True, added=other)
+        assert await next_cache_events(first) == again
+        for call, link in ((first, first_link), (second, second_link)):
+            call.cancel()
+            await link.close()
 
 
 async def test_gateway_that_goes_is_reported_once() -> None:

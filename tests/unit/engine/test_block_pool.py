@@ -18,6 +18,8 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(6)
+        self.pool.watch()
+        self.told: set[bytes] = set()
         self.held: Counter[int] = Counter()
         self.quarantined: set[int] = set()
         self.hash_of: dict[int, bytes] = {}
@@ -76,6 +78,12 @@ class PoolMachine(RuleBasedStateMachine):
         block_id = data.draw(st.sampled_from(sorted(self.quarantined)))
         self.pool.end_quarantine([block_id])
         self.quarantined.remove(block_id)
+
+    @rule()
+    def take_changes(self) -> None:
+        for block_hash, is_published in self.pool.take_changes().items():
+            (self.told.add if is_published else self.told.discard)(block_hash)
+        assert self.told == self.pool.published() == set(self.hash_of.values())
 
     @invariant()
     def states_agree(self) -> None:
@@ -150,6 +158,21 @@ def test_quarantine_hides_a_published_block_until_it_ends() -> None:
     assert pool.allocate(1) is None
     pool.end_quarantine(blocks)
     assert pool.counts() == BlockCounts(free=1, cached=0, referenced=0, quarantined=0)
+
+
+def test_watching_tells_of_what_is_published_already() -> None:
+    pool = BlockPool(1)
+    blocks = pool.allocate(1)
+    assert blocks is not None
+    pool.publish(blocks[0], b"a")
+    assert pool.take_changes() == {}
+    pool.watch()
+    assert pool.take_changes() == {b"a": True}
+    assert pool.take_changes() == {}
+    pool.release(blocks)
+    assert pool.take_changes() == {}
+    assert pool.allocate(1) == blocks
+    assert pool.take_changes() == {b"a": False}
 
 
 def test_misuse_is_refused() -> None:

@@ -48,6 +48,23 @@ def test_chunks_fill_the_budget_first_come_first_served() -> None:
     assert (one.state, two.state) == (JobState.LEASED, JobState.LEASED)
 
 
+def test_tokens_to_compute_leave_out_what_the_cache_holds() -> None:
+    kv = small_cache(32)
+    chosen = scheduler(kv, budget=8)
+    one = job(1, list(range(8)))
+    chosen.enqueue(one)
+    assert chosen.num_tokens_to_compute == 8
+    chunks, _ = chosen.schedule()
+    pretend_step(kv, chunks, 7)
+    chosen.finish(one)
+    same, longer, other = job(2, list(range(8))), job(3, list(range(11))), job(4, [90] * 5)
+    for waiting, expected in ((same, 1), (longer, 1 + 3), (other, 1 + 3 + 5)):
+        chosen.enqueue(waiting)
+        assert chosen.num_tokens_to_compute == expected
+    chosen.schedule()  # now they run: what is left of them counts
+    assert chosen.num_tokens_to_compute == 1 + 3 + 5
+
+
 def test_job_starts_only_when_its_whole_input_has_room() -> None:
     kv = small_cache(5)
     chosen = scheduler(kv)

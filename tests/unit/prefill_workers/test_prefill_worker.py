@@ -89,6 +89,27 @@ async def test_chunks_are_offered_as_they_are_computed_and_the_token_commits() -
     assert rig.worker.idle
 
 
+async def test_every_step_tells_which_blocks_the_prefix_cache_holds_now() -> None:
+    rig = PrefillRig(num_blocks=3)
+    rig.kv.pool.watch()
+    job = rig.job(list(range(10)))
+    rig.worker.open(job)
+    rig.worker.proceed(KEY, 0)
+    for num_full in (2, 2):
+        await rig.step()
+        assert rig.cache == dict.fromkeys(job.sequence.block_hashes[:num_full], True)
+    hashes = list(job.sequence.block_hashes[:2])
+    rig.worker.freed(transfer(), "released")
+    other = rig.job(list(range(100, 112)), key=StreamKey(1, 6))
+    rig.worker.open(other)
+    rig.worker.proceed(other.key, 0)
+    for _ in range(2):
+        await rig.step()
+    assert rig.cache == dict.fromkeys(hashes, False) | dict.fromkeys(
+        other.sequence.block_hashes[:3], True
+    )
+
+
 async def test_fully_cached_input_is_offered_before_its_last_token_is_recomputed() -> None:
     rig = PrefillRig()
     first = StreamKey(1, 1)

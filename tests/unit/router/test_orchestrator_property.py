@@ -33,7 +33,8 @@ from baton.records import Role
 from baton.telemetry import GatewayMetrics
 from baton.v1 import session_pb2 as pb
 from router.orchestrator import Orchestrator
-from router.routing.policy import LeastLoaded
+from router.routing.kv_index import KvIndex
+from router.routing.policy import least_loaded
 from router.workers.handshake import Call
 from router.workers.pool import WorkerPool
 from router.workers.session import WorkerSession
@@ -72,7 +73,10 @@ class Worker:
     def __post_init__(self) -> None:
         record = worker_record(f"{self.role}-{self.number}", self.role, new_epoch())
         config = SessionConfig(silence_s=3600.0)
-        self.session = WorkerSession(record, cast(Call, self.call), config)
+        index = KvIndex(asyncio.get_running_loop().time)
+        self.session = WorkerSession(
+            record, cast(Call, self.call), config, kv_dtype="float32", index=index
+        )
         self.running = asyncio.create_task(self.session.run())
 
     def opens(self) -> list[pb.Open]:
@@ -178,7 +182,7 @@ class Game:
         self.orchestrator = Orchestrator(
             config=config,
             pool=cast(WorkerPool, self.pool),
-            policy=LeastLoaded(random.Random(0)),
+            policy=least_loaded(random.Random(0)),
             metrics=metrics,
             faults=Faults(None, "gateway-0"),
             registry_up=lambda: True,

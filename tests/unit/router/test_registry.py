@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from baton.config import RegistryConfig
 from baton.records import WorkerRecord, gateway_key, worker_key
 from baton.telemetry import GatewayMetrics
+from router.routing.kv_index import KvIndex
 from router.workers.pool import WorkerPool
 from router.workers.registry import Registry
 from router.workers.view import cluster_status
@@ -37,7 +38,8 @@ class View:
     def __init__(self, url: str) -> None:
         self.samples = CollectorRegistry()
         metrics = GatewayMetrics(self.samples)
-        self.pool = WorkerPool(identity=IDENTITY, config=SESSION, metrics=metrics)
+        index = KvIndex(asyncio.get_running_loop().time)
+        self.pool = WorkerPool(identity=IDENTITY, config=SESSION, metrics=metrics, index=index)
         self.registry = Registry(
             url, CONFIG, gateway_id="gateway-0", metrics=metrics, on_records=self.pool.update
         )

@@ -14,6 +14,7 @@ from baton import rpc
 from baton.config import SessionConfig
 from baton.errors import BatonError, IncompatiblePeerError, WorkerLostError
 from baton.v1 import session_pb2 as pb
+from router.routing.kv_index import KvIndex
 from router.workers.handshake import GatewayIdentity, greet
 from router.workers.session import WorkerSession
 from tests.support.fake_cluster import IDENTITY, wait_until
@@ -56,14 +57,21 @@ async def connected(
     *,
     identity: GatewayIdentity = IDENTITY,
     config: SessionConfig = SESSION,
+    index: KvIndex | None = None,
     **record: Any,
 ) -> AsyncIterator[tuple[WorkerSession, asyncio.Task[str]]]:
     """A live Session; ``record`` changes what the registry says of the worker."""
     channel = rpc.channel(worker.record.address, config)
     listed = worker.record.model_copy(update=record)
     try:
-        call = await greet(listed, channel, identity=identity, config=config)
-        session = WorkerSession(listed, call, config)
+        call, welcome = await greet(listed, channel, identity=identity, config=config)
+        session = WorkerSession(
+            listed,
+            call,
+            config,
+            kv_dtype=welcome.kv_dtype,
+            index=index or KvIndex(asyncio.get_running_loop().time),
+        )
         running = asyncio.create_task(session.run())
         try:
             yield session, running
@@ -236,6 +244,33 @@ async def test_load_counts_what_was_opened_since_the_last_report() -> None:
         session.cancel(1)
         session.cancel(2)
         assert session.num_sequences == 6
+
+
+async def test_cache_events_feed_the_index_until_the_worker_is_lost() -> None:
+    index = KvIndex(asyncio.get_running_loop().time)
+    async with (
+        started(FakeWorker("decode-0", "decode")) as worker,
+        connected(worker, index=index) as (_, running),
+    ):
+
+        def send(sequence: int, added: bytes, *, snapshot: bool = False) -> None:
+            events = pb.CacheEvents(sequence=sequence, added=added, snapshot=snapshot)
+            worker.send(pb.WorkerMessage(cache_events=events))
+
+        def num_indexed() -> int:
+            return index.num_indexed_blocks(worker.epoch)
+
+        send(1, b"a" * 16, snapshot=True)
+        send(2, b"b" * 16 + b"c" * 16)
+        await wait_until(lambda: num_indexed() == 3)
+        send(4, b"e" * 16)
+        await wait_until(lambda: worker.num_received("cache_snapshot_request") == 1)
+        assert num_indexed() == 0
+        send(5, b"a" * 16 + b"e" * 16, snapshot=True)
+        await wait_until(lambda: num_indexed() == 2)
+        await worker.stop()
+        await running
+        assert num_indexed() == 0
 
 
 async def test_garbage_from_a_worker_loses_its_session_and_no_other(
