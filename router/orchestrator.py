@@ -78,7 +78,7 @@ class Orchestrator:
         return cluster_status(
             self._pool,
             registry_up=self._registry_up(),
-            prefill_wanted=self._config.prefill.replicas > 0,
+            prefill_wanted=self._config.num_replicas("prefill") > 0,
         )
 
     def worker_metrics(self) -> list[bytes]:

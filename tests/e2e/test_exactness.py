@@ -17,7 +17,7 @@ SETTINGS: dict[str, Any] = {
 DEPLOYMENTS: dict[str, dict[str, Any]] = {
     "shared_memory": {"kv_transfer": {"transport": "shared_memory"}},
     "gloo": {"kv_transfer": {"transport": "gloo"}},
-    "colocated": {"prefill": {"replicas": 0}},
+    "colocated": {"pools": {"decode": {}}},
 }
 
 Prompt = tuple[str, list[int]]

@@ -27,7 +27,7 @@ def test_every_fault_gets_a_line() -> None:
 
 def test_no_decode_worker_is_refused_because_nothing_could_answer() -> None:
     with pytest.raises(ConfigurationError, match="decode"):
-        parse_config({"decode": {"replicas": 0}})
+        parse_config({"pools": {"decode": {"replicas": 0}}})
 
 
 def test_default_deadline_over_the_maximum_is_refused() -> None:
@@ -43,6 +43,13 @@ def test_default_deadline_over_the_maximum_is_refused() -> None:
         ({"model": ""}, "model"),
         ({"registry": {"heartbeat_s": 10}}, "heartbeat_s"),
         ({"session": {"report_s": 30}}, "report_s"),
+        ({"pools": {"decode": {"tensor_parallel_size": 2}}}, "tensor_parallel_size"),
+        ({"pools": {"decode": {"engine": {"thraeds": 1}}}}, r"pools\.decode\.engine\.thraeds"),
+        ({"pools": {"decode": {"worker": {"drain_s": -1}}}}, r"pools\.decode\.worker\.drain_s"),
+        ({"pools": {"decode": {"replicas": 3, "max_replicas": 2}}}, "max_replicas"),
+        ({"pools": {"decode": {}, "long": {}}}, r"pools\.long\.role"),
+        ({"pools": {"decode": {}, "Long/1": {"role": "decode"}}}, "Long/1"),
+        ({"pools": {"decode": {"replcas": 2}}}, "did you mean 'replicas'"),
     ],
 )
 def test_setting_that_could_never_work_is_refused(settings: dict[str, Any], named: str) -> None:
@@ -67,15 +74,21 @@ def test_section_with_nothing_in_it_is_empty(tmp_path: Path) -> None:
 
 def test_command_line_wins_over_file_and_file_over_defaults(tmp_path: Path) -> None:
     path = tmp_path / "baton.yaml"
-    path.write_text("engine: {block_size: 8, threads: 3}\nprefill: {replicas: 2}\n")
-    config = load_config(path, {"engine": {"threads": 1}})
+    path.write_text(
+        "engine: {block_size: 8, threads: 3}\npools: {prefill: {replicas: 2}, decode: {}}\n"
+    )
+    config = load_config(path, {"engine": {"threads": 1}, "pools": {"decode": {"replicas": 3}}})
     assert (config.engine.block_size, config.engine.threads) == (8, 1)
-    assert config.prefill.replicas == 2
-    assert config.decode.replicas == BatonConfig().decode.replicas
+    assert {name: pool.replicas for name, pool in config.pools.items()} == {
+        "prefill": 2,
+        "decode": 3,
+    }
 
 
 def test_configuration_survives_the_file_that_hands_it_to_a_worker(tmp_path: Path) -> None:
-    config = parse_config({"engine": {"dtype": "float32"}, "prefill": {"replicas": 0}})
+    config = parse_config(
+        {"engine": {"dtype": "float32"}, "pools": {"decode": {"engine": {"threads": 2}}}}
+    )
     path = tmp_path / "worker.json"
     path.write_text(config.model_dump_json())
     assert load_config(path) == config
@@ -98,3 +111,28 @@ def test_configuration_cannot_be_changed() -> None:
     config = BatonConfig()
     with pytest.raises(ValidationError):
         config.engine.block_size = 4  # type: ignore[misc]
+
+
+def test_pool_has_the_role_of_its_name_and_settings_of_its_own() -> None:
+    config = parse_config(
+        {
+            "engine": {"threads": 3, "max_num_seqs": 7},
+            "pools": {
+                "prefill": {"engine": {"threads": 1}},
+                "long": {"role": "decode", "replicas": 2, "worker": {"drain_s": 90}},
+            },
+        }
+    )
+    assert (config.num_replicas("prefill"), config.num_replicas("decode")) == (1, 2)
+    prefill, long = config.for_pool("prefill"), config.for_pool("long")
+    assert (prefill.engine.threads, prefill.engine.max_num_seqs) == (1, 7)
+    assert (long.engine.threads, long.worker.drain_s) == (3, 90)
+    with pytest.raises(ConfigurationError, match="there is no pool 'short'"):
+        config.for_pool("short")
+
+
+def test_pools_of_a_file_are_all_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "baton.yaml"
+    path.write_text("pools: {decode: {}}\n")
+    assert list(load_config(path).pools) == ["decode"]
+    assert list(load_config(None).pools) == ["prefill", "decode"]

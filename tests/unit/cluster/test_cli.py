@@ -38,18 +38,22 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[BatonConfig, str | Non
 Served = list[tuple[BatonConfig, str | None]]
 
 
+def replicas(config: BatonConfig) -> dict[str, int]:
+    return {name: pool.replicas for name, pool in config.pools.items()}
+
+
 def test_options_win_over_the_file_and_the_file_over_the_defaults(
     tmp_path: Path, served: Served
 ) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("gateway: {port: 9000, drain_s: 3}\ndecode: {replicas: 4}\n")
+    file.write_text("gateway: {port: 9000, drain_s: 3}\npools: {decode: {replicas: 4}}\n")
     result = runner.invoke(
         app, ["serve", "--config", str(file), "--port", "9001", "--prefill", "0"]
     )
     assert result.exit_code == 0, result.output
     config, redis_url = served[0]
     assert (config.gateway.port, config.gateway.drain_s) == (9001, 3)
-    assert (config.prefill.replicas, config.decode.replicas) == (0, 4)
+    assert replicas(config) == {"prefill": 0, "decode": 4}
     assert redis_url is None
 
 
@@ -70,7 +74,7 @@ def test_every_option_of_serve_reaches_the_configuration(served: Served) -> None
     result = runner.invoke(app, ["serve", *(word for pair in options.items() for word in pair)])
     assert result.exit_code == 0, result.output
     config, redis_url = served[0]
-    assert (config.model, config.prefill.replicas, config.decode.replicas) == ("m", 2, 3)
+    assert (config.model, replicas(config)) == ("m", {"prefill": 2, "decode": 3})
     assert (config.gateway.host, config.gateway.port) == ("::1", 9)
     assert (config.engine.dtype, config.kv_transfer.transport) == ("float32", "gloo")
     assert (config.cluster.backend, config.cluster.ray_address) == ("ray", "h:2")
@@ -88,7 +92,7 @@ def test_redis_url_comes_from_the_environment(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--decode", "0"], "decode.replicas is 0"),
+        (["--decode", "0"], "no pool of role decode has replicas"),
         (["--port", "70000"], "gateway.port"),
         (["--cluster", "no/such"], "registry.cluster"),
         (["--config", "/no/such.yaml"], "cannot read configuration"),

@@ -72,4 +72,4 @@ def test_workers_share_the_cores_that_this_process_may_use(
 ) -> None:
     monkeypatch.setattr(preflight.os, "sched_getaffinity", lambda _: set(range(9)))
     pools = {"prefill": {"replicas": prefill}, "decode": {"replicas": decode}}
-    assert preflight.default_threads(parse_config(pools)) == threads
+    assert preflight.default_threads(parse_config({"pools": pools})) == threads

@@ -26,7 +26,7 @@ async def test_missing_prefill_pool_degrades_but_is_ready() -> None:
 
 
 async def test_colocated_serving_misses_no_prefill_worker() -> None:
-    async with fake_cluster(prefill={"replicas": 0}) as cluster:
+    async with fake_cluster(pools={"prefill": {"replicas": 0}, "decode": {}}) as cluster:
         await cluster.add("decode-0", "decode")
         assert cluster.orchestrator.status().degraded == ()
 
