@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["prefill", "decode"]
 
@@ -50,3 +50,33 @@ def worker_pattern(cluster: str) -> str:
 def gateway_key(cluster: str, gateway_id: str) -> str:
     """Redis key of a gateway's presence."""
     return f"baton:{cluster}:gateway:{gateway_id}"
+
+
+class PoolWish(BaseModel):
+    """How large one pool should be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Role
+    replicas: int = Field(ge=0)
+    configured: int = Field(ge=0)
+    """What the configuration said when this was written. Once it says otherwise, it wins:
+    the newer word counts."""
+
+
+class PoolWishes(BaseModel):
+    """What the pool controller keeps in Redis, under ``pools_key``, without expiry."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pools: dict[str, PoolWish]
+
+
+def pools_key(cluster: str) -> str:
+    """Redis key of the pools' desired sizes; the pool controller alone writes it."""
+    return f"baton:{cluster}:pools"
+
+
+def decisions_channel(cluster: str) -> str:
+    """Redis channel on which gateways tell each other what they gave to which worker."""
+    return f"baton:{cluster}:decisions"

@@ -7,6 +7,7 @@ silence, because a replacement may take over what the old process held.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,14 +37,19 @@ class Started(Protocol):
 
 
 class PoolBackend(Protocol):
-    """Starts the processes of one or more roles."""
+    """Starts the processes of one or more pools."""
 
     async def wait_lost(self) -> str:
         """Returns once the backend itself can start nothing any more, saying why."""
         ...
 
-    async def start(self, role: str, worker_id: str) -> Started:
+    async def start(self, pool: str, worker_id: str) -> Started:
         """Raises BatonError when it cannot be started."""
+        ...
+
+    async def adopt(self) -> Mapping[str, Started]:
+        """By worker id, what an earlier controller of this cluster started and what still
+        runs; to be asked for before the first start. Raises BatonError."""
         ...
 
     async def close(self) -> bool:
