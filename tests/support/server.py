@@ -153,6 +153,18 @@ class BatonServer:
             found += frontier
         return found
 
+    def worker_pid(self, worker_id: str) -> int:
+        """Of the process that writes the worker's log: whichever backend has started it."""
+        log = self.folder / "state" / "default" / "logs" / f"{worker_id}.log"
+        for pid in self.descendants():
+            try:
+                writes_to = Path(f"/proc/{pid}/fd/1").readlink()
+            except OSError:
+                continue
+            if writes_to == log:
+                return pid
+        raise AssertionError(f"no process is {worker_id}")
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Signals the launcher and waits for it; returns its exit status."""
         if self._process is None:

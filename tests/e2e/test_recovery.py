@@ -1,0 +1,111 @@
+"""Kill or stop a worker under sixteen streams: every one of them ends with exactly its text.
+
+Run with ``-s`` to see the longest gaps and how soon the pools were whole again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+from e2e.conftest import Serving
+from support.server import BatonServer, wait_until
+from support.streams import streaming
+
+NUM_STREAMS = 16
+NUM_TOKENS = 80
+PROMPTS = [
+    f"{number}. "
+    + " ".join(f"Item {number * 31 + i} costs {i * 7 + number} euros." for i in range(12))
+    for number in range(NUM_STREAMS)
+]
+SETTINGS = {"engine": {"dtype": "float32", "kv_cache_bytes": 268_435_456}}
+
+
+@pytest.fixture(scope="module", params=["processes", "ray"])
+def server(request: pytest.FixtureRequest, serving: Serving) -> BatonServer:
+    return serving(
+        backend=request.param, arguments=("--prefill", "2", "--decode", "2"), settings=SETTINGS
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(server: BatonServer) -> list[list[int]]:
+    """Each answer when nothing dies."""
+    with streaming(server, PROMPTS, max_tokens=NUM_TOKENS) as streams:
+        return streams.results()
+
+
+def pools(server: BatonServer) -> dict[str, str]:
+    return {w["worker_id"]: w["epoch"] for w in server.status()["workers"] if w["ready"]}
+
+
+def hit(server: BatonServer, victim: str, number: signal.Signals) -> Callable[[], float]:
+    """Signals the worker; the function waits for its replacement and says how long it took."""
+    before = pools(server)
+    os.kill(server.worker_pid(victim), number)
+    began = time.monotonic()
+
+    def whole_again() -> bool:
+        now = pools(server)
+        return now.keys() == before.keys() and now[victim] != before[victim]
+
+    def wait() -> float:
+        wait_until(whole_again, timeout_s=60, what=f"another {victim}")
+        return time.monotonic() - began
+
+    return wait
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("victim", ["decode-1", "prefill-0"])
+def test_streams_outlive_a_killed_worker(
+    server: BatonServer, expected: list[list[int]], victim: str
+) -> None:
+    with streaming(server, PROMPTS, max_tokens=NUM_TOKENS, cache_salt=victim) as streams:
+        if victim.startswith("decode"):
+            streams.wait_all_flow(5)
+        else:
+            wait_until(
+                lambda: (
+                    server.metric("baton_sequences_waiting", worker=victim) > 1 or streams.all_ended
+                ),
+                timeout_s=30,
+                what=f"work on {victim}",
+            )
+        assert not streams.all_ended, "too late to be a test"
+        wait_healed = hit(server, victim, signal.SIGKILL)
+        assert streams.results() == expected
+    gap_s, healed_s = streams.longest_gap_s, wait_healed()
+    server.wait_at_rest()
+    print(f"\n{victim} killed: longest gap {gap_s:.2f} s, whole again after {healed_s:.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_streams_outlive_a_stopped_worker_which_changes_nothing_when_it_wakes(
+    server: BatonServer, expected: list[list[int]]
+) -> None:
+    victim, stopped_s = "decode-0", 20.0
+    pid = server.worker_pid(victim)
+    with streaming(server, PROMPTS, max_tokens=NUM_TOKENS) as streams:
+        streams.wait_all_flow(5)
+        assert not streams.all_ended, "too late to be a test"
+        wait_healed = hit(server, victim, signal.SIGSTOP)
+        wakes_at = time.monotonic() + stopped_s
+        assert streams.results() == expected
+    gap_s = streams.longest_gap_s
+    time.sleep(max(0.0, wakes_at - time.monotonic()))
+    with contextlib.suppress(ProcessLookupError):  # it is killed before it is replaced
+        os.kill(pid, signal.SIGCONT)
+    healed_s = wait_healed()
+    server.wait_at_rest()
+    with streaming(server, PROMPTS, max_tokens=NUM_TOKENS) as again:
+        assert again.results() == expected
+    server.wait_at_rest()
+    print(f"\n{victim} stopped: longest gap {gap_s:.2f} s, whole again after {healed_s:.1f} s")
