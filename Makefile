@@ -1,13 +1,14 @@
 # make serve    set up and serve; ARGS="--prefill 2" and the like are passed on
 # make test     set up, check, and run the tests; ARGS="-k name" and the like are passed on
 # make setup    the set-up alone; PYTHON=python3.12 chooses the interpreter
+# make chaos    outages that take minutes; ARGS="-s" shows what they cost
 # make check    what needs no running: style, types, import contracts, generated stubs
 # make proto    generate the gRPC stubs anew from proto/
 # make clean    remove what the tools left; make distclean removes .venv too
 
 BIN := .venv/bin
 
-.PHONY: help setup serve test check proto clean distclean
+.PHONY: help setup serve test chaos check proto clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +22,9 @@ serve: setup
 
 test: check
 	@exec $(BIN)/python -m pytest $(ARGS)
+
+chaos: setup
+	@exec $(BIN)/python -m pytest -m chaos $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

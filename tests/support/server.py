@@ -98,13 +98,13 @@ class BatonServer:
             *("--port", str(self.port), "--backend", backend, "--config", str(configuration)),
             *arguments,
         ]
-        self._environment = {
+        self.environment = {
             **os.environ,
             "BATON_STATE_DIR": str(folder / "state"),
             "BATON_FAULTS_FILE": str(self.faults_file),
             **(environment or {}),
         }
-        self._environment.pop("REDIS_URL", None)
+        self.environment.pop("REDIS_URL", None)
         self._process: subprocess.Popen[bytes] | None = None
         self.rest_s = 0.0
         """How long the last ``wait_at_rest`` waited until rest began."""
@@ -114,7 +114,7 @@ class BatonServer:
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
-                env=self._environment,
+                env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
