@@ -1,10 +1,9 @@
 """The pool controller: owns the pools' desired sizes and has them carried out.
 
-1. WAITING: another controller has the lease (``lease``).
-2. CONTROLLING: from ``begin`` on. Workers are started, watched, fenced, replaced and
-   retired; wishes are stored in Redis first and carried out then.
-3. OVER: another controller has taken the lease, or ``close`` was called. The workers
-   go on running; whoever wants them gone calls ``stop_workers`` before.
+From ``begin`` on workers are started, watched, fenced, replaced and retired; wishes
+are stored in Redis first and carried out then. After ``close`` the workers go on
+running; whoever wants them gone calls ``stop_workers``. Of all processes that could
+control the same pools, the one that has the lease may (``lease``).
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from baton.telemetry import ControllerMetrics
 from cluster.backend import PoolBackend, Started
 from cluster.controller_store import ControllerStore, RegistryRead
 from cluster.fencing import Fencing
-from cluster.lease import Lease
 from cluster.reconciler import Reconciler
 from cluster.sizes import (
     configured_sizes,
@@ -62,7 +60,6 @@ class PoolController:
         *,
         backend: PoolBackend,
         store: ControllerStore,
-        lease: Lease,
         metrics: ControllerMetrics,
         on_event: Callable[[WorkerEvent], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
@@ -70,7 +67,6 @@ class PoolController:
         self._config = config
         self._backend = backend
         self._store = store
-        self._lease = lease
         self._metrics = metrics
         self._tell_event = on_event
         self._clock = clock
@@ -84,7 +80,6 @@ class PoolController:
         self._desired = configured_sizes(config)
         self._wishing = asyncio.Lock()
         self._tasks: list[asyncio.Task[Any]] = []
-        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._closed = False
         self._complaint = ""
         for pool in config.pools:
@@ -94,7 +89,7 @@ class PoolController:
     # ------------------------------------------------------------- begin, end
 
     async def begin(self, *, anew: bool) -> None:
-        """Takes the pools up; its process must have the lease.
+        """Takes the pools up, once; this process must have the lease.
 
         ``anew``: with the configured sizes, and nothing that runs already. Otherwise with
         what was wished before, and with the workers that an earlier controller left.
@@ -126,26 +121,15 @@ class PoolController:
         if pool is None:
             self._reconciler.retire(worker_id, limit_s=self._leave_s(None))
 
-    async def wait_lost(self) -> str:
-        """Returns once another controller has taken over, saying so."""
-        return await asyncio.shield(self._lost)
-
     async def stop_workers(self, *, limit_s: float, hurry: asyncio.Event) -> int:
         """Nothing is started any more, and every worker is stopped. Returns how many had
         to be killed; see ``Reconciler.stop``."""
-        await self._end_tasks()
+        await self.close()
         pools = sorted({slot.pool for slot in self._reconciler.slots()})
         return await self._reconciler.stop(pools, limit_s=limit_s, hurry=hurry)
 
     async def close(self) -> None:
-        """Lets go of the pools, for another controller at once. Idempotent."""
-        await self._end_tasks()
-        try:
-            await self._lease.give_back()
-        except UnavailableError as error:
-            logger.info("could not give the lease back: %s", error.message)
-
-    async def _end_tasks(self) -> None:
+        """Lets go of the pools; what runs goes on running. Idempotent."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
@@ -245,12 +229,9 @@ class PoolController:
                 logger.exception("looking after the pools failed")
 
     async def look(self) -> None:
-        """One look at Redis: renews the lease, fences, and writes the sizes where a Redis
-        that was restarted has lost them."""
+        """One look at Redis: kills what has vanished there, and writes the sizes where a
+        Redis that was restarted has lost them."""
         try:
-            if taken := await self._lease.renew(self._clock()):
-                self._give_up(taken)
-                return
             read = await self._store.read([s.worker_id for s in self._reconciler.slots()])
             self._fence(read)
             if read.wishes != self._wishes() and not self._wishing.locked():
@@ -267,12 +248,6 @@ class PoolController:
         verdicts = self._fencing.answered(read, self._reconciler.slots(), self._clock())
         for verdict in verdicts:
             self._reconciler.kill(verdict.worker_id, verdict.cause, verdict.reason)
-
-    def _give_up(self, reason: str) -> None:
-        logger.error("%s", reason)
-        self._closed = True
-        if not self._lost.done():
-            self._lost.set_result(reason)
 
     def _complain(self, complaint: str) -> None:
         if complaint and not self._complaint:

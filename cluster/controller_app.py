@@ -6,7 +6,6 @@ import hmac
 import logging
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -14,18 +13,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from baton.config import ControllerConfig
 from baton.errors import (
     AuthenticationError,
     BatonError,
-    ConfigurationError,
     InternalError,
     UnavailableError,
 )
 from cluster.controller import PoolController
 from router.gateway.body import parse_object, read_body
 from router.gateway.error_responses import error_response
-from router.http_server import listen
 
 logger = logging.getLogger(__name__)
 
@@ -44,18 +40,6 @@ class Seat:
         if self.controller is None:
             raise UnavailableError(self.reason)
         return self.controller
-
-
-def listen_for(config: ControllerConfig) -> Any:
-    """The controller's listening socket. Raises ConfigurationError in a sentence."""
-    try:
-        return listen(config.host, config.port)
-    except ConfigurationError as error:
-        raise ConfigurationError(
-            f"the controller {error.message.partition(';')[0]}; choose another with "
-            "controller.host and controller.port",
-            param="controller.port",
-        ) from None
 
 
 def create_controller_app(seat: Seat, *, token: str, samples: CollectorRegistry) -> FastAPI:
