@@ -97,7 +97,14 @@ async def serve(
     clock = asyncio.get_running_loop().time
     index = KvIndex(clock)
     names = BlockNames(secret=secret, weights_revision=checkpoint.revision)
-    pool = WorkerPool(identity=identity, config=config.session, metrics=metrics, index=index)
+    pool = WorkerPool(
+        identity=identity,
+        config=config.session,
+        registry=config.registry,
+        metrics=metrics,
+        index=index,
+        clock=clock,
+    )
     registry = Registry(
         redis_url,
         config.registry,

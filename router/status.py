@@ -32,6 +32,8 @@ class WorkerStatus:
     """None before its first report."""
     num_indexed_blocks: int = 0
     """Blocks that this gateway's KV index says the prefix cache holds."""
+    draining: bool = False
+    """It has said that it is leaving: its streams go on, and it gets no new ones."""
 
 
 @dataclass(frozen=True, slots=True)

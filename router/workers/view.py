@@ -33,6 +33,7 @@ def _worker_status(link: WorkerLink, index: KvIndex, now: float) -> WorkerStatus
         max_model_len=record.max_model_len,
         generation=record.generation,
         num_indexed_blocks=index.num_indexed_blocks(bytes.fromhex(record.epoch)),
+        draining=link.draining,
         last_report_age_s=None if reported_at is None else now - reported_at,
     )
 
