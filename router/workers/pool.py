@@ -109,6 +109,17 @@ class WorkerPool:
         finally:
             self._watchers.discard(event)
 
+    def count_indexed_blocks(self) -> None:
+        """Brings the gauge of the KV index's size up to date."""
+        for role in ("prefill", "decode"):
+            epochs = [
+                bytes.fromhex(epoch)
+                for epoch, link in self._links.items()
+                if link.record.role == role
+            ]
+            num_blocks = sum(map(self.index.num_indexed_blocks, epochs))
+            self._metrics.kv_index_blocks.labels(role=role).set(num_blocks)
+
     async def close(self) -> None:
         """Loses every Session; the pool stays empty."""
         self._closed = True
