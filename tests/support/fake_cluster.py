@@ -19,7 +19,7 @@ from router.orchestrator import Orchestrator
 from router.request import ChoiceOutput, ChoiceRequest, SamplingParams
 from router.routing.input_hashes import BlockNames
 from router.routing.kv_index import KvIndex
-from router.routing.policy import make_policy
+from router.routing.policy import PeerShare, make_policy
 from router.workers.handshake import GatewayIdentity
 from router.workers.pool import WorkerPool
 from tests.support.fake_worker import (
@@ -95,6 +95,21 @@ class Client:
         await asyncio.gather(self.task, return_exceptions=True)
 
 
+class FakePeers:
+    """Other gateways, whose load a test makes up."""
+
+    def __init__(self) -> None:
+        self.up = True
+        self.shares: dict[bytes, PeerShare] = {}
+        self.told: list[tuple[bytes, int, int]] = []
+
+    def given(self, epoch: bytes, num_tokens: int, num_blocks: int) -> None:
+        self.told.append((epoch, num_tokens, num_blocks))
+
+    def since(self, epoch: bytes, reported_at: float | None) -> PeerShare:
+        return self.shares.get(epoch, PeerShare())
+
+
 class FakeCluster:
     """A pool with an orchestrator on it; workers are added, and die, as a test likes."""
 
@@ -103,6 +118,9 @@ class FakeCluster:
         self.metrics = GatewayMetrics(self.registry)
         self.scripts = Scripts()
         self.workers: list[FakeWorker] = []
+        self.peers = FakePeers()
+        self.gateways: tuple[str, ...] = ()
+        self.prefill_wanted: bool | None = None
         clock = asyncio.get_running_loop().time
         self.index = KvIndex(clock)
         self.pool = WorkerPool(
@@ -116,12 +134,16 @@ class FakeCluster:
         self.orchestrator = Orchestrator(
             config=config,
             pool=self.pool,
-            policy=make_policy(config.routing, self.index, random.Random(1), clock),
+            policy=make_policy(config.routing, self.index, random.Random(1), clock, self.peers),
             metrics=self.metrics,
             faults=Faults(None, "gateway-0"),
             registry_up=lambda: True,
             rng=random.Random(1),
             names=NAMES if config.routing.policy == "kv_aware" else None,
+            prefill_wanted=lambda: self.prefill_wanted,
+            gateways=lambda: self.gateways,
+            peers=self.peers,
+            peers_up=lambda: self.peers.up,
         )
         self._records: dict[str, WorkerRecord] = {}
 
