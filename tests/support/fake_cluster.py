@@ -12,16 +12,25 @@ from prometheus_client import CollectorRegistry
 
 from baton.config import BatonConfig, parse_config
 from baton.faults import Faults
+from baton.protocol import new_epoch
 from baton.records import Role, WorkerRecord
 from baton.telemetry import GatewayMetrics
 from router.orchestrator import Orchestrator
 from router.request import ChoiceOutput, ChoiceRequest, SamplingParams
 from router.routing.input_hashes import BlockNames
 from router.routing.kv_index import KvIndex
-from router.routing.policy import make_policy
+from router.routing.policy import PeerShare, make_policy
 from router.workers.handshake import GatewayIdentity
 from router.workers.pool import WorkerPool
-from tests.support.fake_worker import DIGEST, MODEL, SECRET, FakeWorker, Script, Scripts
+from tests.support.fake_worker import (
+    DIGEST,
+    MODEL,
+    SECRET,
+    FakeWorker,
+    Script,
+    Scripts,
+    worker_record,
+)
 
 IDENTITY = GatewayIdentity(gateway_id="gateway-0", generation="0", model=MODEL, secret=SECRET)
 
@@ -86,6 +95,21 @@ class Client:
         await asyncio.gather(self.task, return_exceptions=True)
 
 
+class FakePeers:
+    """Other gateways, whose load a test makes up."""
+
+    def __init__(self) -> None:
+        self.up = True
+        self.shares: dict[bytes, PeerShare] = {}
+        self.told: list[tuple[bytes, int, int]] = []
+
+    def given(self, epoch: bytes, num_tokens: int, num_blocks: int) -> None:
+        self.told.append((epoch, num_tokens, num_blocks))
+
+    def since(self, epoch: bytes, reported_at: float | None) -> PeerShare:
+        return self.shares.get(epoch, PeerShare())
+
+
 class FakeCluster:
     """A pool with an orchestrator on it; workers are added, and die, as a test likes."""
 
@@ -94,20 +118,32 @@ class FakeCluster:
         self.metrics = GatewayMetrics(self.registry)
         self.scripts = Scripts()
         self.workers: list[FakeWorker] = []
+        self.peers = FakePeers()
+        self.gateways: tuple[str, ...] = ()
+        self.prefill_wanted: bool | None = None
         clock = asyncio.get_running_loop().time
         self.index = KvIndex(clock)
         self.pool = WorkerPool(
-            identity=IDENTITY, config=config.session, metrics=self.metrics, index=self.index
+            identity=IDENTITY,
+            config=config.session,
+            registry=config.registry,
+            metrics=self.metrics,
+            index=self.index,
+            clock=clock,
         )
         self.orchestrator = Orchestrator(
             config=config,
             pool=self.pool,
-            policy=make_policy(config.routing, self.index, random.Random(1), clock),
+            policy=make_policy(config.routing, self.index, random.Random(1), clock, self.peers),
             metrics=self.metrics,
             faults=Faults(None, "gateway-0"),
             registry_up=lambda: True,
             rng=random.Random(1),
             names=NAMES if config.routing.policy == "kv_aware" else None,
+            prefill_wanted=lambda: self.prefill_wanted,
+            gateways=lambda: self.gateways,
+            peers=self.peers,
+            peers_up=lambda: self.peers.up,
         )
         self._records: dict[str, WorkerRecord] = {}
 
@@ -135,9 +171,10 @@ class FakeCluster:
     def ask(self, request: ChoiceRequest) -> Client:
         return Client(self.orchestrator.generate(request))
 
-    def delist(self, worker: FakeWorker) -> None:
-        """The registry lists it no more."""
-        del self._records[worker.worker_id]
+    def replace(self, worker: FakeWorker) -> None:
+        """The registry lists another process, which nobody ever reaches, under its name."""
+        epoch = new_epoch()
+        self._records[worker.worker_id] = worker_record(worker.worker_id, worker.role, epoch)
         self.pool.update(self._records)
 
     def is_live(self, worker: FakeWorker) -> bool:
