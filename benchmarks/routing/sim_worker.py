@@ -33,8 +33,10 @@ class Speeds:
 
     token_s: float
     """Of prefill."""
+    chunk_s: float
+    """Of a step in which nothing decodes, besides its tokens."""
     step_s: float
-    """Of any step, besides its tokens."""
+    """Of any other step, besides its tokens."""
     row_s: float
     """Of a decoding stream's token in a step."""
     transfer_token_s: float
@@ -42,8 +44,12 @@ class Speeds:
     report_s: float = 0.5
 
 
-SMALL_CPU = Speeds(token_s=2e-3, step_s=0.025, row_s=5e-3, transfer_token_s=1e-5)
+SMALL_CPU = Speeds(token_s=2e-3, chunk_s=0.02, step_s=0.025, row_s=5e-3, transfer_token_s=1e-5)
 """SmolLM2-135M at fp32 on half a core or one, as four workers on two cores have it."""
+ACCELERATOR = Speeds(
+    token_s=32 * 5e-5, chunk_s=0.01, step_s=32 * 0.02, row_s=32 * 2e-4, transfer_token_s=32 * 5e-6
+)
+"""An 8B model on one large GPU, with tokens that stand for 32 each."""
 
 
 class SimSession:
@@ -135,7 +141,8 @@ class SimWorker:
         num_rows = sum(chunk.num_tokens == 1 for chunk in chunks)
         num_tokens = sum(chunk.num_tokens for chunk in chunks) - num_rows
         speeds = self._speeds
-        duration_s = speeds.step_s + num_tokens * speeds.token_s + num_rows * speeds.row_s
+        duration_s = speeds.step_s if num_rows else speeds.chunk_s
+        duration_s += num_tokens * speeds.token_s + num_rows * speeds.row_s
         self._after(duration_s, lambda: self._finish(chunks))
 
     def _prefill_chunks(self) -> list[Scheduled]:

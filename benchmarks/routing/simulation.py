@@ -26,8 +26,9 @@ from engine.sequence import Sequence as EngineSequence
 from kv_transfer.keys import TransferKey
 from prefill_workers.scheduler import PrefillJob
 from router.routing.input_hashes import BlockNames, InputHashes
+from router.routing.kv_aware import KvAware, Weights
 from router.routing.kv_index import KvIndex
-from router.routing.policy import make_policy
+from router.routing.policy import NoPeers, make_policy
 
 _STOP = StopRule(1 << 30, frozenset())
 """Not asked: an answer ends where it is known to end."""
@@ -111,14 +112,25 @@ class Simulation:
     """One gateway and its workers; ``run`` may be called once."""
 
     def __init__(
-        self, config: RoutingConfig, pools: Pools, *, speeds: Speeds = SMALL_CPU, seed: int = 0
+        self,
+        config: RoutingConfig,
+        pools: Pools,
+        *,
+        speeds: Speeds = SMALL_CPU,
+        weights: Weights = Weights(),
+        seed: int = 0,
     ) -> None:
         self.now = 0.0
         self.index = KvIndex(lambda: self.now)
         self._speeds = speeds
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
-        self._policy = make_policy(config, self.index, random.Random(seed), lambda: self.now)
+        rng = random.Random(seed)
+        self._policy = make_policy(config, self.index, rng, lambda: self.now)
+        if isinstance(self._policy, KvAware):
+            self._policy = KvAware(
+                config, self.index, rng, lambda: self.now, NoPeers(), weights=weights
+            )
         self._names = _NAMES if config.policy == "kv_aware" else None
         self._running: dict[Hashable, _Running] = {}
         self._users: Sequence[Sequence[Turn]] = ()
@@ -242,7 +254,7 @@ class Simulation:
 
     def _prefilled(self, chunk: Scheduled) -> None:
         """A chunk on a prefill worker; the last one draws the first token."""
-        run = self._running[chunk.seq.key]  # type: ignore[index]
+        run = self._running[chunk.seq.key]
         if chunk.seq.num_remaining:
             return
         assert run.prefill is not None
@@ -276,7 +288,7 @@ class Simulation:
         """A chunk on a decode worker; one that ends the input draws the next token."""
         if chunk.seq.num_remaining:
             return
-        run = self._running[chunk.seq.key]  # type: ignore[index]
+        run = self._running[chunk.seq.key]
         served, answer = run.served, run.served.turn.answer
         num_emitted = chunk.seq.num_emitted_tokens
         if num_emitted == 0:

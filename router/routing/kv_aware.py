@@ -15,13 +15,20 @@ from router.routing.pairing import Candidate, Pairing, pairings
 from router.routing.peers import PeerLoad
 from router.workers.session import WorkerSession
 
-BALANCE_WEIGHT = 0.1
 BALANCE_HALF_LIFE_S = 30.0
-"""Work that a worker was given lately makes it a little dearer, so that one hot prefix
-(a system prompt that all share) does not pin everybody to the worker that had it first."""
-DISTURBANCE_WEIGHT = 0.25
-"""Of a token that a decode worker prefills, for each stream that waits for it meanwhile."""
+"""Of the memory of what a worker was given lately."""
 MAX_CANDIDATES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What is no setting: measured in ``benchmarks/routing``, and it matters little."""
+
+    balance: float = 0.1
+    """Work that a worker was given lately makes it a little dearer, so that one hot prefix
+    (a system prompt that all share) does not pin everybody to the worker that had it first."""
+    disturbance: float = 0.25
+    """Of a token that a decode worker prefills, for each stream that waits for it meanwhile."""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,8 +70,11 @@ class KvAware:
         rng: random.Random,
         clock: Callable[[], float],
         peers: PeerLoad,
+        *,
+        weights: Weights = Weights(),
     ) -> None:
         self._config = config
+        self._weights = weights
         self._index = index
         self._rng = rng
         self._clock = clock
@@ -77,23 +87,23 @@ class KvAware:
               missing on prefill + waiting there                   computed before its first token
             + decode_block_weight × tokens in use on decode        its batch, and the room it has
             + transfer_weight × missing on decode                  moved by the hand-off
-            + BALANCE_WEIGHT × (recent on prefill + transfer_weight × recent on decode)
+            + balance × (recent on prefill + transfer_weight × recent on decode)
 
         and on a decode worker alone, where nothing is moved::
 
               missing on decode + waiting there
             + decode_block_weight × tokens in use there
-            + DISTURBANCE_WEIGHT × missing × sequences there       their tokens come later
-            + BALANCE_WEIGHT × recent there
+            + disturbance × missing × sequences there              their tokens come later
+            + balance × recent there
         """
         in_use = self._config.decode_block_weight * decode.num_in_use
         if prefill is None:
-            disturbance = DISTURBANCE_WEIGHT * decode.num_missing * decode.num_sequences
-            recent = BALANCE_WEIGHT * decode.recent
+            disturbance = self._weights.disturbance * decode.num_missing * decode.num_sequences
+            recent = self._weights.balance * decode.recent
             return decode.num_missing + decode.num_waiting + in_use + disturbance + recent
         weight = self._config.transfer_weight
         moved = weight * decode.num_missing
-        recent = BALANCE_WEIGHT * (prefill.recent + weight * decode.recent)
+        recent = self._weights.balance * (prefill.recent + weight * decode.recent)
         return prefill.num_missing + prefill.num_waiting + in_use + moved + recent
 
     def pick(
