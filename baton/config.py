@@ -171,12 +171,13 @@ class RoutingConfig(_Section):
     policy: Literal["kv_aware", "round_robin", "least_loaded", "random"] = "kv_aware"
     """How a prefill and a decode worker are chosen; all but `kv_aware` (`round_robin`,
     `least_loaded`, `random`) are for comparison."""
-    decode_block_weight: float = Field(0.25, ge=0)
+    decode_block_weight: float = Field(0.05, ge=0)
     """Cost of a token in use on the decode worker, in tokens of prefill."""
     transfer_weight: float = Field(0.25, ge=0)
     """Cost of a token that the hand-off moves, in tokens of prefill."""
     local_prefill_max_tokens: int = Field(0, ge=0)
-    """A decode worker that lacks no more of an input than this may prefill it by itself."""
+    """A decode worker that lacks no more of an input than this may prefill it by itself,
+    where `kv_aware` finds that cheaper; 0: never, while there is a prefill worker."""
 
 
 class RegistryConfig(_Section):

@@ -15,17 +15,10 @@ from baton.protocol import new_epoch
 from baton.records import Role
 from baton.v1 import session_pb2 as pb
 from router.routing.input_hashes import BLOCKS_AT_ONCE, BlockNames, InputHashes
+from router.routing.kv_aware import BALANCE_HALF_LIFE_S, KvAware
 from router.routing.kv_index import KvIndex
-from router.routing.policy import (
-    BALANCE_HALF_LIFE_S,
-    KvAware,
-    Pairing,
-    RoutingPolicy,
-    least_loaded,
-    make_policy,
-    round_robin,
-    uniformly_random,
-)
+from router.routing.policy import NoPeers, Pairing, RoutingPolicy, make_policy
+from router.routing.simple_policies import least_loaded, round_robin, uniformly_random
 from router.workers.handshake import Call
 from router.workers.session import WorkerSession
 from tests.support.fake_worker import worker_record
@@ -142,20 +135,22 @@ def test_least_loaded_takes_the_fewest_sequences_on_each_side() -> None:
     prefill, decode = workers.several("prefill", 3), workers.several("decode", 2)
     for session, num_running in zip([*prefill, *decode], (3, 1, 2, 9, 4), strict=True):
         report(session, num_running=num_running)
-    assert pick(least_loaded(random.Random(0)), prefill, decode) == Pairing(prefill[1], decode[1])
+    assert pick(least_loaded(random.Random(0), NoPeers()), prefill, decode) == Pairing(
+        prefill[1], decode[1]
+    )
 
 
 def test_least_loaded_draws_among_equal_workers() -> None:
     workers = Workers()
     decode = workers.several("decode", 3)
     report(decode[2], num_running=1)
-    drawn = {pick(least_loaded(random.Random(n)), [], decode).decode for n in range(40)}
+    drawn = {pick(least_loaded(random.Random(n), NoPeers()), [], decode).decode for n in range(40)}
     assert drawn == {decode[0], decode[1]}
 
 
 def test_round_robin_gives_everybody_a_turn_and_newcomers_theirs() -> None:
     workers = Workers()
-    policy = round_robin()
+    policy = round_robin(NoPeers())
     prefill, decode = workers.several("prefill", 2), workers.several("decode", 3)
     picked = [pick(policy, prefill, decode) for _ in range(6)]
     assert Counter(pair.decode for pair in picked) == dict.fromkeys(decode, 2)
@@ -167,7 +162,7 @@ def test_round_robin_gives_everybody_a_turn_and_newcomers_theirs() -> None:
 
 def test_random_takes_everybody() -> None:
     workers = Workers()
-    policy = uniformly_random(random.Random(0))
+    policy = uniformly_random(random.Random(0), NoPeers())
     prefill, decode = workers.several("prefill", 2), workers.several("decode", 2)
     assert len({pick(policy, prefill, decode) for _ in range(60)}) == 4
 
@@ -243,12 +238,12 @@ def test_a_decision_counts_as_load_until_the_next_report() -> None:
     assert isinstance(policy, KvAware)
     workers.clock.now += 100 * BALANCE_HALF_LIFE_S
     empty = input_of(*prefill, num_tokens=1)
-    assert policy._standing(empty, prefill[0]).num_waiting == 4 * 10 * SIZE
-    assert policy._standing(empty, decode[0]).num_in_use == 4 * 10 * SIZE
+    assert policy._standing(empty, prefill[0], 0).num_waiting == 4 * 10 * SIZE
+    assert policy._standing(empty, decode[0], 0).num_in_use == 4 * 10 * SIZE
     report(prefill[0], num_tokens=5)
     report(decode[0], num_blocks=2)
-    assert policy._standing(empty, prefill[0]).num_waiting == 5
-    assert policy._standing(empty, decode[0]).num_in_use == 2 * SIZE
+    assert policy._standing(empty, prefill[0], 0).num_waiting == 5
+    assert policy._standing(empty, decode[0], 0).num_in_use == 2 * SIZE
 
 
 def test_a_decision_makes_the_same_prefix_go_the_same_way_before_any_event() -> None:

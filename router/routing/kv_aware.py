@@ -1,0 +1,202 @@
+"""The cheapest workers by what their caches hold and what they have to do."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from baton.config import RoutingConfig
+from router.routing.input_hashes import InputHashes
+from router.routing.kv_index import KvIndex
+from router.routing.pairing import Candidate, Pairing, pairings
+from router.routing.peers import PeerLoad
+from router.workers.session import WorkerSession
+
+BALANCE_HALF_LIFE_S = 30.0
+"""Of the memory of what a worker was given lately."""
+MAX_CANDIDATES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What is no setting: measured in ``benchmarks/routing``, and it matters little."""
+
+    balance: float = 0.1
+    """Work that a worker was given lately makes it a little dearer, so that one hot prefix
+    (a system prompt that all share) does not pin everybody to the worker that had it first."""
+    disturbance: float = 0.25
+    """Of a token that a decode worker prefills, for each stream that waits for it meanwhile."""
+
+
+@dataclass(slots=True, eq=False)
+class _Given:
+    """What this gateway's decisions gave one worker."""
+
+    report: object = None
+    """The one after which ``num_tokens`` and ``num_blocks`` were decided."""
+    num_tokens: int = 0
+    num_blocks: int = 0
+    recent: float = 0.0
+    """Tokens, halved every ``BALANCE_HALF_LIFE_S``."""
+    recent_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One worker before one choice; all but ``num_sequences`` in tokens."""
+
+    num_missing: int
+    """Of the input, what it does not hold."""
+    num_waiting: int
+    """Input tokens that it has yet to compute for others."""
+    num_in_use: int
+    """Tokens' worth of blocks that sequences hold."""
+    num_sequences: int
+    """On it, running or waiting."""
+    recent: float
+    """What it was given lately, decaying."""
+
+
+class KvAware:
+    """The cheapest pairing, drawn from the equal ones."""
+
+    def __init__(
+        self,
+        config: RoutingConfig,
+        index: KvIndex,
+        rng: random.Random,
+        clock: Callable[[], float],
+        peers: PeerLoad,
+        *,
+        weights: Weights = Weights(),
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._index = index
+        self._rng = rng
+        self._clock = clock
+        self._peers = peers
+        self._given: WeakKeyDictionary[WorkerSession, _Given] = WeakKeyDictionary()
+
+    def cost(self, prefill: Standing | None, decode: Standing) -> float:
+        """What the choice costs on a pair, in tokens of prefill::
+
+              missing on prefill + waiting there                   computed before its first token
+            + decode_block_weight × tokens in use on decode        its batch, and the room it has
+            + transfer_weight × missing on decode                  moved by the hand-off
+            + balance × (recent on prefill + transfer_weight × recent on decode)
+
+        and on a decode worker alone, where nothing is moved::
+
+              missing on decode + waiting there
+            + decode_block_weight × tokens in use there
+            + disturbance × missing × sequences there              their tokens come later
+            + balance × recent there
+        """
+        in_use = self._config.decode_block_weight * decode.num_in_use
+        if prefill is None:
+            disturbance = self._weights.disturbance * decode.num_missing * decode.num_sequences
+            recent = self._weights.balance * decode.recent
+            return decode.num_missing + decode.num_waiting + in_use + disturbance + recent
+        weight = self._config.transfer_weight
+        moved = weight * decode.num_missing
+        recent = self._weights.balance * (prefill.recent + weight * decode.recent)
+        return prefill.num_missing + prefill.num_waiting + in_use + moved + recent
+
+    def pick(
+        self,
+        input_: InputHashes,
+        prefill: Sequence[WorkerSession],
+        decode: Sequence[WorkerSession],
+    ) -> Pairing | None:
+        pairs = pairings(prefill, decode)
+        if not pairs:
+            return None
+        standings = self._standings(input_, [*prefill, *decode])
+        if pairs[0].prefill is not None:
+            pairs += [Pairing(None, d) for d in decode if self._may_prefill(standings[d])]
+        costs = [
+            self.cost(standings[pair.prefill] if pair.prefill else None, standings[pair.decode])
+            for pair in pairs
+        ]
+        least = min(costs)
+        chosen = self._rng.choice(
+            [pair for pair, cost in zip(pairs, costs, strict=True) if cost == least]
+        )
+        for session in (chosen.prefill, chosen.decode):
+            if session is not None:
+                computes = session is (chosen.prefill or chosen.decode)
+                self._count(input_, session, standings[session], computes=computes)
+        return Pairing(chosen.prefill, chosen.decode, _cheapest(pairs, costs))
+
+    def _may_prefill(self, decode: Standing) -> bool:
+        """An input that is held whole still has its last token computed."""
+        return max(1, decode.num_missing) <= self._config.local_prefill_max_tokens
+
+    def _standings(
+        self, input_: InputHashes, sessions: Sequence[WorkerSession]
+    ) -> dict[WorkerSession, Standing]:
+        by_names: dict[int, list[WorkerSession]] = {}
+        for session in sessions:  # those that name blocks alike share one list of hashes
+            by_names.setdefault(id(input_.of(session)), []).append(session)
+        standings: dict[WorkerSession, Standing] = {}
+        for alike in by_names.values():
+            epochs = [session.epoch for session in alike]
+            held = self._index.leading_blocks(epochs, input_.of(alike[0]))
+            for session in alike:
+                standings[session] = self._standing(input_, session, held[session.epoch])
+        return standings
+
+    def _standing(
+        self, input_: InputHashes, session: WorkerSession, num_held_blocks: int
+    ) -> Standing:
+        size = session.record.block_size
+        given, report = self._given_to(session), session.report
+        theirs = self._peers.since(session.epoch, session.reported_at)
+        num_waiting = report.num_waiting_tokens if report is not None else 0
+        num_in_use = report.blocks.referenced if report is not None else 0
+        return Standing(
+            num_missing=input_.num_tokens - num_held_blocks * size,
+            num_waiting=num_waiting + given.num_tokens + theirs.num_tokens,
+            num_in_use=(num_in_use + given.num_blocks + theirs.num_blocks) * size,
+            num_sequences=session.num_sequences + theirs.num_sequences,
+            recent=given.recent,
+        )
+
+    def _given_to(self, session: WorkerSession) -> _Given:
+        """Decisions count as load until the worker's next report, which knows of them."""
+        given = self._given.setdefault(session, _Given())
+        if given.report is not session.report:
+            given.report = session.report
+            given.num_tokens = given.num_blocks = 0
+        now = self._clock()
+        given.recent *= 0.5 ** ((now - given.recent_at) / BALANCE_HALF_LIFE_S)
+        given.recent_at = now
+        return given
+
+    def _count(
+        self, input_: InputHashes, session: WorkerSession, standing: Standing, *, computes: bool
+    ) -> None:
+        given = self._given_to(session)
+        num_tokens = standing.num_missing if computes else 0
+        num_blocks = -(-input_.num_tokens // session.record.block_size)
+        given.num_tokens += num_tokens
+        given.num_blocks += num_blocks
+        given.recent += standing.num_missing
+        self._peers.given(session.epoch, num_tokens, num_blocks)
+        self._index.expect(session.epoch, input_.of(session))
+
+
+def _cheapest(pairs: Sequence[Pairing], costs: Sequence[float]) -> tuple[Candidate, ...]:
+    numbers = heapq.nsmallest(MAX_CANDIDATES, range(len(pairs)), key=costs.__getitem__)
+    return tuple(
+        Candidate(
+            prefill=prefill.record.worker_id if (prefill := pairs[n].prefill) else None,
+            decode=pairs[n].decode.record.worker_id,
+            cost=costs[n],
+        )
+        for n in numbers
+    )
