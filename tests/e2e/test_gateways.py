@@ -11,8 +11,8 @@ from e2e.conftest import Serving
 from support.server import BatonServer, wait_until
 from support.streams import streaming
 
-NUM_TOKENS = 120
-PROMPTS = [f"Chapter {number}. It was a dark night, and" for number in range(6)]
+NUM_TOKENS = 70
+PROMPTS = [f"Chapter {number}. It was a dark night, and" for number in range(4)]
 
 
 @pytest.fixture(scope="module")

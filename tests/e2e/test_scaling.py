@@ -10,8 +10,8 @@ from e2e.conftest import Serving
 from support.server import BatonServer, wait_until
 from support.streams import streaming
 
-NUM_TOKENS = 200
-PROMPTS = [f"In the year {1900 + number}, there was" for number in range(12)]
+NUM_TOKENS = 120
+PROMPTS = [f"In the year {1900 + number}, there was" for number in range(6)]
 
 
 @pytest.fixture(scope="module", params=["processes", "ray"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +32,16 @@ def wait_until(
     while not condition():
         assert time.monotonic() < ends_at, f"not within {timeout_s:g} s: {what}"
         time.sleep(poll_s)
+
+
+def _free_pair() -> int:
+    """A port that nobody listens on, the next one neither: a second gateway takes it."""
+    for _ in range(100):
+        port = free_port()
+        with socket.socket() as probe, contextlib.suppress(OSError, OverflowError):
+            probe.bind(("127.0.0.1", port + 1))
+            return port
+    raise AssertionError("no two free ports side by side")
 
 
 class Page:
@@ -87,7 +99,7 @@ class BatonServer:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.port = free_port()
+        self.port = _free_pair()
         self.url = f"http://127.0.0.1:{self.port}"
         self.faults_file = folder / "faults.json"
         configuration = folder / "baton.yaml"
