@@ -172,6 +172,21 @@ async def test_worker_whose_registration_is_gone_is_killed_and_replaced() -> Non
     await rig.close()
 
 
+async def test_worker_that_does_not_register_in_time_is_killed_and_tried_again() -> None:
+    rig = ControllerRig(settings(registry={}, cluster={"start_timeout_s": 60}))
+    await rig.begin()
+    rig.register_all()
+    rig.store.workers.pop("prefill-0")
+    for _ in range(61):
+        rig.clock.now += 1
+        await rig.controller.look()
+    await rig.settle()
+    assert [process.worker_id for process in rig.backend.started if process.killed] == ["prefill-0"]
+    labels = {"pool": "prefill", "cause": "start_timeout"}
+    assert rig.metric("baton_worker_replacements_total", **labels) == 1
+    await rig.close()
+
+
 async def test_outage_of_redis_kills_nobody() -> None:
     rig = ControllerRig(settings(registry={}, cluster={"fence_s": 5}))
     await rig.begin()
