@@ -21,7 +21,7 @@ def parse_sizes(words: Sequence[str]) -> dict[str, int]:
         match = _WORD.fullmatch(word)
         if match is None:
             raise InvalidRequestError(
-                f"{word!r} is no wish; write the pool and its number of workers, as in decode=3"
+                f"{word!r} is no wish; write POOL=N, with N 0 or more, as in decode=3"
             )
         pool, size = match.groups()
         if pool in sizes:
