@@ -118,7 +118,7 @@ async def ground(
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     with pytest.MonkeyPatch.context() as patch:
         shadow = str(write_standin(folder))
-        patch.syspath_prepend(shadow)  # Ray's workers take over the path of this process
+        patch.chdir(shadow)  # where Ray's workers look first
         path = [shadow, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         patch.setenv("PYTHONPATH", os.pathsep.join(path))
         patch.setenv("BATON_SECRET", "of this test")
