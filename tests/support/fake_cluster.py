@@ -19,7 +19,7 @@ from router.orchestrator import Orchestrator
 from router.request import ChoiceOutput, ChoiceRequest, SamplingParams
 from router.routing.input_hashes import BlockNames
 from router.routing.kv_index import KvIndex
-from router.routing.policy import PeerShare, make_policy
+from router.routing.policy import PeerShare, RoutingPolicy, make_policy
 from router.workers.handshake import GatewayIdentity
 from router.workers.pool import WorkerPool
 from tests.support.fake_worker import (
@@ -113,7 +113,7 @@ class FakePeers:
 class FakeCluster:
     """A pool with an orchestrator on it; workers are added, and die, as a test likes."""
 
-    def __init__(self, config: BatonConfig) -> None:
+    def __init__(self, config: BatonConfig, policy: RoutingPolicy | None = None) -> None:
         self.registry = CollectorRegistry()
         self.metrics = GatewayMetrics(self.registry)
         self.scripts = Scripts()
@@ -134,7 +134,8 @@ class FakeCluster:
         self.orchestrator = Orchestrator(
             config=config,
             pool=self.pool,
-            policy=make_policy(config.routing, self.index, random.Random(1), clock, self.peers),
+            policy=policy
+            or make_policy(config.routing, self.index, random.Random(1), clock, self.peers),
             metrics=self.metrics,
             faults=Faults(None, "gateway-0"),
             registry_up=lambda: True,
@@ -191,12 +192,14 @@ class FakeCluster:
 
 
 @asynccontextmanager
-async def fake_cluster(**settings: Any) -> AsyncIterator[FakeCluster]:
+async def fake_cluster(
+    *, policy: RoutingPolicy | None = None, **settings: Any
+) -> AsyncIterator[FakeCluster]:
     """``settings`` are the configuration's sections, with a policy that tests can foresee
-    unless they name one. Ends with every table empty, or fails."""
+    unless they name or bring one. Ends with every table empty, or fails."""
     settings = {"routing": {"policy": "least_loaded"}} | settings
     session = {"report_s": 0.05} | settings.pop("session", {})
-    cluster = FakeCluster(parse_config({"session": session} | settings))
+    cluster = FakeCluster(parse_config({"session": session} | settings), policy)
     try:
         yield cluster
         await wait_until(lambda: cluster.num_open() == 0, "no stream is left in a table")
