@@ -9,6 +9,7 @@ import pytest
 
 from router.routing.input_hashes import InputHashes
 from router.routing.kv_aware import BALANCE_HALF_LIFE_S, MAX_CANDIDATES, KvAware
+from router.routing.kv_index import EXPECT_S
 from router.routing.policy import Candidate, Pairing, PeerShare, RoutingPolicy
 from router.workers.session import WorkerSession
 from tests.support.routing import NAMES, SIZE, Peers, Workers, input_of, pick, report
@@ -126,8 +127,10 @@ def test_what_other_gateways_gave_a_worker_counts_as_its_load() -> None:
         prefill[0].epoch: PeerShare(num_tokens=1),
         decode[1].epoch: PeerShare(num_blocks=1),
     }
-    pairing = pick(workers.policy("kv_aware", peers=peers), prefill, decode)
-    assert pairing == Pairing(prefill[1], decode[0])
+    for seed in range(10):
+        one_of_many = workers.policy("kv_aware", seed, peers)
+        assert pick(one_of_many, prefill, decode) == Pairing(prefill[1], decode[0])
+        workers.clock.now += EXPECT_S
     assert peers.asked[prefill[0].epoch] == 5.0
     assert peers.asked[decode[0].epoch] is None
 
