@@ -12,8 +12,8 @@ from benchmarks.routing.run import Run, run_trace
 from benchmarks.routing.sizing import BLOCK_SIZE, kv_cache_bytes
 
 SECRET = "a secret that the test and its servers share"
-NUM_USERS, NUM_TURNS = 6, 4
-NUM_BLOCKS = 80
+NUM_USERS, NUM_TURNS = 5, 4
+NUM_BLOCKS = 72
 """Of each worker: room for its half of the conversations, not for all of them."""
 
 
@@ -42,6 +42,8 @@ def test_kv_aware_routing_computes_less_and_answers_the_same(serving: Serving) -
         for worker_id, blocks in run.blocks.items():
             assert blocks.followed == blocks.snapshot, worker_id
             assert blocks.num_indexed == blocks.num_cached == len(blocks.snapshot), worker_id
+        # A late account of a prefill worker counts as nothing cached; never is there more.
+        assert 0.8 * run.num_not_computed < run.num_cached <= run.num_not_computed
         assert sum(len(blocks.snapshot) for blocks in run.blocks.values()) > NUM_BLOCKS
 
     best = oracle.infinite_cache([each.asked for each in aware.answered], BLOCK_SIZE)
