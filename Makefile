@@ -4,11 +4,13 @@
 # make chaos    outages that take minutes; ARGS="-s" shows what they cost
 # make check    what needs no running: style, types, import contracts, generated stubs
 # make proto    generate the gRPC stubs anew from proto/
+# make bench-routing        cached tokens and TTFT of every routing policy on a trace; ARGS as above
+# make bench-local-prefill  from how many uncached tokens on a prefill worker pays
 # make clean    remove what the tools left; make distclean removes .venv too
 
 BIN := .venv/bin
 
-.PHONY: help setup serve test chaos check proto clean distclean
+.PHONY: help setup serve test chaos check proto bench-routing bench-local-prefill clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +38,12 @@ check: setup
 
 proto: setup
 	$(BIN)/python scripts/stubs.py
+
+bench-routing: setup
+	@exec $(BIN)/python -m benchmarks.routing.replay $(ARGS)
+
+bench-local-prefill: setup
+	@exec $(BIN)/python -m benchmarks.local_prefill $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -64,6 +64,8 @@ def _row(label: str, run: Run, reference: Run) -> Row:
         "same answers" if run.answers == reference.answers else "ANSWERS DIFFER",
         "index true" if run.index_is_true else "INDEX WRONG",
     ]
+    if run.num_cached != run.num_not_computed:
+        remarks.append(f"workers say {run.num_not_computed:,} cached")
     if run.num_preemptions:
         remarks.append(f"{run.num_preemptions} preemptions")
     return Row(

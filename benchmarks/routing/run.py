@@ -31,12 +31,20 @@ class Run:
     num_handoff_bytes: int
     input_tokens: Mapping[str, int]
     """By worker id: those of all inputs that it took, whatever their KV came from."""
+    num_computed: int
+    """Input tokens that workers computed, by their own count."""
     num_preemptions: int
     duration_s: float
 
     @property
     def num_cached(self) -> int:
         return sum(each.num_cached for each in self.answered)
+
+    @property
+    def num_not_computed(self) -> int:
+        """What ``num_cached`` is to say, by the workers' count; where a choice was not
+        recovered, the two are equal."""
+        return sum(len(each.prompt) for each in self.answered) - self.num_computed
 
     @property
     def answers(self) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -66,6 +74,7 @@ async def run_trace(url: str, chats: Sequence[Chat], *, secret: str, time_scale:
         blocks=blocks,
         num_handoff_bytes=_total(page, "baton_kv_handoff_bytes_total", direction="received"),
         input_tokens={name: _total(page, "baton_prompt_tokens_total", worker=name) for name in ids},
+        num_computed=_total(page, "baton_prompt_tokens_total", source="computed"),
         num_preemptions=_total(page, "baton_preemptions_total"),
         duration_s=duration_s,
     )

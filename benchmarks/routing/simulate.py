@@ -122,6 +122,7 @@ def main() -> None:
     num_blocks = worker_blocks(load.asked, share)
     weights = Weights(balance=given.balance, disturbance=given.disturbance)
     rows: list[Row] = []
+    asked = load.asked
     for label, settings in _plans(given):
         simulation = Simulation(
             RoutingConfig.model_validate(settings),
@@ -132,7 +133,9 @@ def main() -> None:
         served = simulation.run(load.users)
         num_preemptions = sum(w.decode.num_preemptions for w in simulation.workers.values())
         rows.append(_row(label, load, served, num_preemptions))
-    best = oracle.optimal_replacement(load.asked, BLOCK_SIZE, 2 * num_blocks) * load.token_scale
+        if label.startswith("kv_aware"):
+            asked = [each.asked for each in served]
+    best = oracle.optimal_replacement(asked, BLOCK_SIZE, 2 * num_blocks) * load.token_scale
     print(
         f"{len(load.asked)} requests; {num_blocks} blocks a worker, {share:g} of the working set "
         f"in each pool. One pool of that size with optimal replacement has at most "

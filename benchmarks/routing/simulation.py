@@ -26,7 +26,7 @@ from engine.sequence import Sequence as EngineSequence
 from kv_transfer.keys import TransferKey
 from prefill_workers.scheduler import PrefillJob
 from router.routing.input_hashes import BlockNames, InputHashes
-from router.routing.kv_aware import KvAware, Weights
+from router.routing.kv_aware import DEFAULT_WEIGHTS, KvAware, Weights
 from router.routing.kv_index import KvIndex
 from router.routing.policy import NoPeers, make_policy
 
@@ -117,7 +117,7 @@ class Simulation:
         pools: Pools,
         *,
         speeds: Speeds = SMALL_CPU,
-        weights: Weights = Weights(),
+        weights: Weights = DEFAULT_WEIGHTS,
         seed: int = 0,
     ) -> None:
         self.now = 0.0

@@ -31,6 +31,9 @@ class Weights:
     """Of a token that a decode worker prefills, for each stream that waits for it meanwhile."""
 
 
+DEFAULT_WEIGHTS = Weights()
+
+
 @dataclass(slots=True, eq=False)
 class _Given:
     """What this gateway's decisions gave one worker."""
@@ -71,7 +74,7 @@ class KvAware:
         clock: Callable[[], float],
         peers: PeerLoad,
         *,
-        weights: Weights = Weights(),
+        weights: Weights = DEFAULT_WEIGHTS,
     ) -> None:
         self._config = config
         self._weights = weights

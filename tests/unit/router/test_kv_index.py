@@ -139,6 +139,12 @@ class IndexMachine(RuleBasedStateMachine):
         assert len(part.expected) <= NUM_BLOCKS
 
     @invariant()
+    def one_walk_finds_what_the_parts_hold(self) -> None:
+        part = self.index._parts[EPOCH]
+        assert set(self.index._held.bits) == part.held
+        assert set(self.index._expected.bits) == set(part.expected)
+
+    @invariant()
     def nothing_is_held_that_was_never_told(self) -> None:
         told = {e.added[at : at + 16] for e in self.delivered for at in range(0, len(e.added), 16)}
         alive = {hash_ for hash_, until in self.expected.items() if until > self.clock.now}
@@ -205,3 +211,20 @@ def test_a_lost_worker_is_forgotten_at_once() -> None:
     assert not index.take(EPOCH, events(2, name(1)))
     index.expect(EPOCH, [name(1)])
     assert index.num_indexed_blocks(EPOCH) == 0
+
+
+def test_one_walk_tells_of_every_worker() -> None:
+    third = b"t" * 16
+    index = joined(Clock(), name(1), name(2), name(3))
+    for epoch, held in ((OTHER, (1,)), (third, (2, 3))):
+        index.join(epoch, num_blocks=NUM_BLOCKS)
+        index.take(epoch, events(1, *map(name, held), snapshot=True))
+    index.expect(OTHER, [name(2)])
+    chain, lost = [name(n) for n in (1, 2, 3)], b"l" * 16
+    counts = index.leading_blocks([EPOCH, OTHER, third, lost], chain)
+    assert counts == {EPOCH: 3, OTHER: 2, third: 0, lost: 0}
+    index.forget(EPOCH)
+    index.join(lost, num_blocks=NUM_BLOCKS)  # it takes over what was the other's place
+    assert index.leading_blocks([EPOCH, lost], chain) == {EPOCH: 0, lost: 0}
+    assert index.indexed_blocks(third) == {name(2), name(3)}
+    assert index.indexed_blocks(lost) == frozenset()

@@ -1,0 +1,269 @@
+"""From how many uncached tokens on is it worth asking a prefill worker?
+
+One prefill and one decode worker serve a prompt whose beginning both hold already, so that
+only its last ``16 … 1024`` tokens are to be computed: once disaggregated, once by the decode
+worker alone; on an idle server and beside streams that decode. Printed are the times to the
+first and to the second token (the second waits for the hand-off), what the other streams'
+token gaps grew to meanwhile, and the crossover: the largest length up to which local prefill
+is at least as fast.
+
+    python -m benchmarks.local_prefill --dtype float32
+
+There is one server for each way, of one prefill and one decode worker, and they take turns;
+the one that is not measured has nothing to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from baton.errors import BatonError
+from benchmarks.server import BatonServer
+
+LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
+WAYS: dict[str, dict[str, Any]] = {
+    "disaggregated": {"local_prefill_max_tokens": 0},
+    # With a hand-off this dear, no pair is ever chosen.
+    "local": {"local_prefill_max_tokens": 1 << 20, "transfer_weight": 1e9},
+}
+"""The settings of ``routing`` that leave no other choice."""
+_PREFIX_TOKENS = 256
+"""Held by both workers before each measurement."""
+_VOCABULARY = range(1000, 40_000)
+_WARM_UP_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured request; times in ms."""
+
+    way: str
+    num_streams: int
+    """That decoded beside it."""
+    num_uncached: int
+    ttft_ms: float
+    second_ms: float
+    """To the second token."""
+    worst_gap_ms: float
+    """Of the other streams, while the request had no second token; 0 without such."""
+
+
+class Background:
+    """Endless streams, and when their tokens came."""
+
+    def __init__(self, client: httpx.AsyncClient, model: str, rng: random.Random) -> None:
+        self._client = client
+        self._model = model
+        self._rng = rng
+        self._arrivals: dict[int, list[float]] = {}
+
+    @asynccontextmanager
+    async def streaming(self, num_streams: int) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(self._stream(number)) for number in range(num_streams)]
+        try:
+            if tasks:
+                await asyncio.sleep(_WARM_UP_S)
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._arrivals.clear()
+
+    async def _stream(self, number: int) -> None:
+        times = self._arrivals.setdefault(number, [])
+        while True:
+            prompt = self._rng.sample(_VOCABULARY, 32)
+            async for _ in tokens(self._client, self._model, prompt, 512):
+                times.append(time.monotonic())
+
+    def worst_gap_ms(self, since: float, until: float) -> float:
+        """The longest pause of any stream that touches that time."""
+        gaps = [0.0]
+        for times in self._arrivals.values():
+            for before, after in pairwise(times):
+                if before < until and after > since:
+                    gaps.append((after - before) * 1000)
+        return max(gaps)
+
+
+async def tokens(
+    client: httpx.AsyncClient, model: str, prompt: Sequence[int], max_tokens: int
+) -> AsyncIterator[int]:
+    """Token ids as they come."""
+    body = {
+        "model": model,
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        if response.is_error:
+            await response.aread()
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line.removeprefix("data: "))
+                if "error" in chunk:
+                    raise ValueError(f"the server gave a request up: {chunk['error']}")
+                for choice in chunk["choices"]:
+                    for token_id in choice.get("token_ids") or []:
+                        yield token_id
+
+
+class Probe:
+    """Measures single requests on one server."""
+
+    def __init__(self, way: str, client: httpx.AsyncClient, model: str, seed: int) -> None:
+        self._way = way
+        self._client = client
+        self._model = model
+        self._rng = random.Random(seed)
+        self._prefix = self._rng.sample(_VOCABULARY, _PREFIX_TOKENS)
+        self.background = Background(client, model, self._rng)
+
+    async def hold_prefix(self) -> None:
+        """Makes every worker of the way hold the prefix."""
+        await self._ask([*self._prefix, 7])
+        await asyncio.sleep(1.0)  # until the gateway has heard of it
+
+    async def measure(self, num_uncached: int, num_streams: int) -> Sample:
+        began, times = await self._ask(
+            [*self._prefix, *self._rng.sample(_VOCABULARY, num_uncached)]
+        )
+        # A gap ends with the token after it: give the streams time to get theirs.
+        await asyncio.sleep(0.5)
+        return Sample(
+            way=self._way,
+            num_streams=num_streams,
+            num_uncached=num_uncached,
+            ttft_ms=(times[0] - began) * 1000,
+            second_ms=(times[1] - began) * 1000,
+            worst_gap_ms=self.background.worst_gap_ms(began, times[1]),
+        )
+
+    async def _ask(self, prompt: Sequence[int]) -> tuple[float, list[float]]:
+        began = time.monotonic()
+        return began, [time.monotonic() async for _ in tokens(self._client, self._model, prompt, 4)]
+
+
+async def measure(urls: dict[str, str], *, repeats: int, busy: int) -> list[Sample]:
+    """All lengths, idle and busy, on the servers of both ways in turn."""
+    samples: list[Sample] = []
+    async with AsyncClients(urls) as clients:
+        probes = {way: Probe(way, *clients[way], seed=n) for n, way in enumerate(urls)}
+        for num_streams in (0, busy):
+            for probe in probes.values():  # one after the other: they share the machine
+                await probe.hold_prefix()
+                async with probe.background.streaming(num_streams):
+                    for length in LENGTHS:
+                        for _ in range(repeats):
+                            samples.append(await probe.measure(length, num_streams))
+    return samples
+
+
+class AsyncClients:
+    """A client and the model's name for each server."""
+
+    def __init__(self, urls: dict[str, str]) -> None:
+        self._urls = urls
+        self._clients: list[httpx.AsyncClient] = []
+
+    async def __aenter__(self) -> dict[str, tuple[httpx.AsyncClient, str]]:
+        found: dict[str, tuple[httpx.AsyncClient, str]] = {}
+        for way, url in self._urls.items():
+            client = httpx.AsyncClient(base_url=url, timeout=120.0, trust_env=False)
+            self._clients.append(client)
+            models = (await client.get("/v1/models")).json()["data"]
+            found[way] = (client, models[0]["id"])
+        return found
+
+    async def __aexit__(self, *raised: object) -> None:
+        for client in self._clients:
+            await client.aclose()
+
+
+def median(samples: Sequence[Sample], field: str) -> float:
+    return float(statistics.median(getattr(sample, field) for sample in samples))
+
+
+def report(samples: Sequence[Sample]) -> str:
+    """A Markdown table of medians, and the crossover for each load."""
+    lines = [
+        "| streams | uncached | TTFT apart | local | 2nd token apart | local | gap apart | local |",
+        "|---------|----------|------------|-------|-----------------|-------|-----------|-------|",
+    ]
+    sentences = []
+    for num_streams in sorted({sample.num_streams for sample in samples}):
+        crossover = 0
+        still_faster = True
+        for length in LENGTHS:
+            apart, local = (
+                [
+                    s
+                    for s in samples
+                    if (s.way, s.num_streams, s.num_uncached) == (way, num_streams, length)
+                ]
+                for way in WAYS
+            )
+            cells = [
+                f"{median(each, field):.0f}"
+                for field in ("ttft_ms", "second_ms", "worst_gap_ms")
+                for each in (apart, local)
+            ]
+            lines.append(f"| {num_streams} | {length} | {' | '.join(cells)} |")
+            still_faster &= median(local, "second_ms") <= median(apart, "second_ms")
+            crossover = length if still_faster else crossover
+        sentences.append(
+            f"Beside {num_streams} streams local prefill brings the second token no later "
+            f"up to {crossover} uncached tokens."
+            if crossover
+            else f"Beside {num_streams} streams local prefill is slower at every length."
+        )
+    return "\n".join([*lines, "", *sentences, "All times in ms, medians."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.local_prefill", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument("--repeats", type=int, default=7, help="of every measurement")
+    parser.add_argument("--streams", type=int, default=8, help="on the busy server")
+    parser.add_argument("--out", type=Path, help="write every sample to this JSON file")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="baton-local-prefill-") as name, ExitStack() as stack:
+        urls: dict[str, str] = {}
+        for way, routing in WAYS.items():
+            settings = {"engine": {"dtype": given.dtype}, "routing": routing}
+            server = BatonServer(Path(name) / way, settings=settings)
+            urls[way] = stack.enter_context(server).url
+        samples = asyncio.run(measure(urls, repeats=given.repeats, busy=given.streams))
+    print(report(samples))
+    if given.out:
+        given.out.write_text(json.dumps([asdict(sample) for sample in samples], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BatonError as error:
+        sys.exit(error.message)

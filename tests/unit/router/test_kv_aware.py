@@ -1,0 +1,224 @@
+"""The policy that weighs what workers hold against what they have to do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from router.routing.input_hashes import InputHashes
+from router.routing.kv_aware import BALANCE_HALF_LIFE_S, MAX_CANDIDATES, KvAware
+from router.routing.kv_index import EXPECT_S
+from router.routing.policy import Candidate, Pairing, PeerShare, RoutingPolicy
+from router.workers.session import WorkerSession
+from tests.support.routing import NAMES, SIZE, Peers, Workers, input_of, pick, report
+
+
+def test_the_workers_that_hold_the_prefix_are_chosen_together() -> None:
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 3), workers.several("decode", 3)
+    input_ = input_of(*prefill)
+    hashes = input_.of(prefill[0])
+    assert len(hashes) == 10
+    workers.hold(prefill[0], hashes[:3])
+    workers.hold(prefill[2], hashes[:4])
+    workers.hold(decode[1], hashes[:5])
+    workers.hold(decode[0], hashes[6:])
+    pairing = pick(workers.policy("kv_aware"), prefill, decode, input_)
+    assert pairing == Pairing(prefill[2], decode[1])
+
+
+def test_a_longer_queue_outweighs_a_held_prefix() -> None:
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 2), workers.several("decode", 1)
+    input_ = input_of(*prefill)
+    workers.hold(prefill[0], input_.of(prefill[0])[:4])
+    report(prefill[0], num_tokens=4 * SIZE - 1)
+    policy = workers.policy("kv_aware")
+    assert pick(policy, prefill, decode, input_).prefill is prefill[0]
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 2), workers.several("decode", 1)
+    workers.hold(prefill[0], input_.of(prefill[0])[:4])
+    report(prefill[0], num_tokens=4 * SIZE + 1)
+    assert pick(workers.policy("kv_aware"), prefill, decode, input_).prefill is prefill[1]
+
+
+@pytest.mark.parametrize(("weight", "chosen"), [(0.1, 0), (0.5, 1)])
+def test_blocks_in_use_are_weighed_against_what_would_be_moved(weight: float, chosen: int) -> None:
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 1), workers.several("decode", 2)
+    input_ = input_of(*prefill)
+    workers.hold(decode[0], input_.of(decode[0]))  # saves 10 × 0.25
+    report(decode[0], num_blocks=10)
+    policy = workers.policy("kv_aware", decode_block_weight=weight, transfer_weight=0.25)
+    assert pick(policy, prefill, decode, input_).decode is decode[chosen]
+
+
+def test_decode_alone_computes_what_it_misses() -> None:
+    workers = Workers()
+    decode = workers.several("decode", 2)
+    input_ = input_of(*decode)
+    workers.hold(decode[1], input_.of(decode[1])[:2])
+    policy = workers.policy("kv_aware", transfer_weight=0.0)
+    assert pick(policy, [], decode, input_).decode is decode[1]
+
+
+def test_equal_pairs_are_drawn_among() -> None:
+    drawn = set()
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 2), workers.several("decode", 2)
+    for seed in range(60):
+        drawn.add(pick(workers.policy("kv_aware", seed), prefill, decode, input_of()))
+    assert len(drawn) == 4
+
+
+def test_a_decision_counts_as_load_until_the_next_report() -> None:
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 2), workers.several("decode", 2)
+    policy = workers.policy("kv_aware")
+    pairs = [pick(policy, prefill, decode, input_of(*prefill, first=n)) for n in range(8)]
+    assert Counter(pair.prefill for pair in pairs) == dict.fromkeys(prefill, 4)
+    assert Counter(pair.decode for pair in pairs) == dict.fromkeys(decode, 4)
+    assert isinstance(policy, KvAware)
+    workers.clock.now += 100 * BALANCE_HALF_LIFE_S
+    empty = input_of(*prefill, num_tokens=1)
+    assert policy._standing(empty, prefill[0], 0).num_waiting == 4 * 10 * SIZE
+    assert policy._standing(empty, decode[0], 0).num_in_use == 4 * 10 * SIZE
+    report(prefill[0], num_tokens=5)
+    report(decode[0], num_blocks=2)
+    assert policy._standing(empty, prefill[0], 0).num_waiting == 5
+    assert policy._standing(empty, decode[0], 0).num_in_use == 2 * SIZE
+
+
+def test_a_decision_makes_the_same_prefix_go_the_same_way_before_any_event() -> None:
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 4), workers.several("decode", 4)
+    policy = workers.policy("kv_aware", decode_block_weight=0.0)
+    first = pick(policy, prefill, decode)
+    for session in (*prefill, *decode):
+        report(session)
+    workers.clock.now += 1.0
+    assert pick(policy, prefill, decode) == first
+
+
+def test_a_short_prefix_that_all_share_does_not_pin_one_worker() -> None:
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 2), workers.several("decode", 2)
+    policy = workers.policy("kv_aware")
+    used = Counter[WorkerSession | None]()
+    for user in range(20):
+        input_ = InputHashes(NAMES)
+        tokens = [*range(SIZE), *[1000 + user] * 9 * SIZE]
+        asyncio.run(input_.prepare(tokens, prefill))
+        pair = pick(policy, prefill, decode, input_)
+        used.update([pair.prefill, pair.decode])
+        for session in (*prefill, *decode):
+            report(session)
+        workers.clock.now += 1.0
+    assert min(used[session] for session in (*prefill, *decode)) >= 7
+
+
+def test_what_other_gateways_gave_a_worker_counts_as_its_load() -> None:
+    workers, peers = Workers(), Peers()
+    prefill, decode = workers.several("prefill", 2), workers.several("decode", 2)
+    prefill[0].reported_at = 5.0
+    peers.shares = {
+        prefill[0].epoch: PeerShare(num_tokens=1),
+        decode[1].epoch: PeerShare(num_blocks=1),
+    }
+    for seed in range(10):
+        one_of_many = workers.policy("kv_aware", seed, peers)
+        assert pick(one_of_many, prefill, decode) == Pairing(prefill[1], decode[0])
+        workers.clock.now += EXPECT_S
+    assert peers.asked[prefill[0].epoch] == 5.0
+    assert peers.asked[decode[0].epoch] is None
+
+
+# -------------------------------------------------------------- local prefill
+
+
+def local_case(
+    *, num_held: int = 8, max_tokens: int = 32, **weights: float
+) -> tuple[Workers, RoutingPolicy, list[WorkerSession], list[WorkerSession], InputHashes]:
+    """Ten blocks of input, of which the second decode worker holds ``num_held``."""
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 2), workers.several("decode", 2)
+    input_ = input_of(*prefill)
+    workers.hold(decode[1], input_.of(decode[1])[:num_held])
+    policy = workers.policy("kv_aware", local_prefill_max_tokens=max_tokens, **weights)
+    return workers, policy, prefill, decode, input_
+
+
+def test_a_decode_worker_prefills_the_little_that_it_lacks() -> None:
+    _, policy, prefill, decode, input_ = local_case()
+    assert pick(policy, prefill, decode, input_) == Pairing(None, decode[1])
+
+
+def test_a_decode_worker_that_lacks_more_than_the_setting_gets_a_partner() -> None:
+    _, policy, prefill, decode, input_ = local_case(max_tokens=2 * SIZE - 1)
+    assert pick(policy, prefill, decode, input_).prefill in prefill
+
+
+def test_at_0_nothing_is_prefilled_locally_even_where_decode_holds_it_all() -> None:
+    _, policy, prefill, decode, input_ = local_case(num_held=10, max_tokens=0)
+    assert pick(policy, prefill, decode, input_).prefill in prefill
+    _, policy, prefill, decode, input_ = local_case(num_held=10, max_tokens=1)
+    assert pick(policy, prefill, decode, input_) == Pairing(None, decode[1])
+
+
+def test_a_prefill_worker_that_holds_more_is_weighed_against_local_prefill() -> None:
+    workers, policy, prefill, decode, input_ = local_case()
+    workers.hold(prefill[0], input_.of(prefill[0]))
+    assert pick(policy, prefill, decode, input_) == Pairing(prefill[0], decode[1])
+
+
+@pytest.mark.parametrize(("num_running", "is_local"), [(1, True), (40, False)])
+def test_the_streams_that_local_prefill_would_disturb_count(
+    num_running: int, is_local: bool
+) -> None:
+    _, policy, prefill, decode, input_ = local_case()
+    report(decode[1], num_running=num_running)
+    assert (pick(policy, prefill, decode, input_).prefill is None) == is_local
+
+
+@pytest.mark.parametrize(("num_tokens", "is_local"), [(10, True), (200, False)])
+def test_what_waits_on_decode_counts_against_local_prefill(num_tokens: int, is_local: bool) -> None:
+    _, policy, prefill, decode, input_ = local_case()
+    report(decode[1], num_tokens=num_tokens)
+    assert (pick(policy, prefill, decode, input_).prefill is None) == is_local
+
+
+def test_local_prefill_counts_as_waiting_on_decode_and_as_nothing_on_prefill() -> None:
+    _, policy, prefill, decode, input_ = local_case()
+    pick(policy, prefill, decode, input_)
+    assert isinstance(policy, KvAware)
+    empty = input_of(*prefill, num_tokens=1)
+    assert policy._standing(empty, decode[1], 0).num_waiting == 2 * SIZE
+    assert [policy._standing(empty, each, 0).num_waiting for each in prefill] == [0, 0]
+
+
+# ---------------------------------------------------------------- candidates
+
+
+def test_the_candidates_are_the_cheapest_in_order_and_the_first_is_chosen() -> None:
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 4), workers.several("decode", 4)
+    for number, session in enumerate((*prefill, *decode)):
+        report(session, num_tokens=number, num_blocks=number)
+    pairing = pick(workers.policy("kv_aware"), prefill, decode)
+    costs = [candidate.cost for candidate in pairing.candidates]
+    assert len(costs) == MAX_CANDIDATES
+    assert costs == sorted(costs)
+    first = pairing.candidates[0]
+    assert pairing.prefill is not None
+    assert first.prefill == pairing.prefill.record.worker_id == prefill[0].record.worker_id
+    assert first.decode == pairing.decode.record.worker_id == decode[0].record.worker_id
+
+
+def test_local_prefill_is_a_candidate_without_a_prefill_worker() -> None:
+    _, policy, prefill, decode, input_ = local_case(transfer_weight=0.25)
+    pairing = pick(policy, prefill, decode, input_)
+    assert pairing.candidates[0] == Candidate(None, decode[1].record.worker_id, 2 * SIZE)
+    assert pairing.candidates[1].cost == 10 * SIZE + 0.25 * 2 * SIZE
+    assert len(pairing.candidates) == 5
