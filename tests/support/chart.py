@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ class Rendered:
         self.text = "\n---\n".join(
             text for name, text in sorted(files.items()) if name.endswith(".yaml")
         )
-        self.documents: list[Json] = [doc for doc in yaml.safe_load_all(self.text) if doc]
+        loaded = yaml.load_all(self.text, Loader=yaml.CSafeLoader)
+        self.documents: list[Json] = [document for document in loaded if document]
 
     def all(self, kind: str) -> list[Json]:
         return [document for document in self.documents if document["kind"] == kind]
@@ -118,12 +120,17 @@ def render(
 ) -> Rendered:
     """``values`` (by default ``GIVEN``), then each of ``over``, on the chart's own.
 
-    Raises: helm.HelmRenderError.
+    The same values give the same object: it is for looking at only. Raises: helm.HelmRenderError.
     """
     result = dict(GIVEN if values is None else values)
     for each in over:
         result = merged(result, each)
-    return Rendered(_chart().render(result, name=name, namespace="llm"))
+    return _render(json.dumps(result), name)
+
+
+@functools.cache
+def _render(values: str, name: str) -> Rendered:
+    return Rendered(_chart().render(json.loads(values), name=name, namespace="llm"))
 
 
 @functools.cache
