@@ -180,7 +180,9 @@ def test_autoscaling_settings_reach_kuberay() -> None:
     assert ray["enableInTreeAutoscaling"] is True
     assert ray["autoscalerOptions"]["idleTimeoutSeconds"] == 77
     assert ray["autoscalerOptions"]["version"] == "v2"
-    idle = {group["groupName"]: group.get("idleTimeoutSeconds") for group in ray["workerGroupSpecs"]}
+    idle = {
+        group["groupName"]: group.get("idleTimeoutSeconds") for group in ray["workerGroupSpecs"]
+    }
     assert idle == {"decode": 44, "prefill": None}
     off = render(GIVEN, {"pools": {"decode": {"idleTimeoutSeconds": 44}}}).ray
     assert off["enableInTreeAutoscaling"] is False

@@ -160,7 +160,9 @@ def _allows(rules: list[Json], side: str, peer: str, port: int | str) -> bool:
         if ports and port not in ports and PORTS.get(str(port)) not in ports:
             continue
         peers = rule.get(side)
-        if peers is None or any(_selects(p["podSelector"], PODS[peer]) for p in peers if "podSelector" in p):
+        if peers is None or any(
+            _selects(p["podSelector"], PODS[peer]) for p in peers if "podSelector" in p
+        ):
             return True
     return False
 
@@ -226,10 +228,17 @@ def test_policies_forbid_everything_else(source: str, target: str, port: int | s
     rendered = render(COMPLETE["values-cpu.yaml"])
     assert not _may(rendered, source, target, port)
     # Without policies it would get through: the test looks at the right thing.
-    assert _may(render(COMPLETE["values-cpu.yaml"], {"networkPolicy": {"enabled": False}}), source, target, port)
+    assert _may(
+        render(COMPLETE["values-cpu.yaml"], {"networkPolicy": {"enabled": False}}),
+        source,
+        target,
+        port,
+    )
 
 
-@pytest.mark.parametrize("pod", [name for name in PODS if name not in ("stranger", "redis", "ray-redis")])
+@pytest.mark.parametrize(
+    "pod", [name for name in PODS if name not in ("stranger", "redis", "ray-redis")]
+)
 def test_pods_may_ask_for_names(pod: str) -> None:
     assert _may(render(COMPLETE["values-cpu.yaml"]), pod, "stranger", 53)
 

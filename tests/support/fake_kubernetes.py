@@ -228,7 +228,9 @@ class FakeKubernetes:
             return self._touched(stored)
         if method == "PUT":
             assert body is not None
-            stored.replace({**body, "metadata": {**stored.document["metadata"], **body["metadata"]}}, manager)
+            stored.replace(
+                {**body, "metadata": {**stored.document["metadata"], **body["metadata"]}}, manager
+            )
             return self._touched(stored)
         if method == "DELETE":
             del self._objects[key]
@@ -297,6 +299,7 @@ def _resource(kind: str) -> Json:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's acknowledgement
     cluster: FakeKubernetes
 
     def log_message(self, format: str, *arguments: object) -> None:
@@ -364,7 +367,10 @@ def _kubeconfig(url: str) -> str:
             "clusters": [{"name": "fake", "cluster": {"server": url}}],
             "users": [{"name": "nobody", "user": {}}],
             "contexts": [
-                {"name": "fake", "context": {"cluster": "fake", "user": "nobody", "namespace": "llm"}}
+                {
+                    "name": "fake",
+                    "context": {"cluster": "fake", "user": "nobody", "namespace": "llm"},
+                }
             ],
             "current-context": "fake",
         }
