@@ -2,7 +2,7 @@
 # make test     set up, check, and run the tests; ARGS="-k name" and the like are passed on
 # make setup    the set-up alone; PYTHON=python3.12 chooses the interpreter
 # make chaos    outages that take minutes; ARGS="-s" shows what they cost
-# make check    what needs no running: style, types, import contracts, generated stubs
+# make check    what needs no running: style, types, import contracts, generated stubs, chart
 # make proto    generate the gRPC stubs anew from proto/
 # make bench-routing        cached tokens and TTFT of every routing policy on a trace; ARGS as above
 # make bench-local-prefill  from how many uncached tokens on a prefill worker pays
@@ -35,6 +35,7 @@ check: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python scripts/stubs.py --check
 	$(BIN)/python scripts/config_page.py --check
+	$(BIN)/python scripts/chart_lint.py
 
 proto: setup
 	$(BIN)/python scripts/stubs.py
