@@ -1,6 +1,6 @@
 """Every Prometheus metric, declared once; recorded where it happens.
 
-Each process makes its own ``CollectorRegistry`` and one of the two classes
+Each process makes its own ``CollectorRegistry`` and one of the three classes
 below on it. Labels are bounded: workers, roles, outcomes, never requests.
 """
 
@@ -134,3 +134,37 @@ class WorkerMetrics:
         self.preemptions = Counter(
             "baton_preemptions", "Sequences that gave up their blocks", names, registry=registry
         ).labels(**labels)
+
+
+class ControllerMetrics:
+    """What the pool controller knows of its pools."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        names = ["pool", "role"]
+        self.desired = Gauge(
+            "baton_pool_desired_workers", "Workers that there should be", names, registry=registry
+        )
+        self.running = Gauge(
+            "baton_pool_running_workers",
+            "Workers that have a process, without those that are leaving",
+            names,
+            registry=registry,
+        )
+        self.ready = Gauge(
+            "baton_pool_ready_workers", "Of these, the registered ones", names, registry=registry
+        )
+        self.leaving = Gauge(
+            "baton_pool_leaving_workers", "Workers that drain and go", names, registry=registry
+        )
+        self.replacements = Counter(
+            "baton_worker_replacements",
+            "Workers that had to be replaced: died, fenced (registration lost) or start_timeout",
+            ["pool", "cause"],
+            registry=registry,
+        )
+        self.wishes = Counter(
+            "baton_scale_wishes",
+            "Wishes for other sizes: accepted, refused, or unavailable",
+            ["outcome"],
+            registry=registry,
+        )

@@ -1,10 +1,12 @@
-"""Starts and stops one machine's cluster: Redis, Ray, gateway and workers.
+"""Starts and stops one machine's cluster: Redis, Ray, gateways, controller and workers.
 
 1. STARTING: everything is begun at once. A process that dies now fails the start,
    with the end of its log.
-2. SERVING: the reconciler replaces what dies.
-3. STOPPING: the gateway drains; then the workers, Redis and Ray are ended, each
-   within a bound, after which it is killed. Nothing is left, also on disk.
+2. SERVING: what dies is replaced: Redis and gateways by a reconciler of the
+   launcher's own, workers by that of the pool controller, which also scales them.
+3. STOPPING: nothing is scaled or replaced any more; the gateways drain; then the
+   workers, Redis and Ray are ended, each within a bound, after which it is killed.
+   Nothing is left, also on disk.
 """
 
 from __future__ import annotations
@@ -13,23 +15,27 @@ import asyncio
 import logging
 import os
 import secrets
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 from baton.config import BatonConfig
 from baton.errors import UnavailableError
-from baton.worker.environment import worker_environment
 from cluster import redis_server
 from cluster.backend import PoolBackend
+from cluster.commands import MODULES, Commands
 from cluster.console import Progress
+from cluster.embedded_controller import EmbeddedController
 from cluster.janitor_client import Janitor
 from cluster.processes_backend import Command, ProcessesBackend
 from cluster.readiness import wait_ready
-from cluster.reconciler import Reconciler, WorkerEvent
+from cluster.reconciler import Reconciler
 from cluster.server_client import ServerStatus, url_of
+from cluster.slots import WorkerEvent
 from cluster.state import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -38,12 +44,14 @@ _ABORT_S = 1.0
 """How long processes may take to end that have served nobody yet."""
 
 
-MODULES: Mapping[str, str] = {
-    "gateway": "router.main",
-    "prefill": "prefill_workers.main",
-    "decode": "decode_workers.main",
-}
-"""What `python -m` runs for each role, where it is a process of ours."""
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """Where a cluster is spoken to."""
+
+    gateway_ports: tuple[int, ...]
+    controller: socket
+    """Listens already; stays its maker's."""
+    controller_token: str = field(repr=False)
 
 
 class Launcher:
@@ -58,6 +66,7 @@ class Launcher:
         *,
         folder: RunFolder,
         temp_folder: Path,
+        doors: Doors,
         redis_url: str | None,
         progress: Progress,
         restore_signals: Callable[[], None] = lambda: None,
@@ -67,21 +76,37 @@ class Launcher:
         self._folder = folder
         self._progress = progress
         self._restore_signals = restore_signals
-        self._modules = modules
         self._secret = os.environ.get("BATON_SECRET") or secrets.token_hex(32)
         self._janitor = Janitor(temp_folder)
         self._private = redis_server.prepare(temp_folder) if redis_url is None else None
         self._redis_url = redis_url or (self._private.url if self._private else "")
-        self._processes = ProcessesBackend(
-            self._command, log_folder=folder.logs, on_started=self._janitor.watch
+        self._commands = Commands(
+            config, folder.config_file, self._secret, self._redis_url, modules
         )
-        self._pools: PoolBackend = self._processes
-        if config.cluster.backend == "ray":
-            self._pools = self._ray_backend(temp_folder)
+        self._ports = {f"gateway-{i}": port for i, port in enumerate(doors.gateway_ports)}
+        self._own = self._processes(self._own_command)
+        self._pools: PoolBackend = (
+            self._ray_backend(temp_folder)
+            if config.cluster.backend == "ray"
+            else self._processes(self._commands.worker)
+        )
         self._reconciler = Reconciler(on_event=self._on_event)
+        self._controller = EmbeddedController(
+            config,
+            listener=doors.controller,
+            token=doors.controller_token,
+            redis_url=self._redis_url,
+            backend=self._pools,
+            on_event=self._on_event,
+        )
         self._loop_task: asyncio.Task[None] | None = None
         self._first_death: asyncio.Future[WorkerEvent] | None = None
         self._serving = False
+
+    def _processes(self, command: Callable[[str, str], Command]) -> ProcessesBackend:
+        return ProcessesBackend(
+            command, log_folder=self._folder.logs, on_started=self._janitor.watch
+        )
 
     def _ray_backend(self, temp_folder: Path) -> PoolBackend:
         from cluster.ray_backend import RayBackend
@@ -96,20 +121,17 @@ class Launcher:
             on_connected=self._restore_signals,
         )
 
-    def _command(self, role: str, worker_id: str) -> Command:
-        if role == "redis":
-            assert self._private is not None
-            return Command(self._private.arguments)
-        secrets_of_all = {"BATON_SECRET": self._secret, "REDIS_URL": self._redis_url}
-        environment = worker_environment(os.environ) | secrets_of_all
-        name = "--gateway-id" if role == "gateway" else "--worker-id"
-        # -P: a folder named like one of our packages, where the user stands, is not it.
-        arguments = (
-            *(sys.executable, "-P", "-m", self._modules[role]),
-            *("--config", str(self._folder.config_file)),
-            *(name, worker_id),
-        )
-        return Command(arguments, environment)
+    def _own_command(self, kind: str, name: str) -> Command:
+        if kind == "gateway":
+            return self._commands.gateway(name, self._ports[name])
+        assert self._private is not None
+        return Command(self._private.arguments)
+
+    @property
+    def gateway_urls(self) -> dict[str, str]:
+        """By gateway id."""
+        host = self._config.gateway.host
+        return {name: url_of(host, port) for name, port in self._ports.items()}
 
     def _on_event(self, event: WorkerEvent) -> None:
         if event.kind != "died":
@@ -151,23 +173,35 @@ class Launcher:
             await asyncio.gather(everything, return_exceptions=True)
 
     async def _bring_up(self) -> ServerStatus:
-        config, progress = self._config, self._progress
-        pools = {role: config.num_replicas(role) for role in ("prefill", "decode")}
+        progress = self._progress
         with progress.waiting("waiting for Redis"):
             if self._private is not None:
-                self._reconciler.want("redis", ["redis"], self._processes)
+                self._reconciler.want("redis", ["redis"], self._own)
             await redis_server.wait_answers(self._redis_url, timeout_s=10.0)
             progress.done("Redis answers" if self._private is None else "Redis runs")
-            for role, replicas in pools.items():
-                self._reconciler.want(role, [f"{role}-{i}" for i in range(replicas)], self._pools)
-            self._reconciler.want("gateway", ["gateway-0"], self._processes)
-            return await wait_ready(
-                url_of(config.gateway.host, config.gateway.port), pools, progress
-            )
+            self._reconciler.want("gateway", list(self._ports), self._own)
+            await self._controller.start()
+            return await wait_ready(self.gateway_urls, self._wanted, progress)
+
+    def _wanted(self) -> Mapping[str, int]:
+        """Workers that there should be, by role."""
+        roles = Counter({"prefill": 0, "decode": 0})
+        for pool in self._controller.sizes().values():
+            roles[pool.role] += pool.desired
+        return roles
 
     async def wait_lost(self) -> str:
         """Returns once the cluster cannot be kept up any more, saying why."""
-        return await self._pools.wait_lost()
+        losses = [
+            asyncio.create_task(self._pools.wait_lost()),
+            asyncio.create_task(self._controller.wait_lost()),
+        ]
+        try:
+            done, _ = await asyncio.wait(losses, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for loss in losses:
+                loss.cancel()
 
     def _death_sentence(self, event: WorkerEvent) -> str:
         lines = self._folder.log_tail(event.worker_id)
@@ -192,8 +226,12 @@ class Launcher:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
         stop = self._reconciler.stop
-        killed = await stop(["gateway"], limit_s=drain_s + limit_s, hurry=hurry)
-        killed += await stop(["prefill", "decode"], limit_s=limit_s, hurry=hurry)
+        _, killed = await asyncio.gather(
+            self._controller.close_api(),
+            stop(["gateway"], limit_s=drain_s + limit_s, hurry=hurry),
+        )
+        killed += await self._controller.stop_workers(limit_s=limit_s, hurry=hurry)
+        await self._controller.close()
         clean, redis_killed = await asyncio.gather(
             self._close_pools(hurry), stop(["redis"], limit_s=limit_s, hurry=hurry)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from baton.config import BatonConfig
+from baton.config import BatonConfig, ControllerConfig
 from baton.errors import ConfigurationError
 
 
@@ -28,6 +29,57 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
     except OSError as error:
         raise ConfigurationError(_port_sentence(host, port, error), param="port") from None
+
+
+def gateway_ports(config: BatonConfig) -> tuple[int, ...]:
+    """One for each gateway, all free now: the configured one and those after it, or any
+    where that is 0. Raises ConfigurationError."""
+    gateway = config.gateway
+    if gateway.port == 0:
+        return _any_ports(gateway.host, gateway.replicas)
+    last = gateway.port + gateway.replicas - 1
+    if last > 65535:
+        raise ConfigurationError(
+            f"{gateway.replicas} gateways from port {gateway.port} on would need port {last}; "
+            "choose a lower one with --port",
+            param="port",
+        )
+    ports = tuple(range(gateway.port, last + 1))
+    for port in ports:
+        check_port(gateway.host, port)
+    return ports
+
+
+def _any_ports(host: str, num: int) -> tuple[int, ...]:
+    """Different ones: all are held until the last is found."""
+    check_port(host, 0)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket(family)) for _ in range(num)]
+        for probe in probes:
+            probe.bind((host, 0))
+        return tuple(probe.getsockname()[1] for probe in probes)
+
+
+def listen_for_controller(config: ControllerConfig) -> socket.socket:
+    """The controller's listening socket. Raises ConfigurationError."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the controller cannot listen on {config.host} port {config.port}: "
+            f"{error.strerror or error}; choose others with controller.host and controller.port",
+            param="controller.port",
+        ) from None
+
+
+def check_pools(config: BatonConfig) -> None:
+    """Raises ConfigurationError for a pool whose workers would be taken for gateways."""
+    if "gateway" in config.pools:
+        raise ConfigurationError(
+            "pools.gateway: its workers would be named like gateways; choose another name"
+        )
 
 
 def _port_sentence(host: str, port: int, error: OSError) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import time
@@ -15,21 +15,23 @@ from collections.abc import Mapping
 from typing import TextIO
 
 import yaml
-from rich.table import Table
 
 from baton.config import BatonConfig
 from baton.errors import BatonError, CheckpointError, ConfigurationError, UnavailableError
 from cluster import preflight, redis_server
+from cluster.announcement import announce
+from cluster.commands import MODULES, take_controller_token
 from cluster.console import Progress
-from cluster.launcher import MODULES, Launcher
+from cluster.launcher import Doors, Launcher
 from cluster.procfs import name_of
-from cluster.server_client import ServerStatus, authorization, url_of
+from cluster.server_client import url_of
 from cluster.state import RunFolder, ServerState, make_temp_folder
 
 _ONE_PRESS_S = 0.5
 """Signals closer together are one: a terminal's and that of `make` or `timeout`."""
 
-_RAY_END_S = 10.0
+_LAST_ENDS_S = 15.0
+"""For Ray's own processes, and for the controller to take its leave of Redis."""
 
 
 class StopSignals:
@@ -61,19 +63,19 @@ class StopSignals:
             self.hurry.set()
 
 
-def check(config: BatonConfig) -> BatonConfig:
-    """Everything that can be known beforehand. Returns the configuration with what
-    is left to us filled in. Raises ConfigurationError or CheckpointError."""
+def check(config: BatonConfig) -> tuple[BatonConfig, tuple[int, ...]]:
+    """Everything that can be known beforehand. Returns the configuration with what is
+    left to us filled in, and the gateways' ports. Raises ConfigurationError or
+    CheckpointError."""
     preflight.check_platform()
     preflight.check_backend(config, importlib.util.find_spec)
-    gateway, engine = config.gateway, config.engine
-    if gateway.port == 0:
-        gateway = gateway.model_copy(update={"port": redis_server.free_port()})
-    preflight.check_port(gateway.host, gateway.port)
+    preflight.check_pools(config)
+    ports = preflight.gateway_ports(config)
+    gateway, engine = config.gateway.model_copy(update={"port": ports[0]}), config.engine
     if engine.threads == 0:
         engine = engine.model_copy(update={"threads": preflight.default_threads(config)})
     model = preflight.local_model(config.model)
-    return config.model_copy(update={"gateway": gateway, "engine": engine, "model": model})
+    return config.model_copy(update={"gateway": gateway, "engine": engine, "model": model}), ports
 
 
 def serve(
@@ -84,8 +86,11 @@ def serve(
     progress = Progress()
     try:
         with progress.waiting("checking"):
-            config = check(config)
-        code, clean = asyncio.run(_serve(config, redis_url, modules, progress))
+            config, ports = check(config)
+        token = take_controller_token() or secrets.token_hex(32)
+        with preflight.listen_for_controller(config.controller) as listener:
+            doors = Doors(ports, listener, token)
+            code, clean = asyncio.run(_serve(config, doors, redis_url, modules, progress))
     except BatonError as error:
         progress.fail(error.message)
         return 2 if isinstance(error, ConfigurationError | CheckpointError) else 1
@@ -96,7 +101,11 @@ def serve(
 
 
 async def _serve(
-    config: BatonConfig, redis_url: str | None, modules: Mapping[str, str], progress: Progress
+    config: BatonConfig,
+    doors: Doors,
+    redis_url: str | None,
+    modules: Mapping[str, str],
+    progress: Progress,
 ) -> tuple[int, bool]:
     """Exit status, and whether every thread has let go. Raises BatonError before
     anything was started."""
@@ -117,11 +126,12 @@ async def _serve(
             + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         )
         temp_folder = make_temp_folder()
-        folder.write(_state(config, str(temp_folder)))
+        folder.write(_state(config, doors, str(temp_folder)))
         launcher = Launcher(
             config,
             folder=folder,
             temp_folder=temp_folder,
+            doors=doors,
             redis_url=redis_url,
             progress=progress,
             restore_signals=signals.install,
@@ -143,7 +153,7 @@ async def _run(
     try:
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not stop.done():
-            _announce(start.result(), config, folder, progress)
+            announce(start.result(), launcher.gateway_urls, config, folder, progress)
             await _wait_end(launcher, stop)
             bound = f"at most {config.gateway.drain_s:g} s"
             progress.say(f"\nstopping: finishing what is in flight ({bound}; Ctrl-C hurries)")
@@ -176,7 +186,7 @@ async def _wait_end(launcher: Launcher, stop: asyncio.Task[bool]) -> None:
         lost.cancel()
 
 
-def _state(config: BatonConfig, temp_folder: str) -> ServerState:
+def _state(config: BatonConfig, doors: Doors, temp_folder: str) -> ServerState:
     process = name_of(os.getpid())
     assert process is not None
     return ServerState(
@@ -184,8 +194,10 @@ def _state(config: BatonConfig, temp_folder: str) -> ServerState:
         start_time=process.start_time,
         url=url_of(config.gateway.host, config.gateway.port),
         cluster=config.registry.cluster,
-        stop_within_s=config.gateway.drain_s + 3 * config.cluster.stop_timeout_s + _RAY_END_S,
+        stop_within_s=config.gateway.drain_s + 3 * config.cluster.stop_timeout_s + _LAST_ENDS_S,
         temp_folder=temp_folder,
+        controller_url=url_of(*doors.controller.getsockname()[:2]),
+        controller_token=doors.controller_token,
     )
 
 
@@ -197,37 +209,7 @@ def _log_to(folder: RunFolder) -> TextIO:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-    for noisy in ("asyncio", "httpcore", "httpx"):
+    for noisy in ("asyncio", "httpcore", "httpx", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     assert handler.stream is not None
     return handler.stream
-
-
-def _announce(
-    status: ServerStatus, config: BatonConfig, folder: RunFolder, progress: Progress
-) -> None:
-    """What a person wants to know now, down to a line to copy."""
-    url = url_of(config.gateway.host, config.gateway.port)
-    model = status.workers[-1].model
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("pool", "worker", "address", "KV cache"):
-        table.add_column(heading)
-    for worker in status.workers:
-        tokens = f"{worker.num_blocks * worker.block_size:,} tokens"
-        table.add_row(worker.role, worker.worker_id, worker.address, tokens)
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "temperature": 0,
-    }
-    progress.done("ready\n")
-    progress.say(f"address  {url}/v1")
-    progress.say(f"model    {model}")
-    progress.say(f"backend  {config.cluster.backend}")
-    progress.say(f"logs     {folder.logs}\n")
-    progress.table(table)
-    progress.say("\nTry it (or `baton chat`; Ctrl-C here stops everything):\n")
-    header = "-H 'Content-Type: application/json'"
-    if authorization():
-        header += ' -H "Authorization: Bearer $BATON_API_KEY"'
-    progress.say(f"  curl {url}/v1/chat/completions {header} -d '{json.dumps(body)}'\n")

@@ -4,8 +4,8 @@ One folder per cluster name, ``$BATON_STATE_DIR/NAME`` or
 ``$XDG_STATE_HOME/baton/NAME`` or ``~/.local/state/baton/NAME``, private to its owner:
 
 - ``lock``: held by the launcher for as long as it lives; two never run at once.
-- ``state.json``: who runs and where it answers. The pid comes with the process's
-  start time, so that a recycled pid is never taken for the launcher.
+- ``state.json``: who runs, where it answers, and its controller's token. The pid comes
+  with the process's start time, so that a recycled pid is never taken for the launcher.
 - ``config.yaml``: the configuration in effect, which all processes read.
 - ``logs/``: one file per process; ``logs.old/``: those of the run before.
 """
@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from baton.errors import UnavailableError
@@ -36,6 +36,9 @@ class ServerState:
     """A stop that was asked for is over by then."""
     temp_folder: str
     """Made by that launcher; no use to anybody once it is gone."""
+    controller_url: str
+    controller_token: str = field(repr=False)
+    """What `baton scale` shows there; the file is its owner's alone to read."""
 
     @property
     def process(self) -> ProcessName:
@@ -121,7 +124,10 @@ class RunFolder:
     def write(self, state: ServerState) -> None:
         assert self._lock is not None
         temporary = self._state_file.with_suffix(".new")
-        temporary.write_text(json.dumps(asdict(state), indent=2) + "\n")
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as out:
+            out.write(json.dumps(asdict(state), indent=2) + "\n")
         temporary.replace(self._state_file)
 
     def _read(self) -> ServerState | None:

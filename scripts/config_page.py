@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from baton.config import BatonConfig
-from baton.telemetry import GatewayMetrics, WorkerMetrics
+from baton.telemetry import ControllerMetrics, GatewayMetrics, WorkerMetrics
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -62,6 +62,7 @@ def _metric_rows() -> list[str]:
     registry = CollectorRegistry()
     GatewayMetrics(registry)
     WorkerMetrics(registry, worker_id="w", role="decode")
+    ControllerMetrics(registry)
     rows = ["| metric | labels | |", "|---|---|---|"]
     for metric in registry._collector_to_names:
         name = metric._name + ("_total" if metric._type == "counter" else "")  # type: ignore[attr-defined]

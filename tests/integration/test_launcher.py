@@ -124,7 +124,9 @@ def test_what_is_killed_is_replaced(serving: Callable[..., Serving], victim: str
         names = {Path(f"/proc/{p.pid}/comm").read_text().strip(): p for p in processes}
         old = names["redis-server"]
     elif victim == "gateway":
-        old = next(p for p in processes if p.pid == int((server.folder / victim).read_text()))
+        old = next(
+            p for p in processes if p.pid == int((server.folder / "gateway-0.gateway").read_text())
+        )
     else:
         old = server.worker(victim)
     os.kill(old.pid, signal.SIGKILL)

@@ -11,8 +11,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 FOLDER = Path(os.environ["STANDIN_FOLDER"])
 
 
@@ -48,10 +46,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path)
     parser.add_argument("--gateway-id")
-    config = yaml.safe_load(parser.parse_args().config.read_text())
+    parser.add_argument("--port", type=int)
+    given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    (FOLDER / "gateway").write_text(str(os.getpid()))
-    HTTPServer(("127.0.0.1", config["gateway"]["port"]), Handler).serve_forever()
+    (FOLDER / f"{given.gateway_id}.gateway").write_text(str(os.getpid()))
+    HTTPServer(("127.0.0.1", given.port), Handler).serve_forever()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from baton.errors import UnavailableError
 from cluster.backend import Exit
-from cluster.reconciler import MAX_DELAY_S, STABLE_S, Reconciler, WorkerEvent, backoff_s
+from cluster.reconciler import Reconciler
+from cluster.slots import MAX_DELAY_S, STABLE_S, WorkerEvent, backoff_s
 
 
 class FakeClock:

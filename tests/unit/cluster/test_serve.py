@@ -84,11 +84,12 @@ async def test_stop_that_was_asked_for_ends_the_server_without_an_error() -> Non
 
 def test_check_fills_in_port_threads_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_module.preflight, "local_model", lambda _: "/abs/model")
-    config = check(parse_config({"model": "model", "gateway": {"port": 0}}))
+    config, ports = check(parse_config({"model": "model", "gateway": {"port": 0}}))
+    assert ports == (config.gateway.port,)
     assert config.gateway.port > 0
     assert config.engine.threads == serve_module.preflight.default_threads(config)
     assert config.model == "/abs/model"
-    chosen = check(parse_config({"engine": {"threads": 7}, "gateway": {"port": 0}}))
+    chosen, _ = check(parse_config({"engine": {"threads": 7}, "gateway": {"port": 0}}))
     assert chosen.engine.threads == 7
 
 
@@ -173,6 +174,8 @@ def state_of(pid: int, **over: Any) -> ServerState:
         "cluster": "default",
         "stop_within_s": 20.0,
         "temp_folder": "",
+        "controller_url": "http://127.0.0.1:1235",
+        "controller_token": "token",
         **over,
     }
     return ServerState(**values)

@@ -31,6 +31,8 @@ def state_of_this_process(temp_folder: str = "/tmp/baton-none") -> ServerState:
         cluster="default",
         stop_within_s=30.0,
         temp_folder=temp_folder,
+        controller_url="http://127.0.0.1:8001",
+        controller_token="token",
     )
 
 

@@ -1,0 +1,139 @@
+"""Which workers must be killed, because they have vanished from the registry.
+
+A worker that is stopped, or cut off, keeps its process and stops renewing its
+record. What is counted against it is only time in which Redis answered us without
+a break: an outage, a restart, or a sleep of our own begins the count anew.
+
+1. STARTING: no record of this process has been seen. Killed after ``start_timeout_s``.
+2. REGISTERED: its record is there.
+3. EXPIRED: its record ran out. Killed after ``fence_s``.
+4. DEREGISTERED: its record went before it ran out, so the worker took it back itself
+   and is draining. Killed when its drain is over for sure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from cluster.backend import Started
+from cluster.controller_store import RegistryRead
+from cluster.slots import Cause, SlotView
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A process that must be killed, and why."""
+
+    worker_id: str
+    cause: Cause
+    reason: str
+
+
+@dataclass(slots=True, eq=False)
+class _Watched:
+    """One process."""
+
+    process: Started
+    stale_epoch: str | None
+    """Of the process before it, whose record may still be there."""
+    seen_at: float | None = None
+    expires_at: float = 0.0
+    present: bool = False
+    deregistered: bool = False
+
+
+class Fencing:
+    """Judges processes by what Redis answers. Times are those of one monotonic clock.
+
+    ``drain_limit_s`` says for a pool when a worker's drain is over for sure.
+    """
+
+    def __init__(
+        self,
+        *,
+        fence_s: float,
+        start_timeout_s: float,
+        ttl_s: float,
+        drain_limit_s: Callable[[str], float],
+    ) -> None:
+        self._fence_s = fence_s
+        self._start_timeout_s = start_timeout_s
+        self._ttl_s = ttl_s
+        self._drain_limit_s = drain_limit_s
+        self._watched: dict[str, _Watched] = {}
+        self._last_epoch: dict[str, str] = {}
+        self._server: str | None = None
+        self._answering_since: float | None = None
+        self._answered_at = 0.0
+
+    def is_registered(self, worker_id: str) -> bool:
+        """Whether the process that runs was registered when Redis last answered."""
+        watched = self._watched.get(worker_id)
+        return watched is not None and watched.present
+
+    def unanswered(self) -> None:
+        """Redis did not answer."""
+        self._answering_since = None
+
+    def remember(self, read: RegistryRead) -> None:
+        """Takes note of records that are older than the processes about to start."""
+        self._last_epoch |= {name: found.epoch for name, found in read.workers.items()}
+
+    def answered(self, read: RegistryRead, slots: Iterable[SlotView], now: float) -> list[Verdict]:
+        """Who must be killed by what Redis has just said of ``slots``."""
+        self._count_from(read.server, now)
+        verdicts = []
+        current: dict[str, _Watched] = {}
+        for slot in slots:
+            if slot.process is None:
+                continue
+            watched = current[slot.worker_id] = self._watch(slot, slot.process)
+            self._look(watched, slot.worker_id, read, now)
+            if not slot.leaving and (verdict := self._judge(watched, slot, now)) is not None:
+                verdicts.append(verdict)
+        self._watched = current
+        self.remember(read)
+        return verdicts
+
+    def _count_from(self, server: str, now: float) -> None:
+        slept = now - self._answered_at >= self._fence_s
+        if self._answering_since is None or self._server != server or slept:
+            self._answering_since = now
+            for watched in self._watched.values():
+                watched.expires_at = now  # what is gone now went with Redis, not by itself
+        self._server, self._answered_at = server, now
+
+    def _watch(self, slot: SlotView, process: Started) -> _Watched:
+        watched = self._watched.get(slot.worker_id)
+        if watched is not None and watched.process is process:
+            return watched
+        stale = None if slot.adopted else self._last_epoch.get(slot.worker_id)
+        return _Watched(process, stale)
+
+    def _look(self, watched: _Watched, worker_id: str, read: RegistryRead, now: float) -> None:
+        found = read.workers.get(worker_id)
+        watched.present = found is not None and found.epoch != watched.stale_epoch
+        if watched.present:
+            assert found is not None
+            watched.seen_at, watched.deregistered = now, False
+            watched.expires_at = now + found.expires_in_s
+        elif now < watched.expires_at - self._ttl_s / 8:
+            watched.deregistered = True
+
+    def _judge(self, watched: _Watched, slot: SlotView, now: float) -> Verdict | None:
+        assert self._answering_since is not None
+        if watched.present:
+            return None
+        if watched.seen_at is None:
+            waited_s = now - max(slot.started_at, self._answering_since)
+            if waited_s < self._start_timeout_s:
+                return None
+            reason = f"has not registered within {self._start_timeout_s:g} s of its start"
+            return Verdict(slot.worker_id, "start_timeout", reason)
+        gone_s = now - max(watched.seen_at, self._answering_since)
+        limit_s = self._drain_limit_s(slot.pool) if watched.deregistered else self._fence_s
+        if gone_s < limit_s:
+            return None
+        how = "deregistered itself" if watched.deregistered else "lost its registration"
+        return Verdict(slot.worker_id, "fenced", f"{how} {gone_s:.1f} s ago and still runs")
