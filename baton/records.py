@@ -52,6 +52,11 @@ def gateway_key(cluster: str, gateway_id: str) -> str:
     return f"baton:{cluster}:gateway:{gateway_id}"
 
 
+def keys_pattern(cluster: str) -> str:
+    """Redis pattern that matches every key of a cluster."""
+    return f"baton:{cluster}:*"
+
+
 class PoolWish(BaseModel):
     """How large one pool should be."""
 

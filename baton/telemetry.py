@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+_DECISION_BUCKETS_S = (
+    0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05,
+)  # fmt: skip
 _LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
@@ -54,6 +57,54 @@ class GatewayMetrics:
         )
         self.registry_up = Gauge(
             "baton_registry_up", "1 while Redis answers this gateway", registry=registry
+        )
+        self.gateways = Gauge(
+            "baton_gateways", "Gateways of the cluster, this one included", registry=registry
+        )
+        self.peers_up = Gauge(
+            "baton_peers_up",
+            "1 while decisions are shared with other gateways",
+            registry=registry,
+        )
+        self.peer_decisions = Counter(
+            "baton_peer_decisions",
+            "Decisions for a worker, told to other gateways (sent) or by them (received)",
+            ["direction"],
+            registry=registry,
+        )
+        self.routing_decisions = Counter(
+            "baton_routing_decisions",
+            "Pairings: disaggregated, or local to the decode worker",
+            ["kind"],
+            registry=registry,
+        )
+        self.routing_seconds = Histogram(
+            "baton_routing_decision_seconds",
+            "One decision of the routing policy",
+            buckets=_DECISION_BUCKETS_S,
+            registry=registry,
+        )
+        self.handoff_exposed = Histogram(
+            "baton_handoff_exposed_seconds",
+            "What a hand-off added to the gap before the second token",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.kv_index_blocks = Gauge(
+            "baton_kv_index_blocks",
+            "Blocks that this gateway's KV index holds, over all workers",
+            ["role"],
+            registry=registry,
+        )
+        self.kv_index_events = Counter(
+            "baton_kv_index_events",
+            "Messages of workers on what their prefix caches hold",
+            registry=registry,
+        )
+        self.kv_index_snapshot_requests = Counter(
+            "baton_kv_index_snapshot_requests",
+            "Snapshots asked of workers after a gap in their messages",
+            registry=registry,
         )
 
 

@@ -247,4 +247,5 @@ class DecodeWorker:
             cached=counts.cached,
             referenced=counts.referenced,
             quarantined=counts.quarantined,
+            draining=self._draining,
         )

@@ -226,4 +226,5 @@ class PrefillWorker:
             cached=counts.cached,
             referenced=counts.referenced,
             quarantined=counts.quarantined,
+            draining=self._draining,
         )

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 
 from baton.errors import (
     BatonError,
+    DrainingError,
     InternalError,
+    OverloadedError,
+    ReservationError,
     TransferError,
     UnavailableError,
     WorkerLostError,
@@ -37,6 +40,8 @@ _FINISH: dict[int, FinishReason] = {
     pb.CLOSE_REASON_STOP: "stop",
     pb.CLOSE_REASON_LENGTH: "length",
 }
+REFUSALS = (ReservationError, OverloadedError)
+"""No room on that worker now: pair anew. It counts as no attempt."""
 _WELL_ENDED = frozenset({*_FINISH, pb.CLOSE_REASON_HANDED_OFF})
 
 
@@ -172,20 +177,35 @@ class Attempt:
         elif self._prefill_knows_better(side, error):
             self._handoff_error = error
             loop = asyncio.get_running_loop()
-            self._verdict = loop.call_later(VERDICT_S, self._fail, error, side)
+            self._verdict = loop.call_later(VERDICT_S, self._no_verdict, error)
+        elif isinstance(self._handoff_error, DrainingError):
+            self._tell_who_leaves(self._handoff_error, error)
         else:
             self._fail(error, side)
 
+    def _no_verdict(self, error: BatonError) -> None:
+        prefill_leaves = self._prefill is not None and self._prefill.session.draining
+        is_leaving = isinstance(error, DrainingError)
+        self._fail(error, self._prefill if prefill_leaves and is_leaving else self._decode)
+
+    def _tell_who_leaves(self, error: DrainingError, of_prefill: BatonError) -> None:
+        """Decode has said that somebody is leaving, and this is prefill's word."""
+        if isinstance(of_prefill, TransferError):
+            self._fail(error, self._decode)  # prefill has only heard of the hand-off's end
+        elif isinstance(of_prefill, WorkerLostError):
+            self._fail(error, self._prefill)
+        else:
+            self._fail(of_prefill, self._prefill)
+
     def _prefill_knows_better(self, side: _Side, error: BatonError) -> bool:
         """A hand-off ends on both sides, and the news race over two Sessions. Prefill's
-        say why: perhaps the request has ended there, with its first token."""
-        return (
-            isinstance(error, TransferError)
-            and side is self._decode
-            and self._prefill is not None
-            and self._prefill.is_open
-            and self._handoff_error is None
-        )
+        say why: perhaps the request has ended there, with its first token, or it is the
+        prefill worker that is leaving, which decode passes on as its peer's word."""
+        if side is not self._decode or self._prefill is None or not self._prefill.is_open:
+            return False
+        if isinstance(error, DrainingError):
+            return self._proceeded and not side.session.draining and self._handoff_error is None
+        return isinstance(error, TransferError) and self._handoff_error is None
 
     # ------------------------------------------------------------------ inside
 
@@ -221,9 +241,17 @@ class Attempt:
     def _fail(self, error: BatonError, side: _Side | None = None) -> None:
         if self._ended:
             return
-        self.error = error
+        if side is not None and isinstance(error, DrainingError):
+            side.session.draining = True
+        blamed = [] if side is None else [side]
         if isinstance(error, TransferError):
-            self.blamed = {side.session.epoch for side in self._sides()}
-        elif side is not None:
-            self.blamed = {side.session.epoch}
+            blamed = self._sides()
+        leaving = [one for one in blamed if one.session.draining]
+        if leaving and error.retriable and not isinstance(error, REFUSALS):
+            # Whatever else is said of a worker that leaves, this is why.
+            blamed = leaving
+            if not isinstance(error, DrainingError):
+                error = DrainingError(f"a worker is leaving: {error.message}")
+        self.error = error
+        self.blamed = {one.session.epoch for one in blamed}
         self._wake.set()

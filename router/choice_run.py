@@ -16,17 +16,11 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from baton.errors import (
-    BatonError,
-    DeadlineExceededError,
-    OverloadedError,
-    ReservationError,
-    UnavailableError,
-)
+from baton.errors import BatonError, DeadlineExceededError, DrainingError, UnavailableError
 from baton.records import Role
 from baton.telemetry import GatewayMetrics
 from baton.v1 import session_pb2 as pb
-from router.attempt import Attempt
+from router.attempt import REFUSALS, Attempt
 from router.request import ChoiceOutput, ChoiceRequest, FinishReason
 from router.routing.input_hashes import BlockNames, InputHashes
 from router.routing.policy import Pairing, RoutingPolicy
@@ -42,8 +36,6 @@ ACCOUNT_WAIT_S = 0.25
 before decode could begin and comes over another Session."""
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
-REFUSALS = (ReservationError, OverloadedError)
-"""No room on that worker now: pair anew. It counts as no attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +72,7 @@ class ChoiceRun:
         self._cause = "first"
         self._failed: set[bytes] = set()
         self._refused: set[bytes] = set()
+        self._left: set[bytes] = set()
         self._pause_s = FIRST_PAUSE_S
         self._num_cached_tokens: int | None = None
         self._aborted: BatonError | None = None
@@ -127,7 +120,8 @@ class ChoiceRun:
         return attempt
 
     async def _pair(self) -> Pairing:
-        serving, begun = self._serving, self._number > 0 or self._tokens.num_in_order > 0
+        serving = self._serving
+        begun = self._number > 0 or self._tokens.num_in_order > 0 or bool(self._left)
         patience_s = serving.wait_for_recovery_s if begun else serving.wait_for_worker_s
         give_up_at = self._loop.time() + patience_s
         with self._serving.pool.watched_by(self._wake):
@@ -152,8 +146,9 @@ class ChoiceRun:
 
     def _candidates(self, role: Role) -> list[WorkerSession]:
         """Workers that have not failed this choice, and not just refused it, where such
-        exist. A failed prefill worker is not tried again: decode can do its work."""
-        workers = self._serving.pool.sessions(role)
+        exist. A failed prefill worker is not tried again: decode can do its work. Nor is
+        any that was leaving."""
+        workers = [w for w in self._serving.pool.sessions(role) if w.epoch not in self._left]
         sound = [w for w in workers if w.epoch not in self._failed]
         if role == "prefill":
             workers = sound
@@ -257,9 +252,9 @@ class ChoiceRun:
 
     async def _recover(self, attempt: Attempt, error: BatonError) -> None:
         """Makes ready for another attempt. Raises ``error`` where there will be none."""
-        refused = isinstance(error, REFUSALS)
+        refused, leaves = isinstance(error, REFUSALS), isinstance(error, DrainingError)
         out_of_attempts = self._number + 1 >= self._serving.max_attempts
-        if not refused and (not error.retriable or out_of_attempts):
+        if not (refused or leaves) and (not error.retriable or out_of_attempts):
             raise error
         logger.info(
             "request_id=%s choice=%d attempt=%d worker_id=%s ended (%s): %s",
@@ -274,6 +269,11 @@ class ChoiceRun:
         if refused:
             self._refused |= attempt.blamed
             await self._back_off()
+        elif leaves:
+            # No fault of anybody's, so no attempt is used up: there are only so many
+            # workers to leave.
+            assert attempt.blamed, "nobody is leaving"
+            self._left |= attempt.blamed
         else:
             self._number += 1
             self._failed |= attempt.blamed

@@ -25,5 +25,6 @@ class Orchestrator(Protocol):
         ...
 
     def worker_metrics(self) -> list[bytes]:
-        """Each live worker's last page in the Prometheus text format."""
+        """Each live worker's last page in the Prometheus text format; to be called before
+        this gateway's own page is made, whose gauges it brings up to date."""
         ...

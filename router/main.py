@@ -34,6 +34,7 @@ from router.http_server import HttpServer, drain, listen, url_of
 from router.orchestrator import Orchestrator
 from router.routing.input_hashes import BlockNames
 from router.routing.kv_index import KvIndex
+from router.routing.peer_load import SharedLoad
 from router.routing.policy import make_policy
 from router.workers.handshake import GatewayIdentity
 from router.workers.pool import WorkerPool
@@ -97,7 +98,14 @@ async def serve(
     clock = asyncio.get_running_loop().time
     index = KvIndex(clock)
     names = BlockNames(secret=secret, weights_revision=checkpoint.revision)
-    pool = WorkerPool(identity=identity, config=config.session, metrics=metrics, index=index)
+    pool = WorkerPool(
+        identity=identity,
+        config=config.session,
+        registry=config.registry,
+        metrics=metrics,
+        index=index,
+        clock=clock,
+    )
     registry = Registry(
         redis_url,
         config.registry,
@@ -105,15 +113,28 @@ async def serve(
         metrics=metrics,
         on_records=pool.update,
     )
+    peers = SharedLoad(
+        redis_url,
+        cluster=config.registry.cluster,
+        gateway_id=gateway_id,
+        clock=clock,
+        knows=pool.knows,
+        alone=lambda: registry.gateways == (gateway_id,),
+        metrics=metrics,
+    )
     orchestrator = Orchestrator(
         config=config,
         pool=pool,
-        policy=make_policy(config.routing, index, rng, clock),
+        policy=make_policy(config.routing, index, rng, clock, peers),
         metrics=metrics,
         faults=Faults.from_environment(gateway_id),
         registry_up=lambda: registry.up,
         rng=rng,
         names=names if config.routing.policy == "kv_aware" else None,
+        prefill_wanted=lambda: registry.wants("prefill"),
+        gateways=lambda: registry.gateways,
+        peers=peers,
+        peers_up=lambda: peers.up,
     )
     lifecycle = Lifecycle()
     app = create_app(
@@ -128,12 +149,14 @@ async def serve(
     )
     try:
         await registry.start()
+        peers.start()
         async with HttpServer(app).running(listener) as server:
             print(f"gateway listening on {url_of(listener)}", flush=True)
             await _until_over(stop, server)
             logger.info("draining, for at most %g s", config.gateway.drain_s)
             await drain(lifecycle, config.gateway.drain_s)
     finally:
+        await peers.close()
         await registry.close()
         await pool.close()
 

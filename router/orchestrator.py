@@ -13,7 +13,7 @@ from router.admission import Admission
 from router.choice_run import ChoiceRun, Serving
 from router.request import ChoiceOutput, ChoiceRequest
 from router.routing.input_hashes import BlockNames
-from router.routing.policy import RoutingPolicy
+from router.routing.policy import PeerLoad, RoutingPolicy
 from router.status import ClusterStatus
 from router.workers.pool import WorkerPool
 from router.workers.view import cluster_status
@@ -33,11 +33,22 @@ class Orchestrator:
         registry_up: Callable[[], bool],
         rng: random.Random,
         names: BlockNames | None = None,
+        prefill_wanted: Callable[[], bool | None] = lambda: None,
+        gateways: Callable[[], tuple[str, ...]] = tuple,
+        peers: PeerLoad | None = None,
+        peers_up: Callable[[], bool] = lambda: True,
     ) -> None:
+        """What the status shows beside the workers: ``registry_up``; whether prefill workers
+        are wished for (None: as configured); which gateways live; ``peers``' load."""
         self._config = config
         self._pool = pool
         self._faults = faults
+        self._metrics = metrics
         self._registry_up = registry_up
+        self._prefill_wanted = prefill_wanted
+        self._gateways = gateways
+        self._peers = peers
+        self._peers_up = peers_up
         self._admission = Admission(
             max_in_flight=config.gateway.max_in_flight,
             max_queued=config.gateway.max_queued,
@@ -75,14 +86,20 @@ class Orchestrator:
 
     def status(self) -> ClusterStatus:
         """The cluster as last seen; does not wait."""
+        wanted = self._prefill_wanted()
         return cluster_status(
             self._pool,
             registry_up=self._registry_up(),
-            prefill_wanted=self._config.num_replicas("prefill") > 0,
+            prefill_wanted=self._config.num_replicas("prefill") > 0 if wanted is None else wanted,
+            gateways=self._gateways(),
+            peers=self._peers,
+            peers_up=self._peers_up(),
         )
 
     def worker_metrics(self) -> list[bytes]:
-        """The last page of every worker with a live Session, as Prometheus text."""
+        """The last page of every worker with a live Session, as Prometheus text. Brings
+        this gateway's own gauges that are counted on demand up to date."""
+        self._pool.count_indexed_blocks()
         sessions = [link.session for link in self._pool.links]
         reports = [session.report for session in sessions if session is not None]
         return [report.metrics for report in reports if report is not None]

@@ -32,6 +32,12 @@ class WorkerStatus:
     """None before its first report."""
     num_indexed_blocks: int = 0
     """Blocks that this gateway's KV index says the prefix cache holds."""
+    draining: bool = False
+    """It has said that it is leaving: its streams go on, and it gets no new ones."""
+    num_peer_sequences: int = 0
+    """What other gateways have given it since its last report, as routing counts it now."""
+    num_peer_tokens: int = 0
+    num_peer_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,8 @@ class ClusterStatus:
     """A sentence for each thing that is still missing."""
     degraded: tuple[str, ...] = ()
     """A sentence for each thing without which it serves, but not as well as it could."""
+    gateways: tuple[str, ...] = ()
+    """Ids of those that live, this one included, as the registry last said."""
 
     @property
     def ready(self) -> bool:

@@ -529,6 +529,7 @@ class Report(google.protobuf.message.Message):
     NUM_WAITING_TOKENS_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
+    DRAINING_FIELD_NUMBER: builtins.int
     num_steps: builtins.int
     """engine progress; standing still with work is a hang"""
     num_waiting: builtins.int
@@ -537,6 +538,8 @@ class Report(google.protobuf.message.Message):
     """input tokens still to compute"""
     metrics: builtins.bytes
     """this process's page in Prometheus text format"""
+    draining: builtins.bool
+    """it is leaving: open no more streams on it"""
     @property
     def blocks(self) -> Global___BlockCounts: ...
     def __init__(
@@ -548,10 +551,11 @@ class Report(google.protobuf.message.Message):
         num_waiting_tokens: builtins.int = ...,
         blocks: Global___BlockCounts | None = ...,
         metrics: builtins.bytes = ...,
+        draining: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "metrics", b"metrics", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "draining", b"draining", "metrics", b"metrics", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report

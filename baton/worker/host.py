@@ -116,6 +116,7 @@ def report_from(outbox: Outbox, metrics_page: bytes) -> pb.Report:
             quarantined=load.quarantined,
         ),
         metrics=metrics_page,
+        draining=load.draining,
     )
 
 

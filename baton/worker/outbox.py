@@ -24,6 +24,7 @@ class Load:
     cached: int = 0
     referenced: int = 0
     quarantined: int = 0
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,13 +26,14 @@ def operations_routes(services: Services) -> APIRouter:
     @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready")
     async def ready() -> JSONResponse:
-        """200 when a request would be served, else 503 with what is missing."""
+        """200 when a request would be served, with what makes it serve worse than it could;
+        else 503 with what is missing."""
         if services.lifecycle.draining:
             raise DrainingError("this gateway is draining")
-        missing = services.orchestrator.status().missing
-        if missing:
-            raise UnavailableError("not ready: " + " ".join(missing))
-        return JSONResponse({"status": "ready"})
+        cluster = services.orchestrator.status()
+        if cluster.missing:
+            raise UnavailableError("not ready: " + " ".join(cluster.missing))
+        return JSONResponse({"status": "ready", "degraded": cluster.degraded})
 
     @routes.get("/status")
     async def status() -> JSONResponse:

@@ -20,11 +20,44 @@ BALANCE_HALF_LIFE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A pair that was looked at: worker ids, and the cost in tokens of prefill."""
+
+    prefill: str | None
+    decode: str
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
 class Pairing:
     """Where one attempt goes; without a prefill worker, decode prefills by itself."""
 
     prefill: WorkerSession | None
     decode: WorkerSession
+    candidates: tuple[Candidate, ...] = ()
+    """The cheapest ones, cheapest first, where the policy counts costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerShare:
+    """What other gateways gave one worker."""
+
+    num_tokens: int = 0
+    num_blocks: int = 0
+    num_sequences: int = 0
+
+
+class PeerLoad(Protocol):
+    """What the gateways tell each other of their decisions."""
+
+    def given(self, epoch: bytes, num_tokens: int, num_blocks: int) -> None:
+        """This gateway decided; the others are to know."""
+        ...
+
+    def since(self, epoch: bytes, reported_at: float | None) -> PeerShare:
+        """What the others gave that worker after that time on the event loop's clock; with
+        None, all that has not expired."""
+        ...
 
 
 class RoutingPolicy(Protocol):
@@ -238,7 +271,11 @@ class KvAware:
 
 
 def make_policy(
-    config: RoutingConfig, index: KvIndex, rng: random.Random, clock: Callable[[], float]
+    config: RoutingConfig,
+    index: KvIndex,
+    rng: random.Random,
+    clock: Callable[[], float],
+    peers: PeerLoad | None = None,
 ) -> RoutingPolicy:
     """The policy that the configuration names; ``clock`` gives seconds."""
     if config.policy == "round_robin":

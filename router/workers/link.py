@@ -4,8 +4,8 @@
 2. LIVE: ``session`` carries streams.
 3. ENDED: the registry lists the process no more and no Session is live.
 
-A worker that leaves the registry while LIVE gets no new streams (``listed`` is
-False) and its Session goes on until the worker ends it.
+A worker that leaves the registry while LIVE, or says that it is leaving, gets no new
+streams, and its Session goes on until the worker ends it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from baton import rpc
 from baton.config import SessionConfig
 from baton.errors import BatonError
 from baton.records import WorkerRecord
+from baton.telemetry import GatewayMetrics
 from router.routing.kv_index import KvIndex
 from router.workers.handshake import GatewayIdentity, greet
 from router.workers.session import WorkerSession
@@ -40,6 +41,7 @@ class WorkerLink:
         identity: GatewayIdentity,
         config: SessionConfig,
         index: KvIndex,
+        metrics: GatewayMetrics,
         on_change: Callable[[], None],
         on_ended: Callable[[WorkerLink], None],
     ) -> None:
@@ -47,9 +49,12 @@ class WorkerLink:
         self.session: WorkerSession | None = None
         self.listed = True
         """The registry lists this process, as far as is known; set by the pool."""
+        self.unlisted_s = 0.0
+        """For how long Redis has been there and has not listed it; kept by the pool."""
         self._identity = identity
         self._config = config
         self._index = index
+        self._metrics = metrics
         self._on_change = on_change
         self._on_ended = on_ended
         self._task = asyncio.create_task(self._run(), name=f"link {record.worker_id}")
@@ -58,7 +63,13 @@ class WorkerLink:
     @property
     def ready(self) -> bool:
         """It may be given new streams."""
-        return self.listed and self.session is not None and self.session.lost is None
+        session = self.session
+        return self.listed and session is not None and not (session.lost or session.draining)
+
+    @property
+    def draining(self) -> bool:
+        """The worker has said that it is leaving."""
+        return self.session is not None and self.session.draining
 
     async def close(self) -> None:
         """Loses the Session, if there is one, and ends."""
@@ -97,7 +108,12 @@ class WorkerLink:
             self.record, channel, identity=self._identity, config=self._config
         )
         return WorkerSession(
-            self.record, call, self._config, kv_dtype=welcome.kv_dtype, index=self._index
+            self.record,
+            call,
+            self._config,
+            kv_dtype=welcome.kv_dtype,
+            index=self._index,
+            metrics=self._metrics,
         )
 
     async def _live(self, session: WorkerSession) -> None:

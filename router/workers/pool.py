@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from baton.config import SessionConfig
+from baton.config import RegistryConfig, SessionConfig
 from baton.records import Role, WorkerRecord
 from baton.telemetry import GatewayMetrics
 from router.routing.kv_index import KvIndex
@@ -18,7 +18,10 @@ from router.workers.session import WorkerSession
 class WorkerPool:
     """Owns a link to every worker process, named by its epoch.
 
-    While Redis is away ``update`` is not called, and what was known stays.
+    While Redis is away ``update`` is not called, and what was known stays. A process
+    that is listed no more and has a live Session counts as listed for ``registry.ttl_s``:
+    a Redis that has lost its memory hears of every worker again in that time. One whose
+    name another process has taken, or that has said that it is leaving, does not.
     """
 
     def __init__(
@@ -26,13 +29,19 @@ class WorkerPool:
         *,
         identity: GatewayIdentity,
         config: SessionConfig,
+        registry: RegistryConfig,
         metrics: GatewayMetrics,
         index: KvIndex,
+        clock: Callable[[], float],
     ) -> None:
+        """``clock`` gives seconds."""
         self.index = index
         """What the workers' caches hold; fed by their Sessions."""
         self._identity = identity
         self._config = config
+        self._registry = registry
+        self._clock = clock
+        self._updated_at = clock()
         self._metrics = metrics
         self._links: dict[str, WorkerLink] = {}
         self._watchers: set[asyncio.Event] = set()
@@ -49,8 +58,13 @@ class WorkerPool:
         if self._closed:
             return
         listed = {record.epoch: record for record in records.values()}
+        # Time counts while Redis is there: workers that it has forgotten can tell it then.
+        now = self._clock()
+        passed_s = min(now - self._updated_at, self._registry.heartbeat_s)
+        self._updated_at = now
         for epoch, link in self._links.items():
-            link.listed = epoch in listed
+            link.unlisted_s = 0.0 if epoch in listed else link.unlisted_s + passed_s
+            link.listed = epoch in listed or (link.listed and self._is_forgotten(link, records))
         for epoch, record in listed.items():
             if epoch not in self._links:
                 self._links[epoch] = WorkerLink(
@@ -58,6 +72,7 @@ class WorkerPool:
                     identity=self._identity,
                     config=self._config,
                     index=self.index,
+                    metrics=self._metrics,
                     on_change=self._changed,
                     on_ended=self._forget,
                 )
@@ -71,6 +86,20 @@ class WorkerPool:
             if link.ready and link.session is not None and link.record.role == role
         ]
 
+    def _is_forgotten(self, link: WorkerLink, records: Mapping[str, WorkerRecord]) -> bool:
+        """Redis has perhaps lost its memory, and the worker is where it was."""
+        session = link.session
+        return (
+            session is not None
+            and not session.draining
+            and link.record.worker_id not in records
+            and link.unlisted_s < self._registry.ttl_s
+        )
+
+    def knows(self, epoch: bytes) -> bool:
+        """The process is listed or has a live Session."""
+        return epoch.hex() in self._links
+
     @contextmanager
     def watched_by(self, event: asyncio.Event) -> Iterator[None]:
         """Sets ``event`` whenever a worker comes or goes, until the block is left."""
@@ -79,6 +108,17 @@ class WorkerPool:
             yield
         finally:
             self._watchers.discard(event)
+
+    def count_indexed_blocks(self) -> None:
+        """Brings the gauge of the KV index's size up to date."""
+        for role in ("prefill", "decode"):
+            epochs = [
+                bytes.fromhex(epoch)
+                for epoch, link in self._links.items()
+                if link.record.role == role
+            ]
+            num_blocks = sum(map(self.index.num_indexed_blocks, epochs))
+            self._metrics.kv_index_blocks.labels(role=role).set(num_blocks)
 
     async def close(self) -> None:
         """Loses every Session; the pool stays empty."""

@@ -1,4 +1,5 @@
-"""The gateway's eyes on Redis: which workers are registered, and its own presence.
+"""The gateway's eyes on Redis: who is registered, which pools are wished for, and its own
+presence.
 
 Nothing here is on a request's path. While Redis does not answer, what was known
 stays known and ``up`` is False.
@@ -13,22 +14,25 @@ import os
 from collections.abc import Callable, Mapping
 from typing import cast
 
-import redis.asyncio
 from pydantic import ValidationError
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from baton.config import RegistryConfig
-from baton.errors import ConfigurationError
 from baton.protocol import EPOCH_BYTES
-from baton.records import WorkerRecord, gateway_key, worker_key, worker_pattern
+from baton.records import (
+    PoolWishes,
+    Role,
+    WorkerRecord,
+    gateway_key,
+    keys_pattern,
+    pools_key,
+    worker_key,
+)
 from baton.telemetry import GatewayMetrics
+from router.redis_client import redis_client
 
 logger = logging.getLogger(__name__)
 
-ANSWER_S = 1.0
-"""How long one answer of Redis may take."""
 SCAN_COUNT = 1000
 
 
@@ -37,19 +41,6 @@ def _faults(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-
-
-def _client(redis_url: str) -> redis.asyncio.Redis:
-    try:
-        return redis.asyncio.from_url(
-            redis_url,
-            socket_timeout=ANSWER_S,
-            socket_connect_timeout=ANSWER_S,
-            # The next poll is the retry.
-            retry=Retry(NoBackoff(), 0),
-        )
-    except ValueError as error:
-        raise ConfigurationError(f"REDIS_URL is malformed: {error}", param="REDIS_URL") from None
 
 
 class Registry:
@@ -65,7 +56,11 @@ class Registry:
         on_records: Callable[[Mapping[str, WorkerRecord]], None],
     ) -> None:
         self.up = False
-        self._redis = _client(redis_url)
+        self.gateways: tuple[str, ...] = ()
+        """Ids of the gateways that lived when Redis was last read, this one's included."""
+        self.wishes: PoolWishes | None = None
+        """The pools' desired sizes as last read; None while nobody has ever wished."""
+        self._redis = redis_client(redis_url)
         self._config = config
         self._gateway_id = gateway_id
         self._presence_key = gateway_key(config.cluster, gateway_id)
@@ -82,6 +77,12 @@ class Registry:
         """Reads once, so that what is registered already is known, then goes on reading."""
         await self._poll()
         self._task = asyncio.create_task(self._run(), name="registry")
+
+    def wants(self, role: Role) -> bool | None:
+        """Somebody wishes for workers of that role; None while nothing is known of wishes."""
+        if self.wishes is None:
+            return None
+        return any(pool.role == role and pool.replicas for pool in self.wishes.pools.values())
 
     async def close(self) -> None:
         """Stops reading and takes the gateway's presence back, if Redis lets it."""
@@ -124,19 +125,29 @@ class Registry:
         self._metrics.registry_up.set(int(up))
 
     async def _read(self) -> dict[str, WorkerRecord]:
-        """All well-formed records by worker id."""
-        pattern = worker_pattern(self._config.cluster)
+        """All well-formed records by worker id; takes over who else there is to know."""
+        cluster = self._config.cluster
+        pattern, pools = keys_pattern(cluster), pools_key(cluster)
         # SCAN may return a key twice.
-        keys = {key async for key in self._redis.scan_iter(match=pattern, count=SCAN_COUNT)}
-        ordered = sorted(keys)
-        values = cast(list[bytes | None], await self._redis.mget(ordered)) if ordered else []
+        found = {key async for key in self._redis.scan_iter(match=pattern, count=SCAN_COUNT)}
+        names = {key.decode(errors="replace"): key for key in found}
+        beginning = gateway_key(cluster, "")
+        ids = {name.removeprefix(beginning) for name in names if name.startswith(beginning)}
+        self.gateways = tuple(sorted({self._gateway_id, *ids}))
+        self._metrics.gateways.set(len(self.gateways))
+        beginning = worker_key(cluster, "")
+        wanted = sorted(name for name in names if name.startswith(beginning) or name == pools)
+        keys = [names[name] for name in wanted]
+        values = cast(list[bytes | None], await self._redis.mget(keys)) if keys else []
         records: dict[str, WorkerRecord] = {}
         malformed: dict[str, bytes] = {}
-        for key, value in zip(ordered, values, strict=True):
+        for name, value in zip(wanted, values, strict=True):
             if value is None:
                 continue
-            name = key.decode(errors="replace")
             try:
+                if name == pools:
+                    self.wishes = PoolWishes.model_validate_json(value)
+                    continue
                 record = self._parse(name, value)
             except ValueError as error:
                 malformed[name] = value

@@ -18,6 +18,7 @@ from typing import Protocol
 from baton.config import SessionConfig
 from baton.errors import WorkerLostError
 from baton.records import WorkerRecord
+from baton.telemetry import GatewayMetrics
 from baton.v1 import session_pb2 as pb
 from router.routing.kv_index import KvIndex
 from router.workers.handshake import STREAM_ENDED, Call, being_cancelled, reason_of
@@ -52,18 +53,23 @@ class WorkerSession:
         *,
         kv_dtype: str,
         index: KvIndex,
+        metrics: GatewayMetrics | None = None,
     ) -> None:
+        """``metrics``: where the KV events are counted, if they are."""
         self.record = record
         self.kv_dtype = kv_dtype
         self.epoch = bytes.fromhex(record.epoch)
         self.lost: str | None = None
         """Why, once it is."""
+        self.draining = False
+        """The worker is leaving: it said so in an answer or in its last report."""
         self.report: pb.Report | None = None
         self.reported_at: float | None = None
         """On the event loop's clock."""
         self._call = call
         self._config = config
         self._index = index
+        self._metrics = metrics
         self._sinks: dict[int, StreamSink] = {}
         self._num_open_at_report = 0
         self._outbox: asyncio.Queue[pb.GatewayMessage] = asyncio.Queue()
@@ -174,15 +180,23 @@ class WorkerSession:
             self._take_events(message.events)
         elif body == "report":
             self.report = message.report
+            self.draining = message.report.draining
             self.reported_at = asyncio.get_running_loop().time()
             self._num_open_at_report = self.num_open
         elif body == "cache_events":
-            if self._index.take(self.epoch, message.cache_events):
-                logger.info("asking %s for a snapshot of its cache", self.record.worker_id)
-                request = pb.CacheSnapshotRequest()
-                self._outbox.put_nowait(pb.GatewayMessage(cache_snapshot_request=request))
+            self._take_cache_events(message.cache_events)
         else:
             logger.warning("%s sent an unexpected %r", self.record.worker_id, body)
+
+    def _take_cache_events(self, events: pb.CacheEvents) -> None:
+        gap = self._index.take(self.epoch, events)
+        if gap:
+            logger.info("asking %s for a snapshot of its cache", self.record.worker_id)
+            request = pb.CacheSnapshotRequest()
+            self._outbox.put_nowait(pb.GatewayMessage(cache_snapshot_request=request))
+        if self._metrics is not None:
+            self._metrics.kv_index_events.inc()
+            self._metrics.kv_index_snapshot_requests.inc(gap)
 
     def _take_events(self, events: pb.Events) -> None:
         """Events of streams that are not open (any more) are late, and dropped."""

@@ -6,15 +6,20 @@ import asyncio
 
 from baton.v1 import session_pb2 as pb
 from router.routing.kv_index import KvIndex
+from router.routing.policy import PeerLoad, PeerShare
 from router.status import ClusterStatus, WorkerStatus
 from router.workers.link import WorkerLink
 from router.workers.pool import WorkerPool
 
 
-def _worker_status(link: WorkerLink, index: KvIndex, now: float) -> WorkerStatus:
+def _worker_status(
+    link: WorkerLink, index: KvIndex, peers: PeerLoad | None, now: float
+) -> WorkerStatus:
     record, session = link.record, link.session
+    epoch = bytes.fromhex(record.epoch)
     report = (session.report if session else None) or pb.Report()
     reported_at = session.reported_at if session else None
+    share = PeerShare() if peers is None else peers.since(epoch, reported_at)
     return WorkerStatus(
         worker_id=record.worker_id,
         role=record.role,
@@ -32,25 +37,43 @@ def _worker_status(link: WorkerLink, index: KvIndex, now: float) -> WorkerStatus
         block_size=record.block_size,
         max_model_len=record.max_model_len,
         generation=record.generation,
-        num_indexed_blocks=index.num_indexed_blocks(bytes.fromhex(record.epoch)),
+        num_indexed_blocks=index.num_indexed_blocks(epoch),
+        draining=link.draining,
+        num_peer_sequences=share.num_sequences,
+        num_peer_tokens=share.num_tokens,
+        num_peer_blocks=share.num_blocks,
         last_report_age_s=None if reported_at is None else now - reported_at,
     )
 
 
-def cluster_status(pool: WorkerPool, *, registry_up: bool, prefill_wanted: bool) -> ClusterStatus:
+def cluster_status(
+    pool: WorkerPool,
+    *,
+    registry_up: bool,
+    prefill_wanted: bool,
+    gateways: tuple[str, ...] = (),
+    peers: PeerLoad | None = None,
+    peers_up: bool = True,
+) -> ClusterStatus:
     """All workers that are known, and in words what keeps them from serving, or serving well."""
     now = asyncio.get_running_loop().time()
-    workers = tuple(_worker_status(link, pool.index, now) for link in pool.links)
+    workers = tuple(_worker_status(link, pool.index, peers, now) for link in pool.links)
     ready_roles = {worker.role for worker in workers if worker.ready}
     lacks = []
     if prefill_wanted and "prefill" not in ready_roles:
         lacks.append("No prefill worker is ready.")
     if not registry_up:
         lacks.append("The registry (Redis) does not answer.")
+    if not peers_up:
+        lacks.append("Load is not shared with other gateways: Redis does not answer.")
     # Decode workers prefill by themselves where they must, and what is known stays known
     # without Redis: with a decode worker there is an answer, if a slower one.
     missing = [] if "decode" in ready_roles else ["No decode worker is ready.", *lacks]
     degraded = [] if missing else lacks
     return ClusterStatus(
-        workers=workers, registry_up=registry_up, missing=tuple(missing), degraded=tuple(degraded)
+        workers=workers,
+        registry_up=registry_up,
+        missing=tuple(missing),
+        degraded=tuple(degraded),
+        gateways=gateways,
     )

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from baton.config import BatonConfig, parse_config
 from baton.faults import Faults
+from baton.protocol import new_epoch
 from baton.records import Role, WorkerRecord
 from baton.telemetry import GatewayMetrics
 from router.orchestrator import Orchestrator
@@ -21,7 +22,15 @@ from router.routing.kv_index import KvIndex
 from router.routing.policy import make_policy
 from router.workers.handshake import GatewayIdentity
 from router.workers.pool import WorkerPool
-from tests.support.fake_worker import DIGEST, MODEL, SECRET, FakeWorker, Script, Scripts
+from tests.support.fake_worker import (
+    DIGEST,
+    MODEL,
+    SECRET,
+    FakeWorker,
+    Script,
+    Scripts,
+    worker_record,
+)
 
 IDENTITY = GatewayIdentity(gateway_id="gateway-0", generation="0", model=MODEL, secret=SECRET)
 
@@ -97,7 +106,12 @@ class FakeCluster:
         clock = asyncio.get_running_loop().time
         self.index = KvIndex(clock)
         self.pool = WorkerPool(
-            identity=IDENTITY, config=config.session, metrics=self.metrics, index=self.index
+            identity=IDENTITY,
+            config=config.session,
+            registry=config.registry,
+            metrics=self.metrics,
+            index=self.index,
+            clock=clock,
         )
         self.orchestrator = Orchestrator(
             config=config,
@@ -135,9 +149,10 @@ class FakeCluster:
     def ask(self, request: ChoiceRequest) -> Client:
         return Client(self.orchestrator.generate(request))
 
-    def delist(self, worker: FakeWorker) -> None:
-        """The registry lists it no more."""
-        del self._records[worker.worker_id]
+    def replace(self, worker: FakeWorker) -> None:
+        """The registry lists another process, which nobody ever reaches, under its name."""
+        epoch = new_epoch()
+        self._records[worker.worker_id] = worker_record(worker.worker_id, worker.role, epoch)
         self.pool.update(self._records)
 
     def is_live(self, worker: FakeWorker) -> bool:

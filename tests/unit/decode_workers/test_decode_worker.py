@@ -11,6 +11,7 @@ from support.worker_rig import PretendEngine, Recorder, Rig
 from baton.config import EngineConfig, KvTransferConfig
 from baton.errors import TransferError
 from baton.v1 import session_pb2 as pb
+from baton.worker.host import report_from
 from baton.worker.session_server import StreamKey
 from decode_workers.scheduler import DecodeScheduler, DecodeStream
 from decode_workers.worker import DecodeWorker
@@ -239,6 +240,7 @@ async def test_full_queue_and_draining_worker_refuse_what_comes() -> None:
     rig.worker.open(rig.stream([1, 2]))
     await rig.step()
     assert rig.closed[KEY].error_code == "draining"
+    assert report_from(rig.outbox, b"").draining
 
 
 async def test_late_cancel_and_unknown_transfers_do_nothing() -> None:

@@ -8,6 +8,7 @@ from support.worker_rig import PretendEngine, Recorder, Rig
 
 from baton.config import EngineConfig
 from baton.v1 import session_pb2 as pb
+from baton.worker.host import report_from
 from baton.worker.session_server import StreamKey
 from engine.intake import StopRule
 from kv_transfer.keys import TransferKey
@@ -209,6 +210,7 @@ async def test_draining_worker_refuses_and_late_messages_do_nothing() -> None:
     rig.worker.open(rig.job([1]))
     await rig.step()
     assert rig.closed[KEY].error_code == "draining"
+    assert report_from(rig.outbox, b"").draining
 
 
 async def test_stream_id_in_use_changes_nothing_for_the_one_that_has_it() -> None:

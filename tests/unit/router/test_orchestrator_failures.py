@@ -8,7 +8,6 @@ import pytest
 
 from baton.errors import (
     BatonError,
-    DrainingError,
     InternalError,
     InvalidRequestError,
     OverloadedError,
@@ -218,8 +217,8 @@ async def test_last_error_is_raised_when_attempts_are_used_up() -> None:
         worker = await cluster.add("decode-0", "decode")
         client = cluster.ask(choice())
         (await worker.next_open()).fail(TransferError("the first"))
-        (await worker.next_open()).fail(DrainingError("the second"))
-        with pytest.raises(DrainingError, match="the second"):
+        (await worker.next_open()).fail(TransferError("the second"))
+        with pytest.raises(TransferError, match="the second"):
             await client.end()
         assert worker.num_received("open") == 2
 
@@ -267,12 +266,12 @@ async def test_choice_without_any_decode_worker_is_refused_after_a_bound() -> No
             await cluster.ask(choice()).end()
 
 
-async def test_delisted_worker_gets_nothing_new_while_its_streams_go_on() -> None:
+async def test_replaced_worker_gets_nothing_new_while_its_streams_go_on() -> None:
     async with fake_cluster(session={"silence_s": 0.3}) as cluster:
         worker = await cluster.add("decode-0", "decode")
         running = cluster.ask(choice())
         stream = await worker.next_open()
-        cluster.delist(worker)
+        cluster.replace(worker)
         with pytest.raises(UnavailableError):
             await cluster.ask(choice()).end()
         stream.tokens(0, 50)

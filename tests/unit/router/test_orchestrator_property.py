@@ -23,6 +23,7 @@ from baton.config import SessionConfig, parse_config
 from baton.errors import (
     BatonError,
     DeadlineExceededError,
+    DrainingError,
     InternalError,
     ReservationError,
     TransferError,
@@ -95,8 +96,8 @@ class Pool:
         self.watchers: list[asyncio.Event] = []
 
     def sessions(self, role: Role) -> list[WorkerSession]:
-        live = [w for w in self.workers if w.role == role and w.session.lost is None]
-        return [w.session for w in live]
+        sessions = [w.session for w in self.workers if w.role == role]
+        return [s for s in sessions if s.lost is None and not s.draining]
 
     @contextmanager
     def watched_by(self, event: asyncio.Event) -> Iterator[None]:
@@ -142,7 +143,8 @@ def act(worker: Worker, message: pb.Open, action: str, position: int) -> None:
         reason = pb.CLOSE_REASON_LENGTH if ends else pb.CLOSE_REASON_HANDED_OFF
         worker.send(tokens=batch, closed=[pb.Closed(stream_id=stream_id, reason=reason)])
     else:
-        error = {"fail": TransferError, "refuse": ReservationError}[action]
+        errors = {"fail": TransferError, "refuse": ReservationError, "drain": DrainingError}
+        error = errors[action]
         closed = pb.Closed(
             stream_id=stream_id, reason=pb.CLOSE_REASON_FAILED, error_code=error.code
         )
@@ -164,10 +166,11 @@ class Step:
     """Everything comes to rest before the next step."""
 
 
-EVENTS = ["reserve", "token", "token", "token", "finish", "lacks its last word", "fail", "refuse"]
+EVENTS = ["reserve", "token", "token", "token", "finish", "lacks its last word"]
+FAILURES = ["fail", "refuse", "drain"]
 STEPS = st.builds(
     Step,
-    st.sampled_from([*EVENTS, "ask", "leave", "restart", "expire"]),
+    st.sampled_from([*EVENTS, *FAILURES, "ask", "leave", "restart", "expire"]),
     st.integers(0, 3),
     st.integers(0, MAX_TOKENS - 1),
     st.booleans(),
@@ -214,14 +217,17 @@ class Game:
         elif step.action == "leave":
             self.clients[-1 - step.which % len(self.clients)].task.cancel()
         elif step.action == "restart":
-            self.dead.append(self.pool.workers[step.which])
-            self.pool.restart(step.which)
+            self.restart(step.which)
         else:
             streams = [(w, message) for w in self.pool.workers for message in w.opens()]
             streams.sort(key=lambda stream: stream[1].stream_id)
             if streams:
                 worker, message = streams[-1 - step.which % len(streams)]
                 act(worker, message, step.action, step.position)
+
+    def restart(self, number: int) -> None:
+        self.dead.append(self.pool.workers[number])
+        self.pool.restart(number)
 
     def check_tables(self) -> None:
         """Nothing is open but what a running choice has open, on two workers at most."""
@@ -233,9 +239,11 @@ class Game:
         for _ in range(60):
             if all(client.task.done() for client in self.clients):
                 return
-            for worker in self.pool.workers:
+            for number, worker in enumerate(self.pool.workers):
                 for message in worker.opens():
                     act(worker, message, "finish", 0)
+                if worker.session.draining:
+                    self.restart(number)
             await asyncio.sleep(0.01)
         raise AssertionError("a choice neither finished nor failed")
 
