@@ -273,6 +273,16 @@ class BatonConfig(_Section):
                     raise ValueError(f"pools.{name}.{part}.{key}: {first['msg']}") from None
         return self
 
+    @model_validator(mode="after")
+    def _fence_after_some_beats(self) -> BatonConfig:
+        beat_s = max(self.registry.heartbeat_s, self.registry.poll_s)
+        if self.cluster.fence_s < 2 * beat_s:
+            raise ValueError(
+                "cluster.fence_s is under twice registry.heartbeat_s or registry.poll_s: "
+                "workers that are well would be killed; raise it"
+            )
+        return self
+
     def num_replicas(self, role: Role) -> int:
         """Workers of that role to begin with, in all pools."""
         return sum(pool.replicas for pool in self.pools.values() if pool.role == role)

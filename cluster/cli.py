@@ -109,6 +109,12 @@ def serve(
     port: Annotated[
         int | None, typer.Option(metavar="PORT", help="8000 by default; 0 takes a free one.")
     ] = None,
+    gateways: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Gateways, on this port and the ones after it; 1 by default."
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None,
         typer.Option(help="Of weights and KV; auto takes bfloat16 where the CPU computes in it."),
@@ -143,8 +149,9 @@ def serve(
 ) -> None:
     """Start everything on this machine and serve until Ctrl-C.
 
-    Starts the gateway, the prefill and decode workers, and a private Redis and
-    Ray unless others are given. Answers the OpenAI API at http://HOST:PORT/v1.
+    Starts gateways, prefill and decode workers, and a private Redis and Ray unless
+    others are given. Answers the OpenAI API at http://HOST:PORT/v1. What dies is
+    replaced; `baton scale` changes the number of workers while it serves.
     """
     given = {
         "model": model,
@@ -152,6 +159,7 @@ def serve(
         "pools.decode.replicas": decode,
         "gateway.host": host,
         "gateway.port": port,
+        "gateway.replicas": gateways,
         "engine.dtype": dtype,
         "cluster.backend": backend,
         "cluster.ray_address": ray_address,
@@ -242,16 +250,15 @@ def status(
     ] = False,
     cluster: Cluster = None,
 ) -> None:
-    """Show the pools, their workers and how full their KV caches are."""
+    """Show the pools, their workers and how full their KV caches are.
+
+    Where `baton serve` runs on this machine: also how large each pool should be.
+    """
     from baton.errors import BatonError
-    from cluster.server_client import server_url
-    from cluster.status import known_url, show_status
+    from cluster.status import show_status
 
     try:
-        show_status(
-            server_url(url or known_url(cluster or "default")),
-            as_json=as_json,
-        )
+        show_status(cluster or "default", url, as_json=as_json)
     except BatonError as error:
         raise _fail(error.message, 1) from None
 
@@ -278,6 +285,61 @@ def stop(
         typer.echo(stop_server(cluster or "default", now=now))
     except BatonError as error:
         raise _fail(error.message, 1) from None
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+baton scale decode=3
+
+baton scale prefill=2 decode=3 --no-wait
+
+baton scale decode=1 --url http://controller:8001      (token: BATON_CONTROLLER_TOKEN)
+"""
+)
+def scale(
+    wishes: Annotated[
+        list[str],
+        typer.Argument(metavar="POOL=N...", help="Pools and how many workers each should have."),
+    ],
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait until the pools are as wished.")
+    ] = True,
+    timeout: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="The longest wait.")
+    ] = 300.0,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url",
+            metavar="CONTROLLER",
+            help="Address of the controller; by default that of `baton serve` here.",
+        ),
+    ] = None,
+    cluster: Cluster = None,
+) -> None:
+    """Change the number of workers of pools while they serve.
+
+    A worker that leaves finishes its streams, or hands them to others once its
+    bound (worker.drain_s) is over. New ones compute with as many threads as those
+    that were started first: the machine's cores are not shared out anew.
+    """
+    from baton.errors import BatonError, InvalidRequestError
+    from cluster.console import Progress
+    from cluster.controller_client import known_controller
+    from cluster.scale import parse_sizes
+    from cluster.scale import scale as run
+
+    try:
+        sizes = parse_sizes(wishes)
+        controller = known_controller(cluster or "default", url)
+        run(controller, sizes, wait_s=timeout if wait else None, progress=Progress())
+    except InvalidRequestError as error:
+        raise _fail(error.message, 2) from None
+    except BatonError as error:
+        raise _fail(error.message, 1) from None
+    except KeyboardInterrupt:
+        raise _fail("not waited for to the end; the wish stands", 1) from None
 
 
 def _show_version(wanted: bool) -> None:

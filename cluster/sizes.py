@@ -79,7 +79,7 @@ def wished_sizes(
     if not _decodes(config, sizes):
         raise InvalidRequestError(
             "that would leave no decode worker: every answer is decoded there; keep 1 or more",
-            param=next(name for name in wish if config.pools[name].role == "decode"),
+            param=next((name for name in wish if config.pools[name].role == "decode"), None),
         )
     return sizes
 

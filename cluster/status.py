@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
@@ -9,9 +10,16 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from baton.errors import UnavailableError
+from baton.errors import BatonError, UnavailableError
+from cluster.controller_client import ControllerAddress, PoolRow
 from cluster.procfs import is_alive, send
-from cluster.server_client import DEFAULT_URL, ServerStatus, fetch_json, parse_status
+from cluster.server_client import (
+    DEFAULT_URL,
+    ServerStatus,
+    fetch_json,
+    parse_status,
+    server_url,
+)
 from cluster.state import RunFolder, state_root
 
 
@@ -44,8 +52,21 @@ def status_table(status: ServerStatus) -> Table:
     return table
 
 
-def show_status(url: str, *, as_json: bool) -> None:
-    """Raises UnavailableError when no server answers."""
+def known_pools(cluster: str, url: str) -> dict[str, PoolRow]:
+    """The pools of the server that runs here, if ``url`` is its address; empty where the
+    controller cannot be asked."""
+    state = RunFolder(cluster).running()
+    if state is None or state.url != url:
+        return {}
+    with contextlib.suppress(BatonError):
+        return ControllerAddress(state.controller_url, state.controller_token).pools()
+    return {}
+
+
+def show_status(cluster: str, url: str | None, *, as_json: bool) -> None:
+    """Of the server at ``url``, by default the one of ``cluster`` that runs here. Raises
+    UnavailableError when no server answers."""
+    url = server_url(url or known_url(cluster))
     page = fetch_json(url, "/status")
     if as_json:
         print(json.dumps(page, indent=2))
@@ -56,6 +77,10 @@ def show_status(url: str, *, as_json: bool) -> None:
     state = "not ready" if status.missing else "ready"
     console.print(f"{url}  {', '.join(models)}  [bold]{state}[/bold]\n", soft_wrap=True)
     console.print(status_table(status))
+    if pools := known_pools(cluster, url):
+        console.print()
+    for name, pool in pools.items():
+        console.print(f"{name}: {pool}", markup=False, soft_wrap=True)
     for sentence in status.missing:
         console.print(f"missing: {sentence}", markup=False, soft_wrap=True)
 

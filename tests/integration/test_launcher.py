@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,74 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from support.standin_serving import QUICK, Serving, wait_until
 
-from cluster.procfs import ProcessName, descendants, is_alive, name_of
-
-TESTS = Path(__file__).resolve().parents[1]
-
-SERVE = """
-import sys
-from pathlib import Path
-from baton.config import load_config
-from cluster.serve import serve
-modules = {"gateway": "support.standin_gateway"}
-modules |= dict.fromkeys(("prefill", "decode"), "support.standin_worker")
-config = load_config(Path(sys.argv[1])).model_copy(update={"model": "smollm2-135m-instruct"})
-sys.exit(serve(config, redis_url=None, modules=modules))
-"""
-
-QUICK = {"gateway": {"port": 0, "drain_s": 0}, "cluster": {"backend": "processes"}}
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    ends_at = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < ends_at, what
-        time.sleep(0.02)
-
-
-class Serving:
-    """One launcher in a process of its own."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any], behaviour: str) -> None:
-        self.folder = folder
-        config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(settings))
-        self.state_folder = folder / "state" / "default"
-        environment = {
-            "STANDIN_FOLDER": str(folder),
-            "STANDIN_BEHAVIOUR": behaviour,
-            "BATON_STATE_DIR": str(folder / "state"),
-            "PYTHONPATH": str(TESTS),
-        }
-        self.output = folder / "output"
-        with self.output.open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", SERVE, str(config)],
-                stdout=out,
-                stderr=out,
-                env={**os.environ, **environment},
-            )
-
-    def wait_ready(self) -> list[ProcessName]:
-        """Everything that runs once it is ready."""
-        wait_until(lambda: "curl" in self.text or self.process.poll() is not None, "ready")
-        assert self.process.poll() is None, self.text
-        return descendants(self.process.pid)
-
-    @property
-    def text(self) -> str:
-        return self.output.read_text()
-
-    @property
-    def temp_folder(self) -> Path:
-        return Path(json.loads((self.state_folder / "state.json").read_text())["temp_folder"])
-
-    def worker(self, worker_id: str) -> ProcessName:
-        name = name_of(int((self.folder / f"{worker_id}.worker").read_text()))
-        assert name is not None
-        return name
+from cluster.procfs import descendants, is_alive
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ def test_every_option_of_serve_reaches_the_configuration(served: Served) -> None
         "--decode": "3",
         "--host": "::1",
         "--port": "9",
+        "--gateways": "3",
         "--dtype": "float32",
         "--backend": "ray",
         "--kv-transport": "gloo",
@@ -76,6 +77,7 @@ def test_every_option_of_serve_reaches_the_configuration(served: Served) -> None
     config, redis_url = served[0]
     assert (config.model, replicas(config)) == ("m", {"prefill": 2, "decode": 3})
     assert (config.gateway.host, config.gateway.port) == ("::1", 9)
+    assert config.gateway.replicas == 3
     assert (config.engine.dtype, config.kv_transfer.transport) == ("float32", "gloo")
     assert (config.cluster.backend, config.cluster.ray_address) == ("ray", "h:2")
     assert (config.registry.cluster, redis_url) == ("c", "redis://h:1/0")
@@ -94,6 +96,7 @@ def test_redis_url_comes_from_the_environment(
     [
         (["--decode", "0"], "no pool of role decode has replicas"),
         (["--port", "70000"], "gateway.port"),
+        (["--gateways", "0"], "gateway.replicas"),
         (["--cluster", "no/such"], "registry.cluster"),
         (["--config", "/no/such.yaml"], "cannot read configuration"),
     ],
@@ -112,7 +115,7 @@ def test_unknown_backend_is_a_usage_error() -> None:
     assert runner.invoke(app, ["serve", "--backend", "slurm"]).exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "status", "stop"])
+@pytest.mark.parametrize("command", ["serve", "chat", "status", "scale", "stop"])
 def test_every_command_has_help_with_examples(command: str) -> None:
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0

@@ -29,6 +29,49 @@ def test_address_of_another_machine_is_refused() -> None:
         preflight.check_port("192.0.2.1", 8000)
 
 
+def test_every_gateways_port_is_looked_at() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = parse_config({"gateway": {"port": port - 1, "replicas": 2}})
+        with pytest.raises(ConfigurationError, match=f"port {port} on 127.0.0.1 is in use"):
+            preflight.gateway_ports(config)
+
+
+def test_gateways_get_the_configured_port_and_those_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at: list[int] = []
+    monkeypatch.setattr(preflight, "check_port", lambda _, port: looked_at.append(port))
+    config = parse_config({"gateway": {"port": 9000, "replicas": 3}})
+    assert preflight.gateway_ports(config) == (9000, 9001, 9002)
+    assert looked_at == [9000, 9001, 9002]
+    with pytest.raises(ConfigurationError, match="would need port 65536"):
+        preflight.gateway_ports(parse_config({"gateway": {"port": 65534, "replicas": 3}}))
+
+
+def test_port_0_is_a_free_one_for_each_gateway() -> None:
+    ports = preflight.gateway_ports(parse_config({"gateway": {"port": 0, "replicas": 8}}))
+    assert len(set(ports)) == 8
+    assert 0 not in ports
+
+
+def test_controllers_port_in_use_is_a_sentence() -> None:
+    free = parse_config({}).controller
+    with preflight.listen_for_controller(free) as first:
+        taken = parse_config({"controller": {"port": first.getsockname()[1]}}).controller
+        with pytest.raises(ConfigurationError, match=r"the controller cannot.*controller\.port"):
+            preflight.listen_for_controller(taken)
+
+
+def test_pool_whose_workers_would_be_named_like_gateways_is_refused() -> None:
+    preflight.check_pools(parse_config({}))
+    pools = {"gateway": {"role": "decode"}}
+    with pytest.raises(ConfigurationError, match="choose another name"):
+        preflight.check_pools(parse_config({"pools": pools}))
+
+
 def test_missing_ray_names_both_ways_out() -> None:
     config = parse_config({})
     with pytest.raises(ConfigurationError, match="--backend processes"):

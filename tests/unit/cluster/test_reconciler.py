@@ -8,70 +8,11 @@ from collections.abc import AsyncIterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fake_pools import FakeBackend, FakeClock, FakeProcess
 
 from baton.errors import UnavailableError
-from cluster.backend import Exit
-from cluster.reconciler import Reconciler
+from cluster.reconciler import PROOF_S, Reconciler
 from cluster.slots import MAX_DELAY_S, STABLE_S, WorkerEvent, backoff_s
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class FakeProcess:
-    def __init__(self, worker_id: str, *, heeds_stop: bool = True) -> None:
-        self.worker_id = worker_id
-        self.heeds_stop = heeds_stop
-        self.stop_asked = False
-        self.killed = False
-        self.end: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-
-    async def wait(self) -> Exit:
-        return await self.end
-
-    async def stop(self) -> None:
-        self.stop_asked = True
-        if self.heeds_stop:
-            self.die(0, "ended")
-
-    async def kill(self) -> None:
-        self.killed = True
-        self.die(-9, "was killed")
-
-    def die(self, code: int = 1, reason: str = "exited with status 1") -> None:
-        if not self.end.done():
-            self.end.set_result(Exit(code, reason))
-
-
-class FakeBackend:
-    def __init__(self) -> None:
-        self.started: list[FakeProcess] = []
-        self.refuse: Exception | None = None
-        self.heeds_stop = True
-        self.gate: asyncio.Event | None = None
-
-    async def start(self, role: str, worker_id: str) -> FakeProcess:
-        if self.gate is not None:
-            await self.gate.wait()
-        if self.refuse is not None:
-            raise self.refuse
-        process = FakeProcess(worker_id, heeds_stop=self.heeds_stop)
-        self.started.append(process)
-        return process
-
-    async def wait_lost(self) -> str:
-        raise AssertionError("the reconciler does not ask")
-
-    async def close(self) -> bool:
-        return True
-
-    def ids(self) -> list[str]:
-        return [process.worker_id for process in self.started]
 
 
 class Rig:
@@ -257,3 +198,150 @@ async def test_worker_that_comes_up_while_it_is_stopped_is_stopped(rig: Rig) -> 
 def test_backoff_grows_to_its_bound_and_stays(quick_deaths: int) -> None:
     assert 0 < backoff_s(quick_deaths) <= MAX_DELAY_S
     assert backoff_s(quick_deaths) <= backoff_s(quick_deaths + 1)
+
+
+async def test_retired_worker_is_asked_and_its_slot_goes_once_it_is_gone(rig: Rig) -> None:
+    rig.backend.heeds_stop = False
+    rig.reconciler.want("decode", ["decode-0", "decode-1"], rig.backend)
+    await rig.settle()
+    rig.reconciler.retire("decode-1", limit_s=30)
+    due = await rig.settle()
+    assert due == pytest.approx(30)
+    process = rig.backend.started[1]
+    assert process.stop_asked
+    assert {s.worker_id: s.leaving for s in rig.reconciler.slots()} == {
+        "decode-0": False,
+        "decode-1": True,
+    }
+    process.die(0, "ended")
+    await rig.settle()
+    await rig.advance(1000)
+    assert [slot.worker_id for slot in rig.reconciler.slots()] == ["decode-0"]
+    assert rig.backend.ids() == ["decode-0", "decode-1"], "it was started again"
+    assert not process.killed
+    assert not rig.backend.started[0].stop_asked
+
+
+async def test_retired_worker_is_killed_when_its_bound_is_over(rig: Rig) -> None:
+    rig.backend.heeds_stop = False
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    rig.reconciler.retire("decode-0", limit_s=30)
+    await rig.advance(29.9)
+    assert not rig.backend.started[0].killed
+    await rig.advance(0.2)
+    assert rig.backend.started[0].killed
+    assert rig.reconciler.slots() == []
+    assert rig.deaths() == []
+
+
+async def test_worker_that_survives_being_killed_is_killed_again(rig: Rig) -> None:
+    rig.backend.heeds_stop = rig.backend.heeds_kill = False
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    process = rig.backend.started[0]
+    rig.reconciler.retire("decode-0", limit_s=30)
+    await rig.advance(31)
+    assert process.num_kills == 1
+    await rig.advance(PROOF_S)
+    assert process.num_kills == 2
+    assert [slot.worker_id for slot in rig.reconciler.slots()] == ["decode-0"], "not proved gone"
+    process.die()
+
+
+async def test_worker_that_waits_for_its_retry_simply_goes(rig: Rig) -> None:
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    rig.backend.started[0].die()
+    await rig.settle()
+    rig.reconciler.retire("decode-0", limit_s=30)
+    assert rig.reconciler.slots() == []
+    await rig.advance(1000)
+    assert rig.backend.ids() == ["decode-0"]
+
+
+async def test_worker_that_has_not_been_started_simply_goes(rig: Rig) -> None:
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    rig.reconciler.retire("decode-0", limit_s=30)
+    await rig.settle()
+    assert rig.reconciler.slots() == []
+    assert rig.backend.started == []
+
+
+async def test_retired_worker_whose_start_hangs_goes_when_its_bound_is_over(rig: Rig) -> None:
+    rig.backend.gate = asyncio.Event()
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    rig.reconciler.retire("decode-0", limit_s=30)
+    await rig.advance(1)
+    assert [slot.leaving for slot in rig.reconciler.slots()] == [True]
+    await rig.advance(30)
+    assert rig.reconciler.slots() == []
+    assert rig.backend.started == []
+
+
+async def test_killed_worker_is_replaced_like_a_dead_one_and_the_event_says_why(rig: Rig) -> None:
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    await rig.advance(STABLE_S)
+    rig.reconciler.kill("decode-0", "fenced", "lost its registration")
+    await rig.settle()
+    await rig.settle()
+    assert rig.backend.ids() == ["decode-0", "decode-0"]
+    event = next(event for event in rig.events if event.kind == "died")
+    assert (event.cause, event.reason) == ("fenced", "was killed: it lost its registration")
+    await rig.advance(STABLE_S)
+    rig.backend.started[1].die()
+    await rig.settle()
+    last = [event for event in rig.events if event.kind == "died"][-1]
+    assert (last.cause, last.reason) == ("died", "exited with status 1")
+
+
+async def test_start_that_takes_too_long_is_tried_again_later_and_later(rig: Rig) -> None:
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    for _ in range(3):
+        await rig.settle()
+        await rig.advance(STABLE_S)
+        rig.reconciler.kill("decode-0", "start_timeout", "has not registered")
+        await rig.settle()
+        rig.clock.now += MAX_DELAY_S
+    assert rig.deaths() == [0.5, 1.0, 2.0]
+
+
+async def test_adopted_worker_fills_its_slot_and_is_replaced_when_it_dies(rig: Rig) -> None:
+    process = FakeProcess("decode-3")
+    rig.reconciler.adopt("decode", "decode-3", process, rig.backend)
+    await rig.settle()
+    assert rig.reconciler.slots()[0].adopted
+    assert rig.backend.started == []
+    await rig.advance(STABLE_S)
+    process.die()
+    await rig.settle()
+    await rig.settle()
+    assert rig.backend.ids() == ["decode-3"]
+    assert not rig.reconciler.slots()[0].adopted
+
+
+async def test_stop_ends_also_workers_that_are_just_leaving(rig: Rig) -> None:
+    rig.backend.heeds_stop = False
+    rig.reconciler.want("decode", ["decode-0", "decode-1"], rig.backend)
+    await rig.settle()
+    rig.reconciler.retire("decode-1", limit_s=3600)
+    assert await rig.reconciler.stop(["decode"], limit_s=0.01, hurry=asyncio.Event()) == 2
+    assert rig.reconciler.slots() == []
+
+
+async def test_running_loop_kills_by_itself_what_overstays() -> None:
+    backend, clock = FakeBackend(), FakeClock()
+    backend.heeds_stop = False
+    reconciler = Reconciler(clock=clock)
+    reconciler.want("decode", ["decode-0"], backend)
+    loop_task = asyncio.create_task(reconciler.run())
+    while not backend.started:
+        await asyncio.sleep(0)
+    reconciler.retire("decode-0", limit_s=0.01)
+    clock.now += 1
+    while reconciler.slots():
+        await asyncio.sleep(0)
+    loop_task.cancel()
+    assert backend.started[0].killed

@@ -81,6 +81,19 @@ def test_folder_is_private(state_dir: Path) -> None:
     assert stat.S_IMODE((state_dir / "default").stat().st_mode) == 0o700
 
 
+def test_state_holds_a_secret_and_is_its_owners_alone(state_dir: Path) -> None:
+    folder = RunFolder("default")
+    folder.lock()
+    for _ in range(2):
+        folder.write(state_of_this_process())
+        file = state_dir / "default" / "state.json"
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    state = folder.running()
+    assert state is not None
+    assert state.controller_token == "token"
+    assert "token=" not in repr(state)
+
+
 def test_prepare_keeps_the_logs_of_one_earlier_run() -> None:
     folder = RunFolder("default")
     folder.lock()
