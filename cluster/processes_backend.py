@@ -36,11 +36,15 @@ def describe_status(status: int) -> str:
 
 
 class LocalProcess:
-    """A child process. Only ``wait`` reaps it."""
+    """A child process. ``wait`` reaps it."""
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
         self._name = name_of(child.pid)  # None: it ended already and is a zombie
+
+    @property
+    def over(self) -> bool:
+        return self._child.returncode is not None
 
     async def wait(self) -> Exit:
         if self._name is not None:
@@ -60,7 +64,7 @@ class LocalProcess:
 
 
 class ProcessesBackend:
-    """Starts what ``command`` says for a role and a worker id.
+    """Starts what ``command`` says for a name (a pool's, or a role's) and a worker id.
 
     Every child has a session of its own (a Ctrl-C of the terminal is for the
     launcher alone) and is killed by the kernel when this process dies.
@@ -78,13 +82,15 @@ class ProcessesBackend:
         self._command = command
         self._log_folder = log_folder
         self._on_started = on_started
+        self._children: list[LocalProcess] = []
 
-    async def start(self, role: str, worker_id: str) -> LocalProcess:
+    async def start(self, pool: str, worker_id: str) -> LocalProcess:
         try:
-            child = self._spawn(self._command(role, worker_id), worker_id)
+            child = self._spawn(self._command(pool, worker_id), worker_id)
         except OSError as error:
             raise UnavailableError(f"cannot start {worker_id}: {error}") from error
         process = LocalProcess(child)
+        self._children = [each for each in self._children if not each.over] + [process]
         if (name := name_of(child.pid)) is not None:
             self._on_started(name)
         return process
@@ -106,6 +112,15 @@ class ProcessesBackend:
         await asyncio.Event().wait()
         raise AssertionError("unreachable")
 
+    async def adopt(self) -> Mapping[str, LocalProcess]:
+        """None: the children of an earlier process died with it."""
+        return {}
+
     async def close(self) -> bool:
-        """Nothing runs here but what the reconciler stops."""
+        """Kills what nobody has stopped."""
+        left = [child for child in self._children if not child.over]
+        for child in left:
+            await child.kill()
+        for child in left:
+            await child.wait()
         return True

@@ -1,28 +1,40 @@
 """What runs inside a Ray actor: one worker, as its own ``main.serve`` has it.
 
-Ray is not imported here. The actor is threaded: ``run`` occupies one thread for
-the worker's whole life, with an event loop of the worker's own, so that Ray's
-calls and the worker's loop do not wait for each other.
+Ray is not imported here. The actor is threaded, and the worker lives on a thread
+with an event loop of its own, so that Ray's calls and the worker's loop do not
+wait for each other.
+
+1. PLACED: the process is there, and has told Ray's store which one it is.
+2. LIVING: from ``begin`` on. Nobody's call is this life: callers may come and go.
+3. OVER: how it ended is told to whoever asks (``wait_end``) for ``LINGER_S``; then
+   the process ends by itself.
+
+A worker that is ended before ``begin`` has held nothing that others could miss.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.procfs import ProcessName, name_of, wait_gone
 
-MAX_CONCURRENCY = 4
-"""Threads of the actor: one for ``run``, the others for calls meanwhile."""
+MAX_CONCURRENCY = 8
+"""Threads for calls. A caller that has died leaves one behind for ``END_POLL_S``."""
+END_POLL_S = 10.0
+"""How long one ``wait_end`` waits."""
+LINGER_S = 15.0
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +47,30 @@ def machine_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which process, on which machine."""
+    """Which process, on which machine, on which of Ray's nodes."""
 
     process: ProcessName
     machine: str
+    node_id: str = ""
 
     @classmethod
-    def here(cls) -> Place:
+    def here(cls, node_id: str = "") -> Place:
         process = name_of(os.getpid())
         assert process is not None
-        return cls(process, machine_id())
+        return cls(process, machine_id(), node_id)
 
     @property
     def is_local(self) -> bool:
         return self.machine == machine_id()
+
+    def to_json(self) -> str:
+        process = self.process
+        return json.dumps([process.pid, process.start_time, self.machine, self.node_id])
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Place:
+        pid, start_time, machine, node_id = json.loads(text)
+        return cls(ProcessName(pid, start_time), machine, node_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +78,18 @@ class WorkerStart:
     """Everything that one worker needs. It holds secrets: never logged."""
 
     role: str
+    pool: str
     worker_id: str
     config: Mapping[str, Any]
     secret: str = field(repr=False)
     redis_url: str = field(repr=False)
     environment: Mapping[str, str] = field(repr=False)
-    log_file: str
-    owner: Place
+    """Takes the place of what the node says."""
+    defaults: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Environment that the node's own has precedence over."""
+    log_file: str | None = None
+    """None: Ray keeps what it writes, as it does with every actor."""
+    owner: Place | None = None
     """The launcher; a worker on its machine dies with it."""
 
 
@@ -91,21 +118,23 @@ class _Life:
     async def run(self) -> None:
         """From ``serve``'s start to its end. Raises what it raises."""
         from baton.config import parse_config
+        from baton.worker.process import live
 
         start, stop = self._start, asyncio.Event()
         with self._guard:
             self._stopper = (asyncio.get_running_loop(), stop)
             if self._stop_requested:
                 stop.set()
-        watch = asyncio.create_task(_die_with(start.owner)) if start.owner.is_local else None
-        serve = importlib.import_module(f"{start.role}_workers.main").serve
+        owner = start.owner
+        bound = owner is not None and owner.is_local
+        watch = asyncio.create_task(_die_with(owner)) if owner is not None and bound else None
         try:
-            await serve(
+            await live(
+                importlib.import_module(f"{start.role}_workers.main").serve,
                 parse_config(start.config),
+                role=start.role,
+                pool=start.pool,
                 worker_id=start.worker_id,
-                host="127.0.0.1",
-                port=0,
-                metrics_port=0,
                 secret=start.secret,
                 redis_url=start.redis_url,
                 stop=stop,
@@ -131,22 +160,51 @@ async def _die_with(owner: Place) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class WorkerActor:
-    """The actor's class; made by Ray with a ``WorkerStart``. No method is a coroutine."""
+def _exit_soon() -> None:
+    """Somebody may still ask how it ended; nobody has to come and end this process."""
+    time.sleep(LINGER_S)
+    os._exit(0)
 
-    def __init__(self, start: WorkerStart) -> None:
+
+class WorkerActor:
+    """The actor's class; made by Ray. No method is a coroutine.
+
+    Args:
+        note_place: tells Ray's store which process this is, and returns that.
+        after_end: called on the worker's thread when its life is over.
+    """
+
+    def __init__(
+        self,
+        start: WorkerStart,
+        note_place: Callable[[], Place],
+        after_end: Callable[[], None] = _exit_soon,
+    ) -> None:
         self._worker_id = start.worker_id
         self._life = _Life(start)
-        _redirect_output(start.log_file)
+        self._after_end = after_end
+        self._guard = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._over = threading.Event()
+        self._failure: str | None = None
+        if start.log_file is not None:
+            _redirect_output(start.log_file)
         # Before anything loads torch, whose OpenMP reads its settings once.
-        os.environ.update(start.environment)
+        os.environ.update({**start.defaults, **os.environ, **start.environment})
+        self._place = note_place()
 
-    def place(self) -> Place:
-        """Which process this is."""
-        return Place.here()
+    def place(self) -> str:
+        """Which process this is, as ``Place.from_json`` reads it."""
+        return self._place.to_json()
 
-    def run(self) -> None:
-        """The worker's whole life. Raises what ended it, when that was a failure."""
+    def begin(self) -> None:
+        """Begins the worker's life; again, does nothing."""
+        with self._guard:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
         import uvloop
 
         from baton.logs import configure
@@ -155,10 +213,16 @@ class WorkerActor:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(self._life.run())
-        except Exception:
+        except BaseException as error:
             logger.exception("%s failed", self._worker_id)
-            raise
+            self._failure = str(error).strip() or type(error).__name__
+        self._over.set()
+        self._after_end()
+
+    def wait_end(self, timeout_s: float) -> str | None:
+        """None: it has not ended within that time. Otherwise JSON: what failed, or null."""
+        return json.dumps(self._failure) if self._over.wait(timeout_s) else None
 
     def stop(self) -> None:
-        """Asks the worker to drain and end; ``run`` returns when it has."""
+        """Asks the worker to drain and end; ``wait_end`` tells when it has."""
         self._life.stop()

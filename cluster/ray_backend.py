@@ -2,6 +2,11 @@
 
 Ray places and starts the processes. What they say to each other, tokens and KV,
 never goes through Ray.
+
+Who starts the cluster on one machine (``keep`` False) owns its workers: they die
+with it, and what an earlier one of the same name has left is ended. A controller
+that stands apart (``keep``) comes and goes: its workers live on without it, and the
+next one adopts them.
 """
 
 from __future__ import annotations
@@ -10,37 +15,55 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
-import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from baton.config import BatonConfig
+from baton.config import BatonConfig, PoolConfig
 from baton.errors import BatonError
 from baton.worker.environment import worker_environment
-from cluster import ray_cluster
-from cluster.backend import Exit
-from cluster.procfs import ProcessName, command_of, descendants, send, wait_gone
-from cluster.ray_actor import MAX_CONCURRENCY, Place, WorkerActor, WorkerStart
+from cluster import ray_calls, ray_cluster
+from cluster.procfs import ProcessName, command_of, descendants, wait_gone
+from cluster.ray_actor import Place, WorkerStart
+from cluster.ray_calls import Actor
 from cluster.ray_thread import RayThread
+from cluster.ray_worker import RayWorker
 
 logger = logging.getLogger(__name__)
 
-_PROOF_POLL_S = 0.2
-"""Between two questions to Ray whether an actor of another machine is dead."""
+_CLOSE_S = 10.0
+"""How long the workers that are left at the end may take to be proved gone."""
+
+_WITHHELD = frozenset(
+    {
+        *("BATON_SECRET", "BATON_API_KEY", "BATON_CONTROLLER_TOKEN"),
+        *("BATON_ADVERTISE_HOST", "BATON_RUN_DIR", "BATON_STATE_DIR"),
+    }
+)
+"""Of Baton's environment: what workers get elsewise, must not have, or have their own of."""
+
+_CONNECTION_POLL_S = 2.0
+
+_LEAST_CPU = 0.001
+"""Ray makes no placement group of nothing."""
 
 
-_TELL_S = 5.0
-"""How long Ray may take to hear something that nobody waits for."""
+def bundle_of(pool: PoolConfig) -> dict[str, float]:
+    """What each worker of that pool takes, in Ray's terms."""
+    wanted = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+    return {name: amount for name, amount in wanted.items() if amount} or {"CPU": _LEAST_CPU}
 
 
 class RayBackend:
     """Starts workers as actors. ``open`` may run while others start; ``start`` waits.
 
-    ``on_started`` hears of every process on this machine that is ours, and
-    ``on_connected`` once that this one is connected: Ray has then taken over SIGTERM.
+    Args:
+        log_folder: where workers' output goes, on this machine; None leaves it to Ray.
+        temp_folder: of a Ray that is started here; needed without a ``ray_address``.
+        keep: workers outlive this process, and those of an earlier one are let live.
+        on_started: hears of every process on this machine that is ours.
+        on_connected: is called once this process is connected: Ray has taken over SIGTERM.
     """
 
     def __init__(
@@ -49,8 +72,9 @@ class RayBackend:
         *,
         secret: str,
         redis_url: str,
-        log_folder: Path,
-        temp_folder: Path,
+        log_folder: Path | None = None,
+        temp_folder: Path | None = None,
+        keep: bool = False,
         on_started: Callable[[ProcessName], None] = lambda _: None,
         on_connected: Callable[[], None] = lambda: None,
     ) -> None:
@@ -59,12 +83,14 @@ class RayBackend:
         self._redis_url = redis_url
         self._log_folder = log_folder
         self._temp_folder = temp_folder
+        self._keep = keep
         self._on_started = on_started
         self._on_connected = on_connected
         self._namespace = f"baton-{config.registry.cluster}"
         self._thread = RayThread()
         self._opening: asyncio.Task[None] | None = None
         self._vital: list[ProcessName] = []
+        self._workers: list[RayWorker] = []
 
     async def open(self) -> None:
         """Connects to Ray, once. Raises UnavailableError."""
@@ -74,16 +100,21 @@ class RayBackend:
 
     async def _open(self) -> None:
         namespace, address = self._namespace, self._config.cluster.ray_address
-        num_workers = sum(pool.replicas for pool in self._config.pools.values())
-        folder = self._temp_folder
         if address is not None:
-            await self._thread.call(lambda: ray_cluster.connect(address, namespace=namespace))
+            await self._thread.call(partial(ray_cluster.connect, address, namespace=namespace))
+            if not self._keep:
+                await self._end_leftovers()
         else:
-            await self._thread.call(
-                lambda: ray_cluster.start_local(
-                    folder, namespace=namespace, num_workers=num_workers
-                )
+            assert self._temp_folder is not None, "a Ray of our own needs a folder"
+            start = partial(
+                ray_cluster.start_local,
+                self._temp_folder,
+                namespace=namespace,
+                resources=ray_cluster.ample(
+                    (bundle_of(pool), pool.max_replicas) for pool in self._config.pools.values()
+                ),
             )
+            await self._thread.call(start)
         self._on_connected()
         if address is None:
             for process in descendants(os.getpid()):
@@ -91,12 +122,21 @@ class RayBackend:
                 if command_of(process) in ("gcs_server", "raylet"):
                     self._vital.append(process)
 
+    async def _end_leftovers(self) -> None:
+        """Ends what a launcher of the same cluster name that was killed has left."""
+        left = await self._thread.call(partial(ray_calls.find, self._namespace))
+        for worker in [self._known(actor) for actor in left]:
+            await worker.kill()
+            await worker.wait()
+        await self._thread.call(partial(ray_calls.forget_all_but, self._namespace, set()))
+
     async def wait_lost(self) -> str:
         """A Ray of our own is lost with its raylet or its GCS: neither can be replaced.
-        What a given Ray cluster does about its own is its own matter."""
+        A given one is lost with the connection to it (Ray Client has then tried for as
+        long as it does). What that cluster does about its own is its own matter."""
         await self.open()
         if not self._vital:
-            await asyncio.Event().wait()
+            return await self._connection_lost()
         waits = {asyncio.create_task(wait_gone(process)): process for process in self._vital}
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -106,196 +146,96 @@ class RayBackend:
         self._thread.give_up()
         return f"Ray has died on this machine (pid {waits[done.pop()].pid} is gone)"
 
-    async def start(self, role: str, worker_id: str) -> RayWorker:
+    async def _connection_lost(self) -> str:
+        address = self._config.cluster.ray_address
+        assert address is not None
+        while True:
+            if ray_cluster.by_client(address) and ray_cluster.is_given_up():
+                self._thread.give_up()
+                return f"the connection to Ray at {address} was lost"
+            await asyncio.sleep(_CONNECTION_POLL_S)
+
+    async def start(self, pool: str, worker_id: str) -> RayWorker:
+        config = self._config.for_pool(pool)
         await self.open()
+        ours = {key: value for key, value in os.environ.items() if key.startswith("BATON_")}
         start = WorkerStart(
-            role=role,
+            role=config.pools[pool].role,
+            pool=pool,
             worker_id=worker_id,
             config=self._config.model_dump(mode="json"),
             secret=self._secret,
             redis_url=self._redis_url,
-            environment=self._environment(),
-            log_file=str(self._log_folder / f"{worker_id}.log"),
-            owner=Place.here(),
+            environment=_environment(config),
+            defaults={key: value for key, value in ours.items() if key not in _WITHHELD},
+            log_file=str(self._log_folder / f"{worker_id}.log") if self._log_folder else None,
+            owner=None if self._keep else Place.here(),
         )
         # A dead actor's name is free only once Ray has noticed: each gets a new one.
         name = f"{self._namespace}/{worker_id}/{uuid.uuid4().hex[:8]}"
-        return RayWorker(self._thread, name, start, on_started=self._on_started)
+        bundle = bundle_of(config.pools[pool])
+        creating = self._thread.call(partial(ray_calls.create, name, bundle, start))
+        return self._watched(name, creating, needs=_in_words(bundle))
 
-    def _environment(self) -> dict[str, str]:
-        """Baton's own settings, and as many OpenMP threads as torch will be given:
-        Ray would set them to the actor's ``num_cpus``."""
-        own = {
-            key: value
-            for key, value in os.environ.items()
-            if key.startswith("BATON_") and key != "BATON_SECRET"
-        }
-        own |= worker_environment(os.environ)
-        threads = self._config.engine.threads
-        return {**own, "OMP_NUM_THREADS": str(threads)} if threads else own
+    async def adopt(self) -> Mapping[str, RayWorker]:
+        """The workers of this cluster that an earlier controller has left. What is left of
+        those that ended meanwhile is cleared away."""
+        await self.open()
+        found = await self._thread.call(partial(ray_calls.find, self._namespace))
+        names = {actor.name for actor in found}
+        await self._thread.call(partial(ray_calls.forget_all_but, self._namespace, names))
+        adopted: dict[str, RayWorker] = {}
+        for actor in found:
+            worker = self._known(actor)
+            if actor.worker_id in adopted:
+                logger.error("there are two of %s; killing %s", actor.worker_id, actor.name)
+                await worker.kill()
+            else:
+                adopted[actor.worker_id] = worker
+        return adopted
+
+    def _known(self, actor: Actor) -> RayWorker:
+        """One that is there already."""
+
+        async def known() -> Actor:
+            return actor
+
+        return self._watched(actor.name, known(), needs="what it asked for")
+
+    def _watched(self, name: str, creating: Awaitable[Actor], *, needs: str) -> RayWorker:
+        worker = RayWorker(self._thread, name, creating, needs=needs, on_started=self._on_started)
+        self._workers = [each for each in self._workers if not each.over] + [worker]
+        return worker
 
     async def close(self) -> bool:
         """Waits for an opening that is under way, then leaves or ends Ray. Of a Ray that
         was lost nobody takes leave; the launcher's janitor ends what is left of it."""
         if self._opening is None:
             return True
+        with contextlib.suppress(BatonError):
+            if not self._thread.given_up:
+                await asyncio.shield(self._opening)
+        left = [worker for worker in self._workers if not worker.over]
+        if self._keep or self._thread.given_up:
+            await asyncio.gather(*(worker.leave() for worker in left))
+        elif left:
+            await asyncio.gather(*(worker.kill() for worker in left))
+            await asyncio.wait(
+                [asyncio.ensure_future(worker.wait()) for worker in left], timeout=_CLOSE_S
+            )
         if self._thread.given_up:
             return False
-        with contextlib.suppress(BatonError):
-            await asyncio.shield(self._opening)
         await self._thread.call(ray_cluster.disconnect)
         return True
 
 
-class RayWorker:
-    """One worker in its actor: from the asking for a place to the proof of its end."""
-
-    def __init__(
-        self,
-        thread: RayThread,
-        name: str,
-        start: WorkerStart,
-        *,
-        on_started: Callable[[ProcessName], None],
-    ) -> None:
-        self._thread = thread
-        self._name = name
-        self._on_started = on_started
-        self._placed = False
-        self._unwanted = False
-        self._process: ProcessName | None = None  # on this machine, once it is placed
-        self._created = asyncio.create_task(thread.call(lambda: _create(name, start)))
-
-    async def wait(self) -> Exit:
-        try:
-            actor = await self._created
-        except Exception as error:
-            return Exit(None, f"could not be created by Ray: {_first_line(error)}")
-        try:
-            if self._unwanted:
-                return Exit(None, "was killed")
-            with contextlib.suppress(Exception):  # then running fails too, and says why
-                place = await asyncio.wrap_future(actor.place)
-                self._placed = True
-                if place.is_local:
-                    self._process = place.process
-                    self._on_started(place.process)
-            return await self._wait_end(actor)
-        finally:
-            await self._end(actor)
-
-    async def _wait_end(self, actor: _Actor) -> Exit:
-        run = asyncio.ensure_future(asyncio.wrap_future(actor.run))
-        waits: set[asyncio.Future[Any]] = {run}
-        if self._process is not None:
-            waits.add(asyncio.ensure_future(wait_gone(self._process)))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if not run.done():
-                return Exit(None, "was killed")
-            error = run.exception()
-            return Exit(0, "ended") if error is None else Exit(1, f"failed: {_first_line(error)}")
-        finally:
-            for pending in waits:
-                pending.cancel()
-
-    async def _end(self, actor: _Actor) -> None:
-        """Ends the actor's process, has its end proved, and gives its place back."""
-        if self._process is not None:
-            send(self._process, signal.SIGKILL)
-            await wait_gone(self._process)
-        await self._tell_ray(lambda: _kill(actor.handle))
-        if self._process is None and self._placed:
-            while not await self._thread.call(lambda: _is_dead(actor.handle)):
-                logger.debug("%s is not proved dead yet", self._name)
-        await self._tell_ray(lambda: _give_back(actor.group))
-
-    async def _tell_ray(self, function: Callable[[], None]) -> None:
-        """For what Ray should know; a Ray that has died itself cannot hear it."""
-        try:
-            await asyncio.wait_for(self._thread.call(function), _TELL_S)
-        except Exception as error:  # Ray raises many kinds, documented nowhere
-            logger.warning("%s: Ray did not hear of its end: %s", self._name, _first_line(error))
-
-    async def stop(self) -> None:
-        """A worker that has not come up yet has nothing to finish: it is killed. So is
-        one that Ray cannot be asked to stop."""
-        if not self._placed or self._thread.given_up:
-            await self.kill()
-            return
-        actor = await self._created
-        await self._tell_ray(lambda: actor.handle.stop.remote())
-
-    async def kill(self) -> None:
-        if self._process is not None:
-            send(self._process, signal.SIGKILL)
-        elif self._created.done():
-            actor = await self._created
-            await self._tell_ray(lambda: _kill(actor.handle))
-        else:  # being created; ``wait`` ends it as soon as that is done
-            self._unwanted = True
+def _environment(config: BatonConfig) -> dict[str, str]:
+    """What libraries must find, and as many OpenMP threads as torch will be given: Ray
+    would set them to the actor's ``num_cpus``."""
+    own = worker_environment(os.environ)
+    threads = config.engine.threads
+    return {**own, "OMP_NUM_THREADS": str(threads)} if threads else own
 
 
-class _Actor:
-    """Ray's objects of one worker, and the futures of its two calls."""
-
-    def __init__(self, group: Any, handle: Any) -> None:
-        self.group = group
-        self.handle = handle
-        self.place = handle.place.remote().future()
-        self.run = handle.run.remote().future()
-
-
-def _create(name: str, start: WorkerStart) -> _Actor:
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    group = ray.util.placement_group(
-        [{"CPU": 1}], strategy="STRICT_PACK", name=name, lifetime="detached"
-    )
-    handle = (
-        ray.remote(WorkerActor)
-        .options(
-            name=name,
-            lifetime="detached",
-            num_cpus=1,
-            max_restarts=0,
-            max_concurrency=MAX_CONCURRENCY,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
-        )
-        .remote(start)
-    )
-    return _Actor(group, handle)
-
-
-def _kill(handle: Any) -> None:
-    import ray
-
-    ray.kill(handle, no_restart=True)
-
-
-def _is_dead(handle: Any) -> bool:
-    """Whether Ray knows the actor to be dead; it then answers any call with that."""
-    import ray
-
-    try:
-        ray.get(handle.place.remote(), timeout=_PROOF_POLL_S)
-    except ray.exceptions.RayActorError:
-        return True
-    except ray.exceptions.RayError:
-        return False
-    time.sleep(_PROOF_POLL_S)
-    return False
-
-
-def _give_back(group: Any) -> None:
-    import ray
-
-    ray.util.remove_placement_group(group)
-
-
-def _first_line(error: BaseException) -> str:
-    """Ray's exceptions carry whole tracebacks; their cause says it in a line."""
-    cause = getattr(error, "cause", None) or error
-    text = str(cause).strip() or type(cause).__name__
-    return text.splitlines()[0]
+def _in_words(bundle: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())

@@ -7,8 +7,10 @@ and belong to the Ray thread.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Under memory pressure Ray would kill workers before the kernel needs to.
     "RAY_memory_monitor_refresh_ms": "0",
+    # Ray starts a process per core beforehand, and keeps as many idle as it has CPUs: here
+    # far more than there are. Without, two actors were up as soon (2.5 s after the start).
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_num_workers_soft_limit": "2",
 }
 
 
@@ -35,8 +41,9 @@ def _init(ray: Any, **arguments: Any) -> None:
         raise UnavailableError(f"Ray could not be reached or started: {error}") from error
 
 
-def start_local(folder: Path, *, namespace: str, num_workers: int) -> None:
-    """Starts Ray on this machine with room for ``num_workers`` actors.
+def start_local(folder: Path, *, namespace: str, resources: Mapping[str, float]) -> None:
+    """Starts Ray on this machine; it believes to have ``resources`` (but GPUs: those that
+    there are, where any are asked for).
 
     ``folder`` must be short (Ray puts sockets there) and private to this user.
     Raises: UnavailableError.
@@ -51,12 +58,14 @@ def start_local(folder: Path, *, namespace: str, num_workers: int) -> None:
         os.environ.pop(given, None)
     import ray
 
+    further = dict(resources)
     _init(
         ray,
         address="local",
         namespace=namespace,
-        num_cpus=num_workers,
-        num_gpus=0,
+        num_cpus=math.ceil(further.pop("CPU")),
+        num_gpus=None if further.pop("GPU", 0) else 0,
+        resources=further,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         _memory=1024 * 1024 * 1024,
@@ -65,22 +74,42 @@ def start_local(folder: Path, *, namespace: str, num_workers: int) -> None:
     )
 
 
+def ample(pools: Iterable[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Room for pools of (what each worker takes, the most workers), also while those that
+    leave are still there. GPUs are not made up: a machine has what it has."""
+    total: dict[str, float] = {"CPU": 1.0}
+    for bundle, most in pools:
+        for name, amount in bundle.items():
+            total[name] = total.get(name, 0.0) + 2 * amount * most
+    return total
+
+
+def by_client(address: str) -> bool:
+    """Whether Ray Client is asked for. (A driver does not outlive its connection: Ray ends
+    the process.)"""
+    return address.startswith("ray://")
+
+
 def connect(address: str, *, namespace: str) -> None:
-    """Connects to the Ray cluster at ``address``, and ends what a launcher of the
-    same cluster name that was killed has left there. Raises: UnavailableError."""
+    """Connects to the Ray cluster at ``address``: as a driver, on one of its machines
+    (``HOST:PORT``), or from anywhere by Ray Client (``ray://HOST:PORT``).
+
+    Where that cluster has token authentication, the environment must say so as Ray wants
+    it: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+    Raises: UnavailableError.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     _init(ray, address=address, namespace=namespace)
-    for name in ray.util.list_named_actors():
-        try:
-            ray.kill(ray.get_actor(name), no_restart=True)
-        except ValueError:  # it has ended since
-            continue
-    for group in ray.util.placement_group_table().values():
-        left = group["name"].startswith(f"{namespace}/") and group["state"] != "REMOVED"
-        if left:
-            ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
+
+
+def is_given_up() -> bool:
+    """Whether Ray Client has given the connection up, after it tried again for a while.
+    Does not block, so any thread may ask."""
+    from ray.util.client import ray as client
+
+    return not client.is_connected()  # type: ignore[no-untyped-call]
 
 
 def disconnect() -> None:

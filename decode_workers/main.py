@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from baton.config import BatonConfig
 from baton.errors import BatonError
+from baton.worker.address import advertised_host
 from baton.worker.process import run
 from decode_workers.scheduler import DecodeScheduler
 from decode_workers.service import DecodeService
@@ -21,18 +23,16 @@ async def serve(
     config: BatonConfig,
     *,
     worker_id: str,
-    host: str,
-    port: int,
-    metrics_port: int,
     secret: str,
     redis_url: str,
     stop: asyncio.Event,
 ) -> None:
-    """Runs one decode worker until ``stop`` is set.
+    """Runs one decode worker until ``stop`` is set, as ``config.worker`` says.
 
     Raises CheckpointError, ConfigurationError before it is registered, and
     InternalError when its engine dies.
     """
+    host = advertised_host(config.worker.host, os.environ)
     plan = await asyncio.to_thread(plan_engine, config, secret=secret)
     memory = await asyncio.to_thread(KvMemory, plan.layout.num_bytes)
     parts = await WorkerParts.build(config, plan, memory.buffer, worker_id=worker_id, role="decode")
@@ -82,9 +82,7 @@ async def serve(
     server = parts.session_server(DecodeService(worker, parts), secret=secret)
     await receiver.start()
     try:
-        await parts.host(worker, redis_url=redis_url).run(
-            server, host=host, port=port, metrics_port=metrics_port, stop=stop
-        )
+        await parts.host(worker, redis_url=redis_url).run(server, advertise_host=host, stop=stop)
     finally:
         await receiver.close()
 

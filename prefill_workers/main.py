@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from baton.config import BatonConfig
+from baton.worker.address import advertised_host
 from baton.worker.process import run
 from engine.setup import plan_engine
 from engine.worker_parts import WorkerParts
@@ -20,18 +22,16 @@ async def serve(
     config: BatonConfig,
     *,
     worker_id: str,
-    host: str,
-    port: int,
-    metrics_port: int,
     secret: str,
     redis_url: str,
     stop: asyncio.Event,
 ) -> None:
-    """Runs one prefill worker until ``stop`` is set.
+    """Runs one prefill worker until ``stop`` is set, as ``config.worker`` says.
 
     Raises CheckpointError, ConfigurationError before it is registered, and
     InternalError when its engine dies.
     """
+    host = advertised_host(config.worker.host, os.environ)
     plan = await asyncio.to_thread(plan_engine, config, secret=secret)
     memory = await asyncio.to_thread(KvMemory, plan.layout.num_bytes)
     parts = await WorkerParts.build(
@@ -73,9 +73,7 @@ async def serve(
     sender.register(server)
     await sender.start()
     try:
-        await parts.host(worker, redis_url=redis_url).run(
-            server, host=host, port=port, metrics_port=metrics_port, stop=stop
-        )
+        await parts.host(worker, redis_url=redis_url).run(server, advertise_host=host, stop=stop)
     finally:
         await sender.close()
 

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from baton.errors import BatonError, ConfigurationError, DrainingError, Internal
 from baton.protocol import PROTOCOL_VERSION
 from baton.records import Role, WorkerRecord
 from baton.v1 import session_pb2 as pb
+from baton.worker.address import joined
 from baton.worker.engine_thread import EngineThread
 from baton.worker.inbox import Inbox
 from baton.worker.outbox import Outbox
@@ -34,6 +36,8 @@ from baton.worker.registration import Registration
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
+ANSWER_S = 5.0
+"""How long a step under way may hold up the last answers."""
 FLUSH_S = 0.2
 """Time for the last events to leave before the port closes."""
 
@@ -150,19 +154,21 @@ class WorkerHost:
         self,
         server: grpc.aio.Server,
         *,
-        host: str,
-        port: int,
-        metrics_port: int,
+        advertise_host: str,
         stop: asyncio.Event,
     ) -> None:
-        """Serves until ``stop``. Raises InternalError when the engine dies and
+        """Serves until ``stop``, on ``config.worker``'s ports; others find it at
+        ``advertise_host``. Raises InternalError when the engine dies and
         ConfigurationError when a port or the registry cannot be had."""
-        address = await self._listen(server, host, port)
-        page, page_thread = start_http_server(metrics_port, host, self._registry)
-        metrics_address = f"{host}:{page.server_address[1]}"
+        port = await self._listen(server)
+        page, page_thread = self._serve_page()
+        address = joined(advertise_host, port)
         registration = Registration(
             self._redis_url,
-            self._identity.record(address=address, metrics_address=metrics_address),
+            self._identity.record(
+                address=address,
+                metrics_address=joined(advertise_host, page.server_address[1]),
+            ),
             self._config.registry,
         )
         self._thread.start()
@@ -174,20 +180,32 @@ class WorkerHost:
         finally:
             await server.stop(grace=FLUSH_S)
             hangs = self._thread.round_age_s > self._config.engine.hang_s
-            patience_s = 0.0 if hangs else self._config.gateway.drain_s
+            patience_s = 0.0 if hangs else self._config.worker.drain_s
             await asyncio.to_thread(self._thread.stop, timeout_s=patience_s)
             await asyncio.to_thread(page.shutdown)
             page.server_close()
             page_thread.join()
             logger.info("%s has stopped", self._identity.worker_id)
 
-    async def _listen(self, server: grpc.aio.Server, host: str, port: int) -> str:
+    async def _listen(self, server: grpc.aio.Server) -> int:
+        """The port that it got."""
+        wanted = joined(self._config.worker.host, self._config.worker.port)
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            bound = server.add_insecure_port(wanted)
         except RuntimeError as error:
-            raise ConfigurationError(f"cannot listen on {host}:{port}: {error}") from None
+            raise ConfigurationError(f"cannot listen on {wanted}: {error}") from None
         await server.start()
-        return f"{host}:{bound}"
+        return bound
+
+    def _serve_page(self) -> tuple[Any, threading.Thread]:
+        """The metrics page's server, and the thread that it runs in."""
+        host, port = self._config.worker.host, self._config.worker.metrics_port
+        try:
+            return start_http_server(port, host, self._registry)
+        except OSError as error:
+            raise ConfigurationError(
+                f"worker.metrics_port: cannot listen on {joined(host, port)}: {error.strerror}"
+            ) from None
 
     async def _register(self, registration: Registration) -> None:
         try:
@@ -223,14 +241,30 @@ class WorkerHost:
     async def _drain(self, registration: Registration) -> None:
         await registration.close()
         self._inbox.post(self._worker.drain)
-        bound_s = 0.0 if registration.lost.is_set() else self._config.gateway.drain_s
+        bound_s = 0.0 if registration.lost.is_set() else self._config.worker.drain_s
         ends_at = time.monotonic() + bound_s
+        await self._engine_round(ends_at)  # what came before is known to the worker then
         while time.monotonic() < ends_at and not self._fatal.done():
-            await asyncio.sleep(POLL_S)
             if self._worker.idle:
                 break
+            await asyncio.sleep(POLL_S)
         self._inbox.post(
             self._worker.fail_all,
             DrainingError(f"{self._identity.worker_id} has gone away"),
         )
+        # Told in one round, sent with the step that follows: by the second it has left.
+        answered_by = time.monotonic() + ANSWER_S
+        for _ in range(2):
+            await self._engine_round(answered_by)
         await asyncio.sleep(FLUSH_S)
+
+    async def _engine_round(self, until: float) -> None:
+        """Until the engine thread has come to what was posted before, or to ``until`` on
+        the monotonic clock: a step may take long, a dead engine never comes."""
+        came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._inbox.post(self._inbox.call, came.set_result, None)
+        await asyncio.wait(
+            {came, self._fatal},
+            timeout=max(0.0, until - time.monotonic()),
+            return_when=asyncio.FIRST_COMPLETED,
+        )

@@ -1,4 +1,4 @@
-"""The command line of a worker process: the same for both pools."""
+"""The command line of a worker process and the frame of its life: the same for both roles."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import uvloop
 
-from baton.config import load_config
+from baton.config import BatonConfig, load_config
 from baton.errors import BatonError, ConfigurationError
 from baton.logs import configure
+from baton.worker.leave import stay
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,11 @@ def _parser(role: str) -> argparse.ArgumentParser:
         description=f"One {role} worker. BATON_SECRET and REDIS_URL come from the environment.",
     )
     parser.add_argument("--worker-id", required=True, help="unique name, such as prefill-0")
+    parser.add_argument("--pool", default=role, help="whose settings it has; default: %(default)s")
     parser.add_argument("--config", type=Path, help="YAML or JSON configuration file")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    parser.add_argument("--metrics-port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--host", help="in place of worker.host")
+    parser.add_argument("--port", type=int, help="in place of worker.port")
+    parser.add_argument("--metrics-port", type=int, help="in place of worker.metrics_port")
     return parser
 
 
@@ -47,17 +49,57 @@ def required_environment(name: str) -> str:
     return value
 
 
+def pool_config(config: BatonConfig, *, role: str, pool: str) -> BatonConfig:
+    """What a worker of that role goes by in that pool. Raises ConfigurationError."""
+    own = config.for_pool(pool)
+    if (actual := config.pools[pool].role) != role:
+        raise ConfigurationError(
+            f"pool {pool} is of role {actual}, and this is a {role} worker; "
+            f"start {actual}_workers.main for it"
+        )
+    return own
+
+
+async def live(
+    serve: Serve,
+    config: BatonConfig,
+    *,
+    role: str,
+    pool: str,
+    worker_id: str,
+    secret: str,
+    redis_url: str,
+    stop: asyncio.Event,
+) -> None:
+    """One worker's whole life on this event loop. ``stop`` asks for its end, as leaving
+    this node does. Raises what ``serve`` raises, and BatonError when it may not start."""
+    own = pool_config(config, role=role, pool=pool)
+    async with stay(worker_id, stop):
+        await serve(own, worker_id=worker_id, secret=secret, redis_url=redis_url, stop=stop)
+
+
+def _config(arguments: argparse.Namespace) -> BatonConfig:
+    """The file's, with what the command line says in place of it for this pool."""
+    config = load_config(arguments.config)
+    config.for_pool(arguments.pool)
+    names = ("host", "port", "metrics_port")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if not given:
+        return config
+    return load_config(arguments.config, {"pools": {arguments.pool: {"worker": given}}})
+
+
 async def _main(role: str, serve: Serve, arguments: argparse.Namespace) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await serve(
-        load_config(arguments.config),
+    await live(
+        serve,
+        _config(arguments),
+        role=role,
+        pool=arguments.pool,
         worker_id=arguments.worker_id,
-        host=arguments.host,
-        port=arguments.port,
-        metrics_port=arguments.metrics_port,
         secret=required_environment("BATON_SECRET"),
         redis_url=required_environment("REDIS_URL"),
         stop=stop,

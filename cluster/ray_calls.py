@@ -1,0 +1,208 @@
+"""What the backend asks of Ray. All functions block and belong to the Ray thread.
+
+Ray Client offers the same functions; here nothing depends on which of both is used.
+An actor and its placement group have one name, ``NAMESPACE/WORKER_ID/RANDOM``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import signal
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from cluster.procfs import ProcessName, send, wait_gone
+from cluster.ray_actor import END_POLL_S, MAX_CONCURRENCY, Place, WorkerActor, WorkerStart
+from cluster.ray_actor import machine_id as this_machine
+
+_STORE = "baton"
+"""Namespace in Ray's store, where every actor notes its place under its name: of a
+process that is stopped nothing else would tell us which one it is."""
+
+_TASK_PROOF_S = 10.0
+"""How long a killed process may take to go, as seen by the task that killed it."""
+
+
+class Actor:
+    """Ray's handle of one worker."""
+
+    def __init__(self, name: str, handle: Any) -> None:
+        self.name = name
+        self._handle = handle
+
+    @property
+    def worker_id(self) -> str:
+        return self.name.split("/")[1]
+
+    def place(self) -> Future[str]:
+        """Done once it is placed; fails when it cannot be any more."""
+        future: Future[str] = self._handle.place.remote().future()
+        return future
+
+    def begin(self) -> None:
+        self._handle.begin.remote()
+
+    def wait_end(self) -> Future[str | None]:
+        future: Future[str | None] = self._handle.wait_end.remote(END_POLL_S).future()
+        return future
+
+    def stop(self) -> None:
+        self._handle.stop.remote()
+
+
+def _note_place(name: str) -> Place:
+    """In the actor: which process it is, said to Ray's store."""
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    place = Place.here(ray.get_runtime_context().get_node_id())
+    _internal_kv_put(name, place.to_json(), namespace=_STORE)
+    return place
+
+
+def create(name: str, bundle: Mapping[str, float], start: WorkerStart) -> Actor:
+    """Asks Ray for a worker in a bundle of its own, all of which it takes."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = ray.util.placement_group(
+        [dict(bundle)], strategy="STRICT_PACK", name=name, lifetime="detached"
+    )
+    further = dict(bundle)
+    handle = (
+        ray.remote(WorkerActor)
+        .options(
+            name=name,
+            lifetime="detached",
+            num_cpus=further.pop("CPU", 0),
+            num_gpus=further.pop("GPU", 0),
+            resources=further,
+            max_restarts=0,
+            max_concurrency=MAX_CONCURRENCY,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
+        )
+        .remote(start, functools.partial(_note_place, name))
+    )
+    return Actor(name, handle)
+
+
+def find(namespace: str) -> list[Actor]:
+    """The workers of this namespace that live or wait for their place."""
+    import ray
+
+    found = []
+    for name in ray.util.list_named_actors():
+        if name.startswith(f"{namespace}/") and name.count("/") == 2:
+            try:
+                found.append(Actor(name, ray.get_actor(name)))
+            except ValueError:  # it has ended since
+                continue
+    return found
+
+
+def noted_place(name: str) -> Place | None:
+    """Where that actor is or was; None when it never came to a place."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    noted = _internal_kv_get(name, namespace=_STORE)
+    return Place.from_json(noted) if noted else None
+
+
+def forget_all_but(namespace: str, names: set[str]) -> None:
+    """Removes placement groups and notes of actors that are no more."""
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_list
+
+    noted = {key.decode() for key in _internal_kv_list(f"{namespace}/", namespace=_STORE)}
+    table = ray.util.placement_group_table().values()
+    groups = {group["name"] for group in table if group["state"] != "REMOVED"}
+    for name in noted | groups:
+        if name.startswith(f"{namespace}/") and name not in names:
+            give_back(name)
+
+
+def kill(name: str) -> None:
+    """Has Ray end the actor of that name, if there is one."""
+    import ray
+
+    try:
+        ray.kill(ray.get_actor(name), no_restart=True)
+    except ValueError:
+        return
+
+
+def give_back(name: str) -> None:
+    """Gives its placement group back, if there is one, and forgets its place."""
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    with contextlib.suppress(ValueError):
+        ray.util.remove_placement_group(ray.util.get_placement_group(name))
+    _internal_kv_del(name, namespace=_STORE)
+
+
+def waits_for_room(name: str) -> bool:
+    """Whether its placement group has no place yet."""
+    import ray
+
+    table = ray.util.placement_group_table().values()
+    return any(
+        group["name"] == name and group["state"] in ("PENDING", "RESCHEDULING") for group in table
+    )
+
+
+def end_process(place: Place) -> Future[bool]:
+    """Kills that process on its own node, also when it is stopped; True: it is gone."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(_end_here).options(
+        num_cpus=0,
+        max_retries=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False),
+    )
+    process = place.process
+    future: Future[bool] = task.remote(process.pid, process.start_time, place.machine).future()
+    return future
+
+
+def _end_here(pid: int, start_time: int, machine: str) -> bool:
+    """On the process's node. Raises RuntimeError where its pid means another process."""
+    if machine != this_machine():
+        raise RuntimeError("Ray's tasks on that node do not see its actors' processes")
+    process = ProcessName(pid, start_time)
+    send(process, signal.SIGKILL)
+    try:
+        asyncio.run(asyncio.wait_for(wait_gone(process), _TASK_PROOF_S))
+    except TimeoutError:
+        return False
+    return True
+
+
+def node_is_dead(node_id: str) -> bool:
+    """Whether Ray has found that node dead; one that it does not know is."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return not any(node["NodeID"] == node_id and node["Alive"] for node in nodes)
+
+
+def says_dead(error: BaseException) -> bool:
+    """Whether it is Ray's word that an actor has ended, or can never start. Anything else
+    (a connection that was lost, a head that restarts) says nothing about the actor."""
+    from ray import exceptions
+
+    if isinstance(error, exceptions.ActorUnavailableError):
+        return False
+    dead = (exceptions.RayActorError, exceptions.ActorUnschedulableError, exceptions.RayTaskError)
+    return isinstance(error, dead)
+
+
+def first_line(error: BaseException) -> str:
+    """Ray's exceptions carry whole tracebacks; their cause says it in a line."""
+    cause = getattr(error, "cause", None) or error
+    text = str(cause).strip() or type(cause).__name__
+    return text.splitlines()[0]
