@@ -1,7 +1,8 @@
 """How many choices are served at once, how many wait, and who hears "later".
 
 A choice is WAITING (first come, first served), then ADMITTED until it releases
-its place. One that finds the queue full is refused at once.
+its place. One that finds the queue full is refused at once, and so is one that would
+wait in it beyond its deadline, as far as can be foreseen.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Admission:
     async def admitted(self, deadline: float) -> AsyncIterator[None]:
         """Holds a place while the block runs; ``deadline`` is on the event loop's clock.
 
-        Raises: OverloadedError when the queue is full; DeadlineExceededError when
-        the deadline passes in it.
+        Raises: OverloadedError when the queue is full or too long for the deadline;
+        DeadlineExceededError when the deadline passes in it all the same.
         """
         loop = asyncio.get_running_loop()
         await self._acquire(deadline)
@@ -67,7 +68,20 @@ class Admission:
             raise OverloadedError(
                 "too many requests are waiting; try again later", retry_after_s=self.retry_after_s()
             )
+        wait_s = self._expected_wait_s()
+        if wait_s > deadline - asyncio.get_running_loop().time() > 0:
+            raise OverloadedError(
+                f"those that wait already will take about {wait_s:.0f} s, which is beyond the "
+                "request's deadline; try again later",
+                retry_after_s=self.retry_after_s(),
+            )
         await self._wait(deadline)
+
+    def _expected_wait_s(self) -> float:
+        """Until a place is free for one more: all before it have to be given one first, and
+        places come free as fast as choices have been served lately. Its own service does
+        not count, so this refuses rather too few."""
+        return len(self._waiting) / self._max_in_flight * (self._service_s or 0.0)
 
     async def _wait(self, deadline: float) -> None:
         """Returns holding a place, which whoever released it has handed over."""

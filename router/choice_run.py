@@ -13,12 +13,14 @@ import contextlib
 import logging
 import random
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from baton.errors import BatonError, DeadlineExceededError, DrainingError, UnavailableError
 from baton.records import Role
 from baton.telemetry import GatewayMetrics
+from baton.timeline import Timeline
 from baton.v1 import session_pb2 as pb
 from router.attempt import REFUSALS, Attempt
 from router.request import ChoiceOutput, ChoiceRequest, FinishReason
@@ -60,9 +62,10 @@ class Serving:
 class ChoiceRun:
     """Made on the event loop; ``close`` gives everything back, whatever has happened."""
 
-    def __init__(self, choice: ChoiceRequest, serving: Serving) -> None:
+    def __init__(self, choice: ChoiceRequest, serving: Serving, timeline: Timeline) -> None:
         self._choice = choice
         self._serving = serving
+        self._timeline = timeline
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._tokens = TokenMerge(choice.max_tokens)
@@ -104,6 +107,7 @@ class ChoiceRun:
                 return output
             self._end_attempt()
             assert attempt.error is not None
+            self._timeline.failed(attempt.error.code)
             finish_reason = self._finished_all_but(attempt.error)
             if finish_reason is not None:
                 return ChoiceOutput((), finish_reason, self._num_cached_tokens or 0)
@@ -115,8 +119,17 @@ class ChoiceRun:
         pairing = await self._pair()
         attempt = Attempt(pairing, self._message(pairing), self._tokens, self._wake)
         self._attempt = attempt
-        self._serving.metrics.attempts.labels(cause=self._cause).inc()
+        metrics = self._serving.metrics
+        metrics.attempts.labels(cause=self._cause).inc()
+        kind = "local" if pairing.prefill is None else "disaggregated"
+        metrics.routing_decisions.labels(kind=kind).inc()
         attempt.open()
+        self._timeline.opened(
+            self._cause,
+            prefill=None if pairing.prefill is None else pairing.prefill.record.worker_id,
+            decode=pairing.decode.record.worker_id,
+            candidates=pairing.candidates,
+        )
         return attempt
 
     async def _pair(self) -> Pairing:
@@ -128,9 +141,11 @@ class ChoiceRun:
             while True:
                 self._check()
                 await self._prepare_hashes()
-                pairing = self._serving.policy.pick(
+                began = time.perf_counter()
+                pairing = serving.policy.pick(
                     self._hashes, self._candidates("prefill"), self._candidates("decode")
                 )
+                serving.metrics.routing_seconds.observe(time.perf_counter() - began)
                 if pairing is not None:
                     return pairing
                 if self._loop.time() >= give_up_at:
@@ -194,6 +209,8 @@ class ChoiceRun:
         """None: the attempt has failed, and all its tokens have been taken."""
         while True:
             token_ids = self._tokens.take()
+            if token_ids:
+                self._timeline.arrived(len(token_ids))
             if attempt.finish_reason is not None:
                 await self._wait_account(attempt)
                 self._end_attempt()

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from baton.config import BatonConfig
 from baton.faults import Faults
 from baton.telemetry import GatewayMetrics
+from baton.timeline import Timeline
 from router.admission import Admission
 from router.choice_run import ChoiceRun, Serving
 from router.request import ChoiceOutput, ChoiceRequest
@@ -72,8 +73,11 @@ class Orchestrator:
         Closing the generator, or cancelling the task that waits on it, cancels the
         choice on all workers. Raises a BatonError on failure.
         """
+        timeline = choice.timeline or Timeline()
+        timeline.submitted()
         async with self._admission.admitted(choice.deadline):
-            run = ChoiceRun(choice, self._serving)
+            timeline.admitted()
+            run = ChoiceRun(choice, self._serving, timeline)
             try:
                 await self._faults.wait("gateway.admitted")
                 while True:
@@ -83,6 +87,8 @@ class Orchestrator:
                         return
             finally:
                 run.close()
+                if (exposed_s := timeline.handoff_exposed_s) is not None:
+                    self._metrics.handoff_exposed.observe(exposed_s)
 
     def status(self) -> ClusterStatus:
         """The cluster as last seen; does not wait."""

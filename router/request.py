@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from baton.timeline import Timeline
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -34,6 +36,8 @@ class ChoiceRequest:
     traceparent: str = ""
     tracestate: str = ""
     cache_salt: str = ""
+    timeline: Timeline | None = None
+    """Where the choice's times are noted, if somebody wants to read them."""
 
 
 @dataclass(frozen=True, slots=True)

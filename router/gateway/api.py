@@ -14,7 +14,7 @@ from router.gateway.body import parse_object, read_body
 from router.gateway.chat import ChatJob
 from router.gateway.completions import CompletionJob
 from router.gateway.context import context_of
-from router.gateway.headers import deadline_s
+from router.gateway.headers import deadline_s, wants_timeline
 from router.gateway.openapi import request_body
 from router.gateway.respond import GenerationResponse
 from router.gateway.schema import (
@@ -38,14 +38,20 @@ def api_routes(services: Services) -> APIRouter:
     @routes.post("/chat/completions", openapi_extra=request_body(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """Answers a conversation."""
+        timeline = wants_timeline(request.headers)
         deadline, parsed = await _receive(request, services, parse_chat)
-        return GenerationResponse(services, ChatJob(parsed), deadline=deadline)
+        return GenerationResponse(
+            services, ChatJob(parsed), deadline=deadline, with_timeline=timeline
+        )
 
     @routes.post("/completions", openapi_extra=request_body(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continues text or token ids."""
+        timeline = wants_timeline(request.headers)
         deadline, parsed = await _receive(request, services, parse_completion)
-        return GenerationResponse(services, CompletionJob(parsed), deadline=deadline)
+        return GenerationResponse(
+            services, CompletionJob(parsed), deadline=deadline, with_timeline=timeline
+        )
 
     @routes.get("/models")
     async def models() -> JSONResponse:

@@ -1,4 +1,4 @@
-"""What a request's headers carry: its id, its trace and its deadline."""
+"""What a request's headers carry: its id, its trace, its deadline, wishes for its answer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from baton.errors import InvalidRequestError
 
 REQUEST_ID = "x-request-id"
 DEADLINE = "X-Baton-Deadline-Ms"
+TIMELINE = "X-Baton-Timeline"
 
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
 # W3C Trace Context, level 1, section 3.2: lower-case hexadecimal, neither id all zero.
@@ -72,3 +73,14 @@ def deadline_s(headers: Headers, config: GatewayConfig) -> float:
             param=DEADLINE,
         )
     return value / 1000
+
+
+def wants_timeline(headers: Headers) -> bool:
+    """The answer is to tell where its time went. Raises InvalidRequestError, naming the header."""
+    given = headers.getlist(TIMELINE)
+    if given not in ([], ["1"]):
+        raise InvalidRequestError(
+            f"{TIMELINE} should be 1, which asks for the request's timeline, or be left out",
+            param=TIMELINE,
+        )
+    return bool(given)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from baton.checkpoint.checkpoint import Checkpoint
 from baton.config import BatonConfig
 from baton.errors import ContextLengthError, InvalidRequestError
+from baton.timeline import Timeline
 from router.gateway.context import RequestContext
 from router.gateway.endpoint import Job
 from router.gateway.schema import GenerationRequest
@@ -50,7 +51,13 @@ class Planner:
         return self._context if workers is None else min(self._context, workers)
 
     async def plan(
-        self, job: Job, context: RequestContext, *, status: ClusterStatus, deadline: float
+        self,
+        job: Job,
+        context: RequestContext,
+        *,
+        status: ClusterStatus,
+        deadline: float,
+        with_timeline: bool = False,
     ) -> Plan:
         """Raises InvalidRequestError or ContextLengthError, naming the field."""
         request = job.request
@@ -78,6 +85,7 @@ class Planner:
                 traceparent=context.trace.traceparent,
                 tracestate=context.trace.tracestate,
                 cache_salt=request.cache_salt,
+                timeline=Timeline() if with_timeline else None,
             )
             for index in range(len(prompts) * request.n)
         )

@@ -45,12 +45,15 @@ class _Exchange:
 class GenerationResponse(Response):
     """One request, from its parsed body to the last byte of its answer."""
 
-    def __init__(self, services: Services, job: Job, *, deadline: float) -> None:
-        """``deadline``: on the event loop's clock."""
+    def __init__(
+        self, services: Services, job: Job, *, deadline: float, with_timeline: bool = False
+    ) -> None:
+        """``deadline``: on the event loop's clock; ``with_timeline``: tell where time went."""
         self.background = None
         self._services = services
         self._job = job
         self._deadline = deadline
+        self._with_timeline = with_timeline
         self._return_token_ids = job.request.return_token_ids
         self._head = {
             "id": f"{job.id_prefix}{secrets.token_hex(16)}",
@@ -88,6 +91,7 @@ class GenerationResponse(Response):
                 context,
                 status=services.orchestrator.status(),
                 deadline=self._deadline,
+                with_timeline=self._with_timeline,
             )
             context.num_prompt_tokens = sum(map(len, plan.prompts))
             runs = self._runs(plan)
@@ -124,7 +128,7 @@ class GenerationResponse(Response):
             for answer in answers
         ]
         body = {**self._head, "choices": choices, "usage": self._usage(exchange)}
-        data = to_json(body | self._prompt_token_ids(exchange.plan))
+        data = to_json(body | self._prompt_token_ids(exchange.plan) | self._timeline(exchange))
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(data)).encode()),
@@ -136,15 +140,20 @@ class GenerationResponse(Response):
     async def _stream(self, exchange: _Exchange, stream: EventStream) -> None:
         with_usage = {"usage": None} if self._job.request.include_usage else {}
         extras: Mapping[str, Any] = with_usage | self._prompt_token_ids(exchange.plan)
+        num_unfinished = len(exchange.runs)
         while (deltas := await self._next(exchange.generation, stream)) is not None:
             events = []
             for delta in deltas:
+                num_unfinished -= delta.finish_reason is not None
+                if num_unfinished == 0 and not with_usage:
+                    extras = {**extras, **self._timeline(exchange)}
                 events.append(event(self._chunk(delta, extras)))
                 extras = with_usage
             await stream.write(b"".join(events))
         end = DONE
         if self._job.request.include_usage:
-            end = event({**self._head, "choices": [], "usage": self._usage(exchange)}) + DONE
+            last = {**self._head, "choices": [], "usage": self._usage(exchange)}
+            end = event(last | self._timeline(exchange)) + DONE
         await exchange.call.answered()
         await stream.write(end, last=True)
 
@@ -170,6 +179,20 @@ class GenerationResponse(Response):
             return {}
         prompts = [list(prompt) for prompt in plan.prompts]
         return {"prompt_token_ids": prompts[0] if len(prompts) == 1 else prompts}
+
+    def _timeline(self, exchange: _Exchange) -> dict[str, Any]:
+        """The member that says where each choice's time went, if it was asked for."""
+        entries = [
+            {
+                "index": run.choice.choice_index,
+                **run.choice.timeline.report(),
+                "num_prompt_tokens": len(run.choice.prompt_token_ids),
+                "num_cached_tokens": run.num_cached_tokens,
+            }
+            for run in exchange.runs
+            if run.choice.timeline is not None
+        ]
+        return {"baton": {"timeline": entries}} if entries else {}
 
     def _usage(self, exchange: _Exchange) -> dict[str, Any]:
         plan, runs, n = exchange.plan, exchange.runs, self._job.request.n

@@ -19,7 +19,7 @@ from router.orchestrator import Orchestrator
 from router.request import ChoiceOutput, ChoiceRequest, SamplingParams
 from router.routing.input_hashes import BlockNames
 from router.routing.kv_index import KvIndex
-from router.routing.policy import make_policy
+from router.routing.policy import PeerShare, RoutingPolicy, make_policy
 from router.workers.handshake import GatewayIdentity
 from router.workers.pool import WorkerPool
 from tests.support.fake_worker import (
@@ -95,14 +95,32 @@ class Client:
         await asyncio.gather(self.task, return_exceptions=True)
 
 
+class FakePeers:
+    """Other gateways, whose load a test makes up."""
+
+    def __init__(self) -> None:
+        self.up = True
+        self.shares: dict[bytes, PeerShare] = {}
+        self.told: list[tuple[bytes, int, int]] = []
+
+    def given(self, epoch: bytes, num_tokens: int, num_blocks: int) -> None:
+        self.told.append((epoch, num_tokens, num_blocks))
+
+    def since(self, epoch: bytes, reported_at: float | None) -> PeerShare:
+        return self.shares.get(epoch, PeerShare())
+
+
 class FakeCluster:
     """A pool with an orchestrator on it; workers are added, and die, as a test likes."""
 
-    def __init__(self, config: BatonConfig) -> None:
+    def __init__(self, config: BatonConfig, policy: RoutingPolicy | None = None) -> None:
         self.registry = CollectorRegistry()
         self.metrics = GatewayMetrics(self.registry)
         self.scripts = Scripts()
         self.workers: list[FakeWorker] = []
+        self.peers = FakePeers()
+        self.gateways: tuple[str, ...] = ()
+        self.prefill_wanted: bool | None = None
         clock = asyncio.get_running_loop().time
         self.index = KvIndex(clock)
         self.pool = WorkerPool(
@@ -116,12 +134,17 @@ class FakeCluster:
         self.orchestrator = Orchestrator(
             config=config,
             pool=self.pool,
-            policy=make_policy(config.routing, self.index, random.Random(1), clock),
+            policy=policy
+            or make_policy(config.routing, self.index, random.Random(1), clock, self.peers),
             metrics=self.metrics,
             faults=Faults(None, "gateway-0"),
             registry_up=lambda: True,
             rng=random.Random(1),
             names=NAMES if config.routing.policy == "kv_aware" else None,
+            prefill_wanted=lambda: self.prefill_wanted,
+            gateways=lambda: self.gateways,
+            peers=self.peers,
+            peers_up=lambda: self.peers.up,
         )
         self._records: dict[str, WorkerRecord] = {}
 
@@ -169,12 +192,14 @@ class FakeCluster:
 
 
 @asynccontextmanager
-async def fake_cluster(**settings: Any) -> AsyncIterator[FakeCluster]:
+async def fake_cluster(
+    *, policy: RoutingPolicy | None = None, **settings: Any
+) -> AsyncIterator[FakeCluster]:
     """``settings`` are the configuration's sections, with a policy that tests can foresee
-    unless they name one. Ends with every table empty, or fails."""
+    unless they name or bring one. Ends with every table empty, or fails."""
     settings = {"routing": {"policy": "least_loaded"}} | settings
     session = {"report_s": 0.05} | settings.pop("session", {})
-    cluster = FakeCluster(parse_config({"session": session} | settings))
+    cluster = FakeCluster(parse_config({"session": session} | settings), policy)
     try:
         yield cluster
         await wait_until(lambda: cluster.num_open() == 0, "no stream is left in a table")

@@ -128,7 +128,8 @@ class _Server(uvicorn.Server):
 
 
 class Gateway:
-    """The application under test with all it was made of."""
+    """The application under test with all it was made of; ``orchestrator`` in place of a
+    scripted one."""
 
     def __init__(
         self,
@@ -136,10 +137,11 @@ class Gateway:
         *,
         api_key: str | None = None,
         checkpoint: Checkpoint | None = None,
+        orchestrator: Any = None,
         **gateway: Any,
     ) -> None:
         self.config: BatonConfig = parse_config({"served_model_name": MODEL, "gateway": gateway})
-        self.orchestrator = ScriptedOrchestrator()
+        self.orchestrator = orchestrator or ScriptedOrchestrator()
         if script is not None:
             self.orchestrator.script = script
         self.registry = CollectorRegistry()

@@ -152,3 +152,57 @@ def test_no_place_is_lost_or_doubled_under_any_schedule(
         assert (gate.num_in_flight, gate.num_queued) == (0, 0)
 
     asyncio.run(scenario())
+
+
+async def serve_one(gate: Admission, clock: Clock, service_s: float) -> None:
+    """Teaches the gate how long a choice takes."""
+    async with gate.admitted(clock.now + 60.0):
+        clock.now += service_s
+
+
+class Clock:
+    """In place of the event loop's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = asyncio.get_running_loop().time()
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: self.now, raising=False)
+
+
+async def test_choice_that_would_wait_beyond_its_deadline_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    gate = admission(max_in_flight=2, max_queued=100)
+    await serve_one(gate, clock, service_s=10.0)
+    # Two are served and four wait: the next one's turn comes in 20 s.
+    holders = [Holder(gate, deadline=clock.now + 1000.0) for _ in range(6)]
+    await settle()
+    assert gate.num_queued == 4
+    with pytest.raises(OverloadedError, match="about 20 s") as refused:
+        async with gate.admitted(clock.now + 19.0):
+            pass
+    assert refused.value.retry_after_s == 25
+    assert gate.num_queued == 4
+    patient = Holder(gate, deadline=clock.now + 21.0)
+    await settle()
+    assert gate.num_queued == 5
+    for holder in (*holders, patient):
+        await holder.leave()
+
+
+async def test_nobody_is_refused_early_while_nothing_is_known_or_nobody_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    gate = admission(max_in_flight=1, max_queued=100)
+    first = [Holder(gate, deadline=clock.now + 1.0) for _ in range(3)]
+    await settle()
+    assert gate.num_queued == 2  # no choice has ended yet
+    for holder in first:
+        await holder.leave()
+    await serve_one(gate, clock, service_s=1000.0)
+    holders = [Holder(gate, deadline=clock.now + 1.0) for _ in range(2)]
+    await settle()
+    assert gate.num_queued == 1  # the place may come free at any moment
+    for holder in holders:
+        await holder.leave()

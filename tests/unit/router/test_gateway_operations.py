@@ -57,6 +57,15 @@ async def test_ready_says_what_is_missing() -> None:
     assert "No decode worker is ready." in error_of(response)["message"]
 
 
+async def test_ready_says_what_makes_it_serve_worse() -> None:
+    gateway = Gateway()
+    degraded = ("The registry (Redis) does not answer.",)
+    gateway.orchestrator.cluster = ClusterStatus((), False, degraded=degraded)
+    response = await gateway.get("/ready")
+    assert response.status_code == 200
+    assert response.json()["degraded"] == list(degraded)
+
+
 async def test_models_are_listed_even_when_no_worker_is_up() -> None:
     gateway = Gateway()
     gateway.orchestrator.cluster = ClusterStatus((), False, ("x",))

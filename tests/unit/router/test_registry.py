@@ -13,7 +13,7 @@ import redis.asyncio
 from prometheus_client import CollectorRegistry
 
 from baton.config import RegistryConfig
-from baton.records import WorkerRecord, gateway_key, worker_key
+from baton.records import PoolWish, PoolWishes, WorkerRecord, gateway_key, pools_key, worker_key
 from baton.telemetry import GatewayMetrics
 from router.routing.kv_index import KvIndex
 from router.workers.pool import WorkerPool
@@ -239,3 +239,66 @@ async def test_registry_closes_at_any_moment(server: RedisServer) -> None:
             await asyncio.sleep(0)
         async with asyncio.timeout(10):
             await registry.close()
+
+
+def wishes(prefill: int) -> str:
+    pools = {
+        "prefill": PoolWish(role="prefill", replicas=prefill, configured=1),
+        "decode": PoolWish(role="decode", replicas=1, configured=1),
+    }
+    return PoolWishes(pools=pools).model_dump_json()
+
+
+async def test_pools_that_are_wished_for_are_known_and_outlive_redis(server: RedisServer) -> None:
+    key = pools_key(CONFIG.cluster)
+    async with viewing(server.url) as view:
+        assert view.registry.wants("prefill") is None
+        await view.redis.set(key, wishes(0))
+        await wait_until(lambda: view.registry.wants("prefill") is False)
+        assert view.registry.wants("decode") is True
+        await view.redis.set(key, wishes(2))
+        await wait_until(lambda: view.registry.wants("prefill") is True)
+        server.stop()
+        await wait_until(lambda: not view.registry.up)
+        server.start()
+        await wait_until(lambda: view.registry.up)
+        assert view.registry.wants("prefill") is True
+
+
+async def test_malformed_wishes_are_logged_once_and_the_last_good_ones_stay(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with viewing(server.url) as view:
+        await view.redis.set(pools_key(CONFIG.cluster), wishes(0))
+        await wait_until(lambda: view.registry.wants("prefill") is False)
+        await view.redis.set(pools_key(CONFIG.cluster), '{"pools": {"prefill": {}}}')
+        polls = await _num_scans(view)
+        while await _num_scans(view) < polls + 4:
+            await asyncio.sleep(CONFIG.poll_s)
+        assert view.registry.wants("prefill") is False
+        assert len([r for r in caplog.records if "malformed" in r.message]) == 1
+
+
+async def test_gateways_are_seen_while_they_live(server: RedisServer) -> None:
+    async with viewing(server.url) as view:
+        assert view.registry.gateways == ("gateway-0",)
+        other = gateway_key(CONFIG.cluster, "gateway-1")
+        await view.redis.set(other, "{}", px=60_000)
+        await wait_until(lambda: view.registry.gateways == ("gateway-0", "gateway-1"))
+        assert view.sample("baton_gateways") == 2
+        await view.redis.delete(other)
+        await wait_until(lambda: view.registry.gateways == ("gateway-0",))
+
+
+async def test_keys_of_another_cluster_and_of_another_kind_are_left_alone(
+    server: RedisServer,
+) -> None:
+    async with viewing(server.url) as view:
+        await view.redis.set("baton:other:gateway:gateway-9", "{}")
+        await view.redis.rpush(f"baton:{CONFIG.cluster}:something", "a list")
+        await view.redis.hset(worker_key(CONFIG.cluster, "a-hash"), "field", "value")
+        polls = await _num_scans(view)
+        while await _num_scans(view) < polls + 3:
+            await asyncio.sleep(CONFIG.poll_s)
+        assert view.registry.up
+        assert view.registry.gateways == ("gateway-0",)

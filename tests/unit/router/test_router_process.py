@@ -172,6 +172,45 @@ async def test_what_outlasts_the_drain_is_told_so_and_the_gateway_ends(
         assert (await process.end())[0] == 0
 
 
+async def test_gateways_see_each_other_and_say_while_redis_is_away(
+    tmp_path: Path, server: RedisServer
+) -> None:
+    worker = FakeWorker("decode-0", "decode")
+    environment = {"BATON_SECRET": SECRET, "REDIS_URL": server.url}
+    pools = {"prefill": {"replicas": 0}, "decode": {}}
+    one = gateway(tmp_path, environment=environment, pools=pools)
+    two = gateway(tmp_path, "--gateway-id", "gateway-1", environment=environment, pools=pools)
+    async with registered(server.url, worker) as store, one as first, two as second:
+        await first.listening()
+        await second.listening()
+        async with httpx.AsyncClient(base_url=first.url, timeout=30) as client:
+            await wait_ready(client)
+
+            async def wait_status(**expected: Any) -> None:
+                async with asyncio.timeout(20):
+                    while True:
+                        status = (await client.get("/status")).json()
+                        if expected.items() <= status.items():
+                            return
+                        await asyncio.sleep(0.02)
+
+            await wait_status(gateways=["gateway-0", "gateway-1"], degraded=[])
+            server.stop()
+            await wait_status(
+                degraded=[
+                    "The registry (Redis) does not answer.",
+                    "Load is not shared with other gateways: Redis does not answer.",
+                ],
+                ready=True,
+            )
+            server.start()
+            await wait_status(degraded=[], ready=True)
+            second.process.kill()
+            await store.connection_pool.disconnect()
+            await store.set(worker_key("default", "decode-0"), worker.record.model_dump_json())
+            await wait_status(gateways=["gateway-0"])
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "sentence"),
     [
