@@ -1,0 +1,120 @@
+{{/* The pools as they are: names normalised, removed ones gone, defaults filled in. JSON. */}}
+{{- define "baton.pools" -}}
+{{- $pools := dict -}}
+{{- $keys := dict -}}
+{{- range $key, $given := .Values.pools -}}
+{{- if not (kindIs "invalid" $given) -}}
+{{- $name := $key | lower | replace "_" "-" | replace "." "-" -}}
+{{- if hasKey $pools $name -}}
+{{- fail (printf "pools.%s and pools.%s are both the pool %q; rename one of them" (index $keys $name) $key $name) -}}
+{{- end -}}
+{{- if not (regexMatch "^[a-z][a-z0-9-]{0,39}$" $name) -}}
+{{- fail (printf "pools.%s: %q is no name of a pool: lower-case letters, digits and hyphens, beginning with a letter, at most 40" $key $name) -}}
+{{- end -}}
+{{- $pool := dict -}}
+{{- range $setting, $value := $given -}}
+{{- if not (kindIs "invalid" $value) -}}{{- $_ := set $pool $setting $value -}}{{- end -}}
+{{- end -}}
+{{- range $setting, $value := $.Values.poolDefaults -}}
+{{- if not (hasKey $pool $setting) -}}{{- $_ := set $pool $setting $value -}}{{- end -}}
+{{- end -}}
+{{- if not (hasKey $pool "role") -}}
+{{- if not (has $name (list "prefill" "decode")) -}}
+{{- fail (printf "pools.%s has no role; set pools.%s.role to prefill or decode" $key $key) -}}
+{{- end -}}
+{{- $_ := set $pool "role" $name -}}
+{{- end -}}
+{{- $limits := default (dict) (index $pool.resources "limits") -}}
+{{- $_ := set $pool "numGpus" (int (default 0 (index $limits $.Values.gpuResourceName))) -}}
+{{- $_ := set $pool "rayResource" (printf "baton-pool-%s" $name) -}}
+{{- $_ := set $pools $name $pool -}}
+{{- $_ := set $keys $name $key -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $pools -}}
+{{- end -}}
+
+{{/* What Baton is told to serve. */}}
+{{- define "baton.model" -}}
+{{- $source := .Values.model.source -}}
+{{- if eq $source "embedded" -}}
+{{- .Values.model.embedded.name -}}
+{{- else if or (eq $source "huggingFace") (not .Values.model.path) -}}
+{{- .Values.paths.model -}}
+{{- else -}}
+{{- printf "%s/%s" .Values.paths.model (trimPrefix "/" .Values.model.path) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* One pool's part of the configuration. (dict "name" … "pool" …) JSON. */}}
+{{- define "baton.poolConfig" -}}
+{{- $pool := .pool -}}
+{{- $worker := merge (dict) $pool.worker (dict "drain_s" $pool.drainSeconds) -}}
+{{- $config := dict "role" $pool.role "replicas" $pool.replicas "max_replicas" $pool.maxReplicas -}}
+{{- $_ := set $config "tensor_parallel_size" $pool.tensorParallelSize -}}
+{{- $_ := set $config "expert_parallel_size" $pool.expertParallelSize -}}
+{{- $_ := set $config "num_cpus" $pool.numCpus -}}
+{{- $_ := set $config "num_gpus" $pool.numGpus -}}
+{{- $_ := set $config "resources" (dict $pool.rayResource 1) -}}
+{{- if $pool.engine -}}{{- $_ := set $config "engine" $pool.engine -}}{{- end -}}
+{{- $_ := set $config "worker" $worker -}}
+{{- toJson $config -}}
+{{- end -}}
+
+{{/* The configuration but for its generation. JSON. */}}
+{{- define "baton.bareConfig" -}}
+{{- $pools := dict -}}
+{{- range $name, $pool := include "baton.pools" . | fromJson -}}
+{{- $_ := set $pools $name (include "baton.poolConfig" (dict "name" $name "pool" $pool) | fromJson) -}}
+{{- end -}}
+{{- $address := default (printf "ray://%s:%d" (include "baton.headService" .) (int .Values.ray.ports.client)) .Values.ray.clientAddress -}}
+{{- $own := dict "model" (include "baton.model" .) "pools" $pools -}}
+{{- $_ := set $own "registry" (dict "cluster" .Release.Name) -}}
+{{- $_ := set $own "cluster" (dict "backend" "ray" "ray_address" $address) -}}
+{{- toJson (mergeOverwrite $own (deepCopy .Values.config)) -}}
+{{- end -}}
+
+{{/* What all workers of one generation have to agree on: the configuration without pools
+     and without what only gateways and the controller go by. JSON. */}}
+{{- define "baton.commonConfig" -}}
+{{- toJson (omit (include "baton.bareConfig" . | fromJson) "pools" "gateway" "controller" "routing" "cluster" "served_model_name" "generation") -}}
+{{- end -}}
+
+{{/* A name for that, and for the software. */}}
+{{- define "baton.generation" -}}
+{{- $given := toString (default "" .Values.config.generation) -}}
+{{- if $given -}}{{ $given }}{{- else -}}
+{{- $model := omit .Values.model "path" -}}
+{{- printf "%s-%s" .Chart.AppVersion (printf "%s %s %s" (include "baton.commonConfig" .) (include "baton.workerImage" .) (toJson $model) | sha256sum | trunc 10) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The whole configuration. JSON. */}}
+{{- define "baton.config" -}}
+{{- $config := include "baton.bareConfig" . | fromJson -}}
+{{- $_ := set $config "generation" (include "baton.generation" .) -}}
+{{- toJson $config -}}
+{{- end -}}
+
+{{/* Changes when gateways have to be replaced: sizes of pools are none of their business. */}}
+{{- define "baton.gatewayChecksum" -}}
+{{- $config := include "baton.config" . | fromJson -}}
+{{- $_ := unset $config "controller" -}}
+{{- $_ := unset $config "cluster" -}}
+{{- range $name, $pool := $config.pools -}}
+{{- $_ := unset $pool "replicas" -}}
+{{- $_ := unset $pool "max_replicas" -}}
+{{- end -}}
+{{- toJson $config | sha256sum -}}
+{{- end -}}
+
+{{/* Changes when a pool's workers have to be replaced. (dict "root" $ "name" … "pool" …) */}}
+{{- define "baton.workersChecksum" -}}
+{{- $pool := omit (include "baton.poolConfig" . | fromJson) "replicas" "max_replicas" -}}
+{{- printf "%s %s %s" (include "baton.generation" .root) (include "baton.commonConfig" .root) (toJson $pool) | sha256sum -}}
+{{- end -}}
+
+{{/* Changes when given secrets change; generated ones never do. */}}
+{{- define "baton.secretsChecksum" -}}
+{{- toJson (list .Values.secrets .Values.redis) | sha256sum -}}
+{{- end -}}

@@ -1,0 +1,113 @@
+{{/* What every pod's spec begins with. (dict "root" $ "part" <values of the component>
+     "for" <ServiceAccount>) */}}
+{{- define "baton.podBasics" -}}
+serviceAccountName: {{ include "baton.serviceAccountName" . }}
+automountServiceAccountToken: {{ default false .token }}
+enableServiceLinks: false
+securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
+{{- with .root.Values.images.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- with .part.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .part.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .part.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .part.topologySpreadConstraints }}
+topologySpreadConstraints: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .part.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .part.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{/* A pod's spec with extraPodSpec over it: lists of containers, initContainers and volumes
+     grow, everything else is replaced. (dict "spec" <YAML> "extra" … "what" <values' path>) */}}
+{{- define "baton.withExtra" -}}
+{{- $spec := fromYaml .spec -}}
+{{- if hasKey $spec "Error" -}}{{- fail (printf "%s: the pod's spec does not parse: %s" .what $spec.Error) -}}{{- end -}}
+{{- $extra := deepCopy (default (dict) .extra) -}}
+{{- range $key := list "terminationGracePeriodSeconds" "restartPolicy" -}}
+{{- if hasKey $extra $key -}}
+{{- fail (printf "%s.%s is not yours to set: the chart computes it, so that a drain is never cut short" $.what $key) -}}
+{{- end -}}
+{{- end -}}
+{{- range $key := list "containers" "initContainers" "volumes" -}}
+{{- if hasKey $extra $key -}}
+{{- $_ := set $extra $key (concat (default (list) (index $spec $key)) (index $extra $key)) -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml (mergeOverwrite $spec $extra) -}}
+{{- end -}}
+
+{{/* A probe of the user's, or the chart's. (dict "given" … "own" <YAML>) */}}
+{{- define "baton.probe" -}}
+{{- if .given }}{{ toYaml .given }}{{ else }}{{ .own }}{{ end -}}
+{{- end -}}
+
+{{/* The volumes that hold the model, and where they are mounted. */}}
+{{- define "baton.modelVolumes" -}}
+{{- $model := .Values.model -}}
+{{- if eq $model.source "pvc" -}}
+- name: model
+  persistentVolumeClaim: {claimName: {{ $model.pvc.claimName }}, readOnly: true}
+{{- else if eq $model.source "hostPath" -}}
+- name: model
+  hostPath: {path: {{ $model.hostPath.path }}, type: Directory}
+{{- else if eq $model.source "image" -}}
+- name: model
+  image: {reference: {{ $model.image.reference }}, pullPolicy: {{ $model.image.pullPolicy }}}
+{{- else if eq $model.source "huggingFace" -}}
+- name: model
+  emptyDir: {sizeLimit: {{ $model.huggingFace.sizeLimit }}}
+{{- end -}}
+{{- end -}}
+
+{{- define "baton.modelMounts" -}}
+{{- if ne .Values.model.source "embedded" -}}
+- name: model
+  mountPath: {{ .Values.paths.model }}
+  readOnly: true
+{{- end -}}
+{{- end -}}
+
+{{/* Downloads the model before anything starts. (dict "root" $ "image" …) */}}
+{{- define "baton.modelInit" -}}
+{{- if eq .root.Values.model.source "huggingFace" -}}
+{{- $from := .root.Values.model.huggingFace -}}
+- name: download-model
+  image: {{ .image }}
+  imagePullPolicy: {{ .root.Values.images.pullPolicy }}
+  command:
+    - hf
+    - download
+    - {{ $from.repo | quote }}
+    - --revision
+    - {{ $from.revision | quote }}
+    - --local-dir
+    - {{ .root.Values.paths.model }}
+  env:
+    - name: HF_HOME
+      value: /tmp/huggingface
+    {{- if or .root.Values.secrets.huggingFace.value .root.Values.secrets.huggingFace.existingSecret }}
+    {{- include "baton.secretEnv" (dict "root" .root "name" "HF_TOKEN" "entry" .root.Values.secrets.huggingFace) | nindent 4 }}
+    {{- end }}
+  securityContext: {{- toYaml .root.Values.securityContext | nindent 4 }}
+  resources:
+    requests: {cpu: 500m, memory: 512Mi}
+    limits: {memory: 2Gi}
+  volumeMounts:
+    - {name: model, mountPath: {{ .root.Values.paths.model }}}
+    - {name: tmp, mountPath: /tmp}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,230 @@
+"""What does not fit is refused when the chart is rendered, in a sentence."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import helm_python as helm
+import pytest
+from support.chart import COMPLETE, GIVEN, merged, render
+
+Json = dict[str, Any]
+
+
+def _pool(**settings: Any) -> Json:
+    return {"pools": {"decode": settings}}
+
+
+NOT_IN_THE_SCHEMA: dict[str, Json] = {
+    "unknown key": {"gatway": {}},
+    "unknown key of a section": {"gateway": {"replica": 2}},
+    "unknown key of a pool": _pool(tensorParallel=2),
+    "unknown key of RDMA": _pool(rdma={"enabled": True, "resource": "x"}),
+    "unknown role": {"pools": {"x": {"role": "both"}}},
+    "negative replicas": _pool(replicas=-1),
+    "half a replica": _pool(replicas=1.5),
+    "replicas as text": _pool(replicas="2"),
+    "no parallelism at all": _pool(tensorParallelSize=0),
+    "a number for ray start": _pool(rayStartParams={"num-cpus": 1}),
+    "a quantity that is none": _pool(shmSize="lots"),
+    "UCX over TCP": _pool(rdma={"enabled": True, "resourceName": "r", "ucxTls": "rc,tcp"}),
+    "UCX over anything": _pool(rdma={"enabled": True, "resourceName": "r", "ucxTls": "all"}),
+    "port": {"gateway": {"service": {"port": 70000}}},
+    "source": {"model": {"source": "s3"}},
+    "relative path": {"paths": {"config": "etc"}},
+    "upgrade strategy": {"ray": {"upgradeStrategy": "RollingUpdate"}},
+    "Ray's version": {"ray": {"version": "latest"}},
+    "small object store": {"ray": {"objectStoreBytes": 1000}},
+    "URL": {"redis": {"url": "http://redis"}},
+    "environment": {"gateway": {"env": {"A": "b"}}},
+    "generation as a number": {"config": {"generation": 7}},
+    "pull policy": {"images": {"pullPolicy": "Sometimes"}},
+    "digest": {"images": {"worker": {"digest": "abc"}}},
+}
+
+
+@pytest.mark.parametrize("name", NOT_IN_THE_SCHEMA)
+def test_the_schema_refuses(name: str) -> None:
+    with pytest.raises(helm.HelmError, match="values don't meet the specifications"):
+        render(GIVEN, NOT_IN_THE_SCHEMA[name])
+
+
+GPUS = {"limits": {"nvidia.com/gpu": 2}}
+REDIS_AWAY: Json = {"redis": {"url": ""}}
+RAY_REDIS_AWAY: Json = {"rayRedis": {"address": ""}}
+
+MISFITS: dict[str, tuple[Json, str]] = {
+    "no GPUs for the degree": (
+        _pool(tensorParallelSize=2),
+        "pools.decode has 0 GPUs .* is 2; give it that many or lower the degrees",
+    ),
+    "too few GPUs for tensor times expert": (
+        _pool(tensorParallelSize=2, expertParallelSize=2, resources=GPUS),
+        "has 2 GPUs .* is 4",
+    ),
+    "GPUs of another name do not count": (
+        {"gpuResourceName": "amd.com/gpu", **_pool(tensorParallelSize=2, resources=GPUS)},
+        r"has 0 GPUs in resources.limits \(amd.com/gpu\)",
+    ),
+    "RDMA without a resource": (
+        {"config": {"kv_transfer": {"transport": "nixl"}}, **_pool(rdma={"enabled": True})},
+        "name the device's resource in rdma.resourceName",
+    ),
+    "RDMA with none of it": (
+        _pool(rdma={"enabled": True, "resourceName": "r", "count": 0}),
+        "with a count of 1 or more",
+    ),
+    "RDMA that the transport cannot use": (
+        _pool(rdma={"enabled": True, "resourceName": "r", "count": 1}),
+        '"auto", which cannot use it',
+    ),
+    "RDMA over gloo": (
+        {
+            "config": {"kv_transfer": {"transport": "gloo"}},
+            **_pool(rdma={"enabled": True, "resourceName": "r", "count": 1}),
+        },
+        '"gloo", which cannot use it',
+    ),
+    "shared memory between pods": (
+        {"config": {"kv_transfer": {"transport": "shared_memory"}}},
+        "workers of pools.prefill are in other pods",
+    ),
+    "no decode pool": ({"pools": {"decode": None}}, "no pool of role decode has replicas"),
+    "an empty decode pool": (_pool(replicas=0), "no pool of role decode has replicas"),
+    "no role": ({"pools": {"large": {}}}, "set pools.large.role to prefill or decode"),
+    "one pool twice": (
+        {"pools": {"Decode": {"role": "decode"}}},
+        'pools.Decode and pools.decode are both the pool "decode"',
+    ),
+    "one pool twice, spelled otherwise": (
+        {"pools": {"long_ctx": {"role": "decode"}, "long-ctx": {"role": "decode"}}},
+        'are both the pool "long-ctx"',
+    ),
+    "a name that is none": ({"pools": {"7b": {"role": "decode"}}}, "is no name of a pool"),
+    "over the maximum": (_pool(replicas=9), r"replicas \(9\) is over maxReplicas \(8\)"),
+    "below the minimum": (_pool(minReplicas=2), r"replicas \(1\) is below minReplicas \(2\)"),
+    "drain set twice": (_pool(worker={"drain_s": 3}), "worker.drain_s is set by drainSeconds"),
+    "a worker's grace too short": (
+        _pool(drainSeconds=100, terminationGracePeriodSeconds=119),
+        "draining takes up to 105s: use 120 or more",
+    ),
+    "a gateway's grace too short": (
+        {"gateway": {"terminationGracePeriodSeconds": 44}},
+        "take up to 35s: use 45 or more",
+    ),
+    "grace past the chart": (
+        _pool(extraPodSpec={"terminationGracePeriodSeconds": 1}),
+        "extraPodSpec.terminationGracePeriodSeconds is not yours to set",
+    ),
+    "restarts past the chart": (
+        _pool(extraPodSpec={"restartPolicy": "Always"}),
+        "extraPodSpec.restartPolicy is not yours to set",
+    ),
+    "HPA and replicas": (
+        {"gateway": {"replicas": 3, "autoscaling": {"enabled": True}}},
+        "both would own the number",
+    ),
+    "HPA's bounds": (
+        {"gateway": {"autoscaling": {"minReplicas": 3, "maxReplicas": 2}}},
+        "maxReplicas is below minReplicas",
+    ),
+    "no Redis": (REDIS_AWAY, "Baton needs a Redis"),
+    "two Redis": ({"redis": {"embedded": {"enabled": True}}}, "are both set; choose one"),
+    "two words on the Redis": ({"redis": {"existingSecret": "s"}}, "are both set; choose one"),
+    "password that is no part of a URL": (
+        {"redis": {"url": "", "embedded": {"enabled": True, "password": {"value": "a/b"}}}},
+        "becomes part of a URL",
+    ),
+    "no Redis of Ray's": (RAY_REDIS_AWAY, "Ray's GCS needs a Redis of its own"),
+    "two Redis of Ray's": ({"rayRedis": {"embedded": {"enabled": True}}}, "choose one"),
+    "a Redis for nothing": (
+        {
+            "ray": {"gcsFaultTolerance": {"enabled": False}},
+            "rayRedis": {"address": "", "embedded": {"enabled": True}},
+        },
+        "of no use without",
+    ),
+    "gateway of another version": (
+        {"images": {"gateway": {"tag": "0.2.0"}}},
+        'images.gateway.tag is "0.2.0", but this chart is made for "0.1.0"',
+    ),
+    "workers of another version": ({"images": {"worker": {"tag": "latest"}}}, "of one version"),
+    "one pool of another version": (
+        _pool(image={"tag": "0.0.9-cuda"}),
+        'pools.decode.image.tag is "0.0.9-cuda"',
+    ),
+    "controller of another version": (
+        {"images": {"controller": {"repository": "c", "tag": "9"}}},
+        "images.controller.tag",
+    ),
+    "pools in the configuration": ({"config": {"pools": {}}}, "config.pools has a place of its"),
+    "model in the configuration": ({"config": {"model": "m"}}, "config.model has a place of its"),
+    "another backend": (
+        {"config": {"cluster": {"backend": "processes"}}},
+        "in this chart Ray starts the workers",
+    ),
+    "a port of the moment": ({"config": {"worker": {"port": 0}}}, "has to be a fixed port"),
+    "one port for two": (
+        {"config": {"worker": {"metrics_port": 7100}}},
+        "worker.port and config.worker.metrics_port are the same",
+    ),
+    "no claim": ({"model": {"source": "pvc"}}, "set model.pvc.claimName"),
+    "no folder": ({"model": {"source": "hostPath"}}, "set model.hostPath.path"),
+    "no model image": ({"model": {"source": "image"}}, "set model.image.reference"),
+    "no revision": (
+        {"model": {"source": "huggingFace", "huggingFace": {"repo": "a/b"}}},
+        "model.huggingFace.revision",
+    ),
+    "no cluster secret": ({"secrets": {"cluster": {"value": ""}}}, "secrets.cluster has no value"),
+    "no Ray token": ({"secrets": {"rayToken": {"value": ""}}}, "secrets.rayToken has no value"),
+    "secret given twice": (
+        {"secrets": {"apiKey": {"existingSecret": "s"}}},
+        "secrets.apiKey.value and secrets.apiKey.existingSecret are both set",
+    ),
+    "two secrets under one key": (
+        {"secrets": {"apiKey": {"key": "cluster-secret"}}},
+        "which another secret has already",
+    ),
+    "long name": ({"fullnameOverride": "a" * 41}, "at most 40 characters"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_misfit_is_refused_in_a_sentence(name: str) -> None:
+    values, sentence = MISFITS[name]
+    with pytest.raises(helm.HelmRenderError) as refused:
+        render(GIVEN, values)
+    said = str(refused.value)
+    assert re.search(sentence, said), said
+    # A person reads this: it tells what to do, and nothing of templates' insides.
+    assert "nil pointer" not in said
+    assert said.count("error calling") <= 1
+
+
+def test_a_release_name_that_cannot_name_a_ray_cluster_is_refused() -> None:
+    with pytest.raises(helm.HelmRenderError, match="cannot name a RayCluster"):
+        render(GIVEN, name="7b")
+
+
+def test_other_tags_are_taken_from_who_knows_better() -> None:
+    over = {
+        "images": {"allowVersionSkew": True, "worker": {"tag": "mine"}},
+        **_pool(image={"repository": "special", "tag": "yours"}),
+    }
+    rendered = render(GIVEN, over)
+    assert rendered.worker("prefill")["image"] == "baton-worker:mine"
+    assert rendered.worker("decode")["image"] == "special:yours"
+
+
+def test_the_right_tag_may_be_said_and_pinned() -> None:
+    digest = "sha256:" + "0" * 64
+    over = {"images": {"gateway": {"tag": "0.1.0", "digest": digest}}}
+    spec = render(GIVEN, over).one("Deployment", "gateway")["spec"]["template"]["spec"]
+    assert spec["containers"][0]["image"] == f"baton-gateway:0.1.0@{digest}"
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_the_chart_alone_refuses_nothing_that_its_values_files_say(name: str) -> None:
+    """So each refusal above is of what the case adds."""
+    assert render(merged(COMPLETE[name], {})).documents
