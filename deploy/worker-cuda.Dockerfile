@@ -1,0 +1,32 @@
+# Baton workers and the pool controller with a torch that knows NVIDIA GPUs, and Ray.
+#
+#     docker build -f deploy/worker-cuda.Dockerfile -t baton-worker:0.1.0-cuda .
+#
+# The CUDA libraries come with torch; of the host it needs the driver alone, which NVIDIA's
+# container runtime puts in. --build-arg INSTALL_OPTIONS=--embedded-model as elsewhere.
+FROM python:3.11.14-slim-bookworm AS build
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY baton baton
+COPY router router
+COPY engine engine
+COPY kv_transfer kv_transfer
+COPY prefill_workers prefill_workers
+COPY decode_workers decode_workers
+COPY cluster cluster
+COPY deploy/install.py deploy/install.py
+ARG INSTALL_OPTIONS=""
+RUN python deploy/install.py worker-cuda --into /opt/baton $INSTALL_OPTIONS
+
+FROM python:3.11.14-slim-bookworm
+RUN groupadd --gid 10001 baton && useradd --uid 10001 --gid 10001 --create-home baton
+COPY --from=build /opt/baton /opt/baton
+ENV PATH=/opt/baton/bin:$PATH PYTHONUNBUFFERED=1 BATON_CACHE=/home/baton/.cache/baton
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# What a worker reads before its first import (baton/worker/environment.py).
+ENV GOMP_SPINCOUNT=10000 GRPC_VERBOSITY=ERROR
+USER 10001:10001
+WORKDIR /home/baton
+# Followed by a module and its options; KubeRay and the chart set commands of their own.
+ENTRYPOINT ["python", "-m"]
+CMD ["decode_workers.main", "--help"]
