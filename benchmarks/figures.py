@@ -129,6 +129,9 @@ class Figures:
     num_good_on_average: int
     num_tokens: int
     duration_s: float
+    """What goodput is over."""
+    span_s: float
+    """From the first request's beginning to the last one's end; tokens/s are over it."""
     ttft_s: Percentiles
     itl_s: Percentiles
     tpot_s: Percentiles
@@ -151,18 +154,19 @@ class Figures:
     @property
     def tokens_per_s(self) -> float:
         """Of all requests, failed ones included."""
-        return self.num_tokens / self.duration_s if self.duration_s else 0.0
+        return self.num_tokens / self.span_s if self.span_s else 0.0
 
 
 def figures_of(
     records: Sequence[Record], objectives: Objectives, *, duration_s: float | None = None
 ) -> Figures:
-    """``duration_s`` is the time that rates are over: by default from the first
-    request's beginning to the last one's end."""
+    """``duration_s`` is what goodput is over: the window in which requests were sent,
+    where there is one; by default the whole span."""
     measured = [record for record in records if record.outcome != "failed"]
     ttfts = [record.ttft_s for record in measured if record.ttft_s is not None]
     tpots = [record.tpot_s for record in measured if record.tpot_s is not None]
     outcomes = Counter(record.outcome for record in records)
+    span_s = _span_s(records)
     return Figures(
         num_requests=len(records),
         num_whole=outcomes["whole"],
@@ -171,7 +175,8 @@ def figures_of(
         num_good=sum(objectives.met_by(record) for record in records),
         num_good_on_average=sum(objectives.met_on_average_by(record) for record in records),
         num_tokens=sum(record.num_tokens for record in records),
-        duration_s=_span_s(records) if duration_s is None else duration_s,
+        duration_s=span_s if duration_s is None else duration_s,
+        span_s=span_s,
         ttft_s=_percentiles(ttfts),
         itl_s=_percentiles([gap for record in measured for gap in record.gaps_s]),
         tpot_s=_percentiles(tpots),

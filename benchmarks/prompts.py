@@ -6,8 +6,8 @@ vocabularies, so a document has the length in tokens that was asked for, give or
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
+from random import Random
 
 Message = dict[str, str]
 
@@ -53,38 +53,38 @@ _DOCUMENT_QUESTIONS = (
 )
 
 
-def rng(*name: object) -> random.Random:
+def rng(*name: object) -> Random:
     """Random numbers that are a function of ``name``, on every machine."""
-    return random.Random("/".join(map(str, name)))
+    return Random("/".join(map(str, name)))
 
 
-def document(random_: random.Random, num_tokens: int) -> str:
+def document(random_: Random, num_tokens: int) -> str:
     """Sentences of random words, about ``num_tokens`` tokens long."""
     return " ".join(_sentences(random_, num_tokens))
 
 
-def _sentences(random_: random.Random, num_tokens: int) -> Iterator[str]:
+def _sentences(random_: Random, num_tokens: int) -> Iterator[str]:
     while num_tokens > 0:
         num_words = max(1, min(random_.randint(8, 14), num_tokens - 1))
         yield " ".join(random_.choices(WORDS, k=num_words)) + "."
         num_tokens -= num_words + 1
 
 
-def opening(random_: random.Random) -> str:
+def opening(random_: Random) -> str:
     """A short question that begins a chat."""
     return random_.choice(_OPENINGS).format(*random_.sample(WORDS, 2))
 
 
-def follow_up(random_: random.Random) -> str:
+def follow_up(random_: Random) -> str:
     """A short question for a later turn of it."""
     return random_.choice(_FOLLOW_UPS).format(random_.choice(WORDS))
 
 
-def document_opening(random_: random.Random, num_tokens: int) -> str:
+def document_opening(random_: Random, num_tokens: int) -> str:
     """A document of ``num_tokens`` tokens, and a question about it."""
     return document(random_, num_tokens) + "\n\n" + document_question(random_)
 
 
-def document_question(random_: random.Random) -> str:
+def document_question(random_: Random) -> str:
     """A question about a document given before."""
     return random_.choice(_DOCUMENT_QUESTIONS).format(random_.choice(WORDS))
