@@ -181,7 +181,7 @@ def figures_of(
         itl_s=_percentiles([gap for record in measured for gap in record.gaps_s]),
         tpot_s=_percentiles(tpots),
         e2e_s=_percentiles([record.e2e_s for record in measured]),
-        failures=Counter(record.failure for record in records if record.failure),
+        failures=dict(Counter(record.failure for record in records if record.failure)),
         counted_by=frozenset(record.counted_by for record in records if record.num_tokens),
     )
 

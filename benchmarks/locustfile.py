@@ -82,6 +82,8 @@ def _options(parser: LocustArgumentParser, **_: Any) -> None:
     for name, weight in (("chat", 3), ("document", 1)):
         text = f"Share of {name} users; {weight}."
         add(f"--{name}-weight", type=_at_least(0), default=weight, metavar="N", help=text)
+    text = "End once so many requests are over (of each locust process); 0 is off."
+    add("--requests", type=_at_least(0), default=0, metavar="N", help=text)
     add("--seed", type=int, default=0, metavar="N", help="Of everything that is said; 0.")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, which is greedy.")
     add("--model", default="", metavar="NAME", help="By default the first that the server has.")
@@ -110,6 +112,8 @@ class _Run:
     part: int
     """Which of locust's workers this process is."""
     numbers: Iterator[int]
+    num_asked: int
+    num_over: int
 
     def begin(self, environment: Environment) -> None:
         """Raises StopTest, in a sentence, where there is nothing to measure."""
@@ -117,6 +121,7 @@ class _Run:
         self.options = options = environment.parsed_options
         self.recorder.clear()
         self.numbers = itertools.count()
+        self.num_asked = self.num_over = 0
         self.part = getattr(environment.runner, "worker_index", 0)
         self.began_at = time.perf_counter()
         if isinstance(environment.runner, MasterRunner):
@@ -134,6 +139,17 @@ class _Run:
                 f"documents of {options.document_tokens} tokens do not fit the context of "
                 f"{self.context}; lower --document-tokens, or use --document-weight 0"
             )
+
+    @property
+    def enough(self) -> bool:
+        """All the requests there should be have been made."""
+        wanted: int = self.options.requests
+        return 0 < wanted <= self.num_asked
+
+    @property
+    def over(self) -> bool:
+        """And answered."""
+        return self.enough and self.num_over >= self.num_asked
 
     @property
     def context(self) -> int:
@@ -209,6 +225,11 @@ class _ChattingUser(User):
     @task
     def turn(self) -> None:
         """One question and its answer; a new conversation where this one is over."""
+        if _run.enough:
+            if _run.over and self.environment.runner is not None:
+                self.environment.runner.quit()
+            return
+        _run.num_asked += 1
         full = self._conversation.num_turns >= self._num_turns
         if full or not self._ask():
             self._begin_conversation()
@@ -234,6 +255,7 @@ class _ChattingUser(User):
 
     def _record(self, stream: ChatStream, kind: str, failure: RequestFailed | None = None) -> None:
         now = time.perf_counter()
+        _run.num_over += 1
         record = record_of(stream, kind, run_began_at=_run.began_at, now=now, failure=failure)
         _run.recorder.add(record, failure)
 
