@@ -2,12 +2,14 @@
 # make test     set up, check, and run the tests; ARGS="-k name" and the like are passed on
 # make setup    the set-up alone; PYTHON=python3.12 chooses the interpreter
 # make check    what needs no running: style, types, import contracts, generated stubs
+# make bench-goodput  goodput of disaggregated and colocated serving, by offered rate (12 minutes;
+#               ARGS=--quick takes 2): see benchmarks/README.md
 # make proto    generate the gRPC stubs anew from proto/
 # make clean    remove what the tools left; make distclean removes .venv too
 
 BIN := .venv/bin
 
-.PHONY: help setup serve test check proto clean distclean
+.PHONY: help setup serve test check bench-goodput proto clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +31,9 @@ check: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python scripts/stubs.py --check
 	$(BIN)/python scripts/config_page.py --check
+
+bench-goodput: setup
+	@exec $(BIN)/python -m benchmarks.goodput $(ARGS)
 
 proto: setup
 	$(BIN)/python scripts/stubs.py
