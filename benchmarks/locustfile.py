@@ -26,7 +26,7 @@ from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopTest
-from locust.runners import MasterRunner, WorkerRunner
+from locust.runners import LocalRunner, MasterRunner
 
 from benchmarks import prompts
 from benchmarks.chat_client import ServedModel, ask, new_client, served_model
@@ -185,8 +185,18 @@ def _begin(environment: Environment, **_: Any) -> None:
 
 @events.test_stop.add_listener
 def _end(environment: Environment, **_: Any) -> None:
-    if isinstance(environment.runner, WorkerRunner):
-        return
+    if isinstance(environment.runner, LocalRunner):
+        _report()
+
+
+@events.quit.add_listener
+def _end_of_all(**_: Any) -> None:
+    """A master's: at ``test_stop`` its workers have not sent everything yet."""
+    if isinstance(_run.recorder.environment.runner, MasterRunner):
+        _report()
+
+
+def _report() -> None:
     recorder, objectives = _run.recorder, _run.objectives
     if not recorder.records and not recorder.num_cut:
         return

@@ -19,7 +19,7 @@ class Recorder:
     """One per locust process."""
 
     def __init__(self, environment: Environment) -> None:
-        self._environment = environment
+        self.environment = environment
         self.clear()
         environment.events.report_to_master.add_listener(self._report_to_master)
         environment.events.worker_report.add_listener(self._worker_report)
@@ -45,7 +45,7 @@ class Recorder:
     def _fire(
         self, kind: str, record: Record, seconds: float, failure: RequestFailed | None = None
     ) -> None:
-        self._environment.events.request.fire(
+        self.environment.events.request.fire(
             request_type=kind,
             name=record.kind,
             response_time=1000 * seconds,
