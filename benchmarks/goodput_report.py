@@ -191,6 +191,8 @@ def _comparison(results: Results) -> str:
         cells = [_number(ratio, ".2f") for ratio in ratios]
         verdict = _verdict([ratio for ratio in ratios if ratio is not None], metric)
         lines.append(f"| {metric.name} | " + " | ".join(cells) + f" | {verdict} |")
+    if any(record.outcome == "overdue" for run in results.runs for record in run.records):
+        lines += ["", "At rates with overdue requests, these times compare lower bounds."]
     lines += ["", _served(results)]
     return "\n".join(lines)
 

@@ -58,7 +58,7 @@ def results() -> Results:
     slow = replace(request("long", 3.45, 0.0, "overdue"), gaps_s=())
     runs.append(run(DISAGGREGATED, 0, 2.0, slow))
     runs.append(run(TWO, 0, 2.0, request("long", 1.0, 0.3, "failed")))
-    runs.append(run(ONE, 0, 2.0, request("long", 1.0, 0.3)))
+    runs.append(run(ONE, 0, 2.0, request("long", 1.0, 0.1)))
     return Results(
         begun_at="2030-01-01 00:00 UTC",
         machine=MACHINE,
@@ -99,6 +99,9 @@ def test_overdue_and_failed_requests_show(results: Results) -> None:
     assert cells(text, "2", DISAGGREGATED)[6:] == ["≥ 3.45, 3.45 s", "≥ -, - ms", "2", "1", "0"]
     assert cells(text, "2", TWO)[2:5] == ["0% (0% to 0%)", "0%", "0.00"]
     assert cells(text, "2", TWO)[-1] == "1"
+    assert "compare lower bounds" in text
+    whole = replace(results, runs=results.runs[:-3])
+    assert "lower bounds." not in goodput_report.section(whole, "p.svg")
 
 
 def test_the_fairest_of_the_colocated_ones_is_compared_with(results: Results) -> None:
@@ -114,6 +117,7 @@ def test_the_fairest_of_the_colocated_ones_is_compared_with(results: Results) ->
 def test_the_highest_served_rate_is_before_the_first_that_is_missed(results: Results) -> None:
     assert goodput_report.highest_served_rate(results, DISAGGREGATED) == 1.0
     assert goodput_report.highest_served_rate(results, TWO) is None
+    assert goodput_report.highest_served_rate(results, ONE) is None  # though 2/s went well
     assert f"*{DISAGGREGATED}* 1/s, *{TWO}* none" in goodput_report.section(results, "p.svg")
 
 
