@@ -2,15 +2,18 @@
 # make test     set up, check, and run the tests; ARGS="-k name" and the like are passed on
 # make setup    the set-up alone; PYTHON=python3.12 chooses the interpreter
 # make chaos    outages that take minutes; ARGS="-s" shows what they cost
-# make check    what needs no running: style, types, import contracts, generated stubs, chart
+# make check    what needs no running: style, types, import contracts, stubs, settings' page, chart
 # make proto    generate the gRPC stubs anew from proto/
-# make bench-routing        cached tokens and TTFT of every routing policy on a trace; ARGS as above
+# make bench-goodput        goodput of disaggregated and colocated serving, by offered rate
+#                           (12 minutes; ARGS=--quick takes 2): see benchmarks/README.md
+# make bench-routing        cached tokens and TTFT of every routing policy on a trace
 # make bench-local-prefill  from how many uncached tokens on a prefill worker pays
 # make clean    remove what the tools left; make distclean removes .venv too
 
 BIN := .venv/bin
 
-.PHONY: help setup serve test chaos check proto bench-routing bench-local-prefill clean distclean
+.PHONY: help setup serve test chaos check proto clean distclean
+.PHONY: bench-goodput bench-routing bench-local-prefill
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +39,9 @@ check: setup
 	$(BIN)/python scripts/stubs.py --check
 	$(BIN)/python scripts/config_page.py --check
 	$(BIN)/python scripts/chart_lint.py
+
+bench-goodput: setup
+	@exec $(BIN)/python -m benchmarks.goodput $(ARGS)
 
 proto: setup
 	$(BIN)/python scripts/stubs.py
