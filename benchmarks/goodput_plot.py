@@ -13,12 +13,12 @@ _PANELS: tuple[tuple[str, Figure], ...] = (
     ("TTFT p90, s", lambda figures: figures.ttft_s[90]),
     ("ITL p99, s", lambda figures: figures.itl_s[99]),
 )
-_OBJECTIVE = {"color": "grey", "linestyle": ":", "linewidth": 1.0}
+_BOUND = {"color": "grey", "linestyle": ":", "linewidth": 1.0}
 
 
 def draw(results: Results, path: Path) -> None:
     """Writes an SVG; the same results give the same bytes. Points are medians, bars
-    reach from the least round to the most."""
+    reach from the least round to the most. Dotted: everything good, and the objectives."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -40,11 +40,12 @@ def draw(results: Results, path: Path) -> None:
                 label=f"{system.name} ({system.label})",
             )
         axis.set(title=title, xlabel="offered, requests/s")
-        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].plot(results.rates, results.rates, **_OBJECTIVE)
-    axes[1].axhline(results.objectives.ttft_s, **_OBJECTIVE)
-    axes[2].axhline(results.objectives.itl_s, **_OBJECTIVE)
+    axes[0].plot(results.rates, results.rates, **_BOUND)
+    axes[1].axhline(results.objectives.ttft_s, **_BOUND)
+    axes[2].axhline(results.objectives.itl_s, **_BOUND)
+    for axis in axes:
+        axis.set_ylim(bottom=0)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

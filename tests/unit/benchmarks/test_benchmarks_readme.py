@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parents[3] / "benchmarks"
 
 
 def test_the_readme_has_every_option_of_the_locustfile() -> None:
-    source = (FOLDER / "locustfile.py").read_text()
+    source = (FOLDER / "load_options.py").read_text()
     options = set(re.findall(r'add\(\s*"(--[a-z-]+)"', source))
     options |= {"--chat-weight", "--document-weight"}
     table = (FOLDER / "README.md").read_text()
