@@ -167,6 +167,7 @@ class DecodeWorker:
         chunks = self._scheduler.schedule()
         self._count_preemptions()
         if chunks:
+            self._outbox.flush()  # reservations do not wait for the step
             self._faults.hit("decode.step")
             began = time.perf_counter()
             sampled = self._engine.step(chunks)

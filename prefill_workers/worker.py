@@ -158,6 +158,7 @@ class PrefillWorker:
         for job in admitted:
             self._begin(job)
         if chunks:
+            self._outbox.flush()  # what commands had to say does not wait for the step
             self._faults.hit("prefill.chunk")
             began = time.perf_counter()
             sampled = self._engine.step(chunks)

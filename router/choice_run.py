@@ -211,6 +211,8 @@ class ChoiceRun:
             token_ids = self._tokens.take()
             if token_ids:
                 self._timeline.arrived(len(token_ids))
+            if token_ids and attempt.awaits_account:
+                return ChoiceOutput(token_ids, num_cached_tokens=self._cached_tokens(attempt))
             if attempt.finish_reason is not None:
                 await self._wait_account(attempt)
                 self._end_attempt()
