@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ class PretendEngine:
     def __init__(self, kv: KvCache, token_id: int = 7) -> None:
         self.kv = kv
         self.token_id = token_id
+        self.on_step: Callable[[], None] = lambda: None
+        """Called when a step begins."""
 
     def step(self, chunks: Items[Scheduled]) -> list[Sampled]:
+        self.on_step()
         done = pretend_step(self.kv, chunks, self.token_id)
         return [Sampled(seq, self.token_id) for seq in done]
 
@@ -70,6 +74,11 @@ class Rig:
         for key, message in events.closed:
             assert key not in self.closed, f"{key} was closed twice"
             self.closed[key] = message
+
+    @property
+    def has_unsent(self) -> bool:
+        """The worker has something to say that has not left the engine thread."""
+        return bool(self.outbox._events)
 
     async def settle(self) -> None:
         """Lets everything that was sent to the event loop happen."""

@@ -88,6 +88,18 @@ async def test_handed_over_stream_decodes_from_the_senders_first_token() -> None
     assert rig.counted("computed") == 0
 
 
+async def test_reservation_is_answered_before_the_step_that_others_compute_in() -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream([1, 2, 3], key=StreamKey(1, 4), local=True))
+    await rig.step()
+    rig.worker.open(rig.stream(list(range(10))))
+    unsent: list[bool] = []
+    rig.engine.on_step = lambda: unsent.append(rig.has_unsent)
+    await rig.step()
+    assert unsent == [False]
+    assert (KEY, 0) in rig.reserved
+
+
 async def test_held_prefix_is_not_asked_for_again() -> None:
     rig = DecodeRig()
     rig.worker.open(rig.stream(list(range(9)), local=True, most=1))

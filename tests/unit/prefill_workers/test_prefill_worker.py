@@ -90,6 +90,22 @@ async def test_chunks_are_offered_as_they_are_computed_and_the_token_commits() -
     assert rig.worker.idle
 
 
+async def test_account_of_a_handed_off_job_leaves_before_the_next_step_is_computed() -> None:
+    rig = PrefillRig()
+    rig.worker.open(rig.job([1, 2, 3]))
+    rig.worker.proceed(KEY, 0)
+    await rig.step()
+    other = StreamKey(1, 6)
+    rig.worker.open(rig.job(list(range(20, 30)), key=other))
+    rig.worker.proceed(other, 0)
+    rig.worker.freed(transfer(), "released")
+    unsent: list[bool] = []
+    rig.engine.on_step = lambda: unsent.append(rig.has_unsent)
+    await rig.step()
+    assert unsent == [False]
+    assert rig.closed[KEY].reason == pb.CLOSE_REASON_HANDED_OFF
+
+
 async def test_every_step_tells_which_blocks_the_prefix_cache_holds_now() -> None:
     rig = PrefillRig(num_blocks=3)
     rig.kv.pool.watch()

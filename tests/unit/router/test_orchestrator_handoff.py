@@ -180,6 +180,17 @@ async def test_cached_tokens_are_those_that_no_worker_computed(
         assert (await client.end()).num_cached_tokens == cached
 
 
+async def test_last_tokens_do_not_wait_for_the_prefill_sides_account() -> None:
+    async with fake_cluster() as cluster:
+        prefill, decode, client = await opened(cluster)
+        decode.tokens(0, 50, 51)
+        decode.close(STOP)
+        await wait_until(lambda: client.token_ids == [50, 51])
+        assert not client.task.done()
+        prefill.close(HANDED_OFF, num_computed_tokens=1)
+        assert (await client.end()).num_cached_tokens == 2
+
+
 async def test_nothing_is_claimed_as_cached_where_prefill_never_says_what_it_computed() -> None:
     async with fake_cluster() as cluster:
         _, decode, client = await opened(cluster)
