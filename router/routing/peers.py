@@ -38,3 +38,6 @@ class NoPeers:
 
     def since(self, epoch: bytes, reported_at: float | None) -> PeerShare:
         return PeerShare()
+
+
+ALONE: PeerLoad = NoPeers()

@@ -13,7 +13,7 @@ from baton.config import RoutingConfig
 from router.routing.kv_aware import KvAware
 from router.routing.kv_index import KvIndex
 from router.routing.pairing import Candidate, Pairing, RoutingPolicy, pairings
-from router.routing.peers import NoPeers, PeerLoad, PeerShare
+from router.routing.peers import ALONE, NoPeers, PeerLoad, PeerShare
 from router.routing.simple_policies import least_loaded, round_robin, uniformly_random
 
 __all__ = [
@@ -23,8 +23,11 @@ __all__ = [
     "PeerLoad",
     "PeerShare",
     "RoutingPolicy",
+    "least_loaded",
     "make_policy",
     "pairings",
+    "round_robin",
+    "uniformly_random",
 ]
 
 
@@ -33,13 +36,9 @@ def make_policy(
     index: KvIndex,
     rng: random.Random,
     clock: Callable[[], float],
-    peers: PeerLoad | None = None,
+    peers: PeerLoad = ALONE,
 ) -> RoutingPolicy:
-    """The policy that the configuration names; ``clock`` gives seconds.
-
-    Without ``peers`` this gateway is alone.
-    """
-    peers = peers if peers is not None else NoPeers()
+    """The policy that the configuration names; ``clock`` gives seconds."""
     if config.policy == "round_robin":
         return round_robin(peers)
     if config.policy == "least_loaded":

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from router.routing.input_hashes import InputHashes
 from router.routing.pairing import Pairing, RoutingPolicy, pairings
-from router.routing.peers import PeerLoad
+from router.routing.peers import ALONE, PeerLoad
 from router.workers.session import WorkerSession
 
 Choose = Callable[[Sequence[WorkerSession]], WorkerSession]
@@ -49,7 +49,7 @@ class OneByOne:
         return pairing
 
 
-def least_loaded(rng: random.Random, peers: PeerLoad) -> RoutingPolicy:
+def least_loaded(rng: random.Random, peers: PeerLoad = ALONE) -> RoutingPolicy:
     """The workers with the fewest sequences, drawn from the equal ones."""
 
     def num_sequences(session: WorkerSession) -> int:
@@ -64,7 +64,7 @@ def least_loaded(rng: random.Random, peers: PeerLoad) -> RoutingPolicy:
     return OneByOne(choose, peers)
 
 
-def round_robin(peers: PeerLoad) -> RoutingPolicy:
+def round_robin(peers: PeerLoad = ALONE) -> RoutingPolicy:
     """The workers whose last turn was longest ago, newcomers first."""
     turns: WeakKeyDictionary[WorkerSession, int] = WeakKeyDictionary()
 
@@ -76,6 +76,6 @@ def round_robin(peers: PeerLoad) -> RoutingPolicy:
     return OneByOne(choose, peers)
 
 
-def uniformly_random(rng: random.Random, peers: PeerLoad) -> RoutingPolicy:
+def uniformly_random(rng: random.Random, peers: PeerLoad = ALONE) -> RoutingPolicy:
     """Any worker."""
     return OneByOne(rng.choice, peers)

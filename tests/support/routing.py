@@ -13,6 +13,7 @@ from baton.records import Role
 from baton.v1 import session_pb2 as pb
 from router.routing.input_hashes import BlockNames, InputHashes
 from router.routing.kv_index import KvIndex
+from router.routing.peers import ALONE
 from router.routing.policy import Pairing, PeerLoad, PeerShare, RoutingPolicy, make_policy
 from router.workers.handshake import Call
 from router.workers.session import WorkerSession
@@ -59,7 +60,7 @@ class Workers:
         assert not self.index.take(session.epoch, events)
 
     def policy(
-        self, name: str, seed: int = 0, peers: PeerLoad | None = None, **weights: float
+        self, name: str, seed: int = 0, peers: PeerLoad = ALONE, **weights: float
     ) -> RoutingPolicy:
         config = RoutingConfig.model_validate({"policy": name, **weights})
         return make_policy(config, self.index, random.Random(seed), self.clock, peers)
