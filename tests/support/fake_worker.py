@@ -73,9 +73,9 @@ class FakeStream:
 
     def tokens(self, position: int, *token_ids: int) -> None:
         """Tokens at ``position`` and after it, in one batch."""
-        self.worker.send_events(pb.Events(tokens=self._batch(position, token_ids)))
+        self.worker.send_events(pb.Events(tokens=self.batch(position, token_ids)))
 
-    def _batch(self, position: int, token_ids: tuple[int, ...]) -> pb.TokenBatch:
+    def batch(self, position: int, token_ids: tuple[int, ...]) -> pb.TokenBatch:
         return pb.TokenBatch(
             stream_ids=[self.message.stream_id] * len(token_ids),
             positions=range(position, position + len(token_ids)),

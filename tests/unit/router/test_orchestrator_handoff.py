@@ -183,8 +183,9 @@ async def test_cached_tokens_are_those_that_no_worker_computed(
 async def test_last_tokens_do_not_wait_for_the_prefill_sides_account() -> None:
     async with fake_cluster() as cluster:
         prefill, decode, client = await opened(cluster)
-        decode.tokens(0, 50, 51)
-        decode.close(STOP)
+        closed = pb.Closed(stream_id=decode.message.stream_id, reason=STOP)
+        batch = decode.batch(0, (50, 51))
+        decode.worker.send_events(pb.Events(tokens=batch, closed=[closed]))
         await wait_until(lambda: client.token_ids == [50, 51])
         assert not client.task.done()
         prefill.close(HANDED_OFF, num_computed_tokens=1)
