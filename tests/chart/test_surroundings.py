@@ -167,21 +167,21 @@ def _allows(rules: list[Json], side: str, peer: str, port: int | str) -> bool:
     return False
 
 
+def _passes(rendered: Rendered, pod: str, rules: str, peer: str, port: int | str) -> bool:
+    """Whether the policies of ``pod`` let it speak to ``peer`` (egress) or be spoken to."""
+    policies = [
+        policy["spec"]
+        for policy in rendered.all("NetworkPolicy")
+        if _selects(policy["spec"]["podSelector"], PODS[pod])
+    ]
+    side = "to" if rules == "egress" else "from"
+    return not policies or any(_allows(p.get(rules, []), side, peer, port) for p in policies)
+
+
 def _may(rendered: Rendered, source: str, target: str, port: int | str) -> bool:
     """Whether policies let ``source`` open a connection to that port of ``target``."""
-    allowed = True
-    for pod, side, rules, peer in (
-        (source, "to", "egress", target),
-        (target, "from", "ingress", source),
-    ):
-        policies = [
-            policy["spec"]
-            for policy in rendered.all("NetworkPolicy")
-            if _selects(policy["spec"]["podSelector"], PODS[pod])
-        ]
-        if policies:
-            allowed &= any(_allows(p.get(rules, []), side, peer, port) for p in policies)
-    return allowed
+    leaves = _passes(rendered, source, "egress", target, port)
+    return leaves and _passes(rendered, target, "ingress", source, port)
 
 
 ALLOWED = [
@@ -234,6 +234,15 @@ def test_policies_forbid_everything_else(source: str, target: str, port: int | s
         target,
         port,
     )
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "port"),
+    [each for each in FORBIDDEN if each[1] not in ("stranger", "gateway")],
+)
+def test_a_pod_defends_itself(source: str, target: str, port: int | str) -> None:
+    """Also against peers whose own policies would stop them anyhow."""
+    assert not _passes(render(COMPLETE["values-cpu.yaml"]), target, "ingress", source, port)
 
 
 @pytest.mark.parametrize(
