@@ -1,9 +1,9 @@
-"""Writes the tables of docs/configuration.md: every setting and every metric.
+"""Writes two tables: every setting in docs/configuration.md, every metric in docs/operations.md.
 
     .venv/bin/python scripts/config_page.py [--check]
 
 What they say stands beside each setting in baton/config.py and each metric in
-baton/telemetry.py. With --check the page stays as it is: exit status 1 if it differs.
+baton/telemetry.py. With --check the pages stay as they are: exit status 1 if one differs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from baton.config import BatonConfig
 from baton.telemetry import ControllerMetrics, GatewayMetrics, WorkerMetrics
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -39,15 +39,9 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return ""
     value = field.get_default(call_default_factory=True)
-    return (
-        "`"
-        + (
-            "none"
-            if value is None
-            else str(value).replace("True", "true").replace("False", "false")
-        )
-        + "`"
-    )
+    if value is None:
+        return "`none`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _setting_rows() -> list[str]:
@@ -79,14 +73,17 @@ def _replaced(page: str, first_row: str, rows: list[str]) -> str:
 
 
 def main() -> None:
-    old = PAGE.read_text()
-    new = _replaced(old, "| setting |", _setting_rows())
-    new = _replaced(new, "| metric |", _metric_rows())
-    if sys.argv[1:] == ["--check"]:
-        if new != old:
-            sys.exit("docs/configuration.md is out of date; run scripts/config_page.py")
-    else:
-        PAGE.write_text(new)
+    tables = (
+        (DOCS / "configuration.md", "| setting |", _setting_rows()),
+        (DOCS / "operations.md", "| metric |", _metric_rows()),
+    )
+    for page, first_row, rows in tables:
+        old = page.read_text()
+        new = _replaced(old, first_row, rows)
+        if sys.argv[1:] != ["--check"]:
+            page.write_text(new)
+        elif new != old:
+            sys.exit(f"{page.name} is out of date; run scripts/config_page.py")
 
 
 if __name__ == "__main__":
