@@ -67,9 +67,9 @@ def _metric_rows() -> list[str]:
 
 def _replaced(page: str, first_row: str, rows: list[str]) -> str:
     """``page`` with ``rows`` for the table that begins with ``first_row``."""
-    start = page.index(first_row)
-    end = page.index("\n\n", start)
-    return page[:start] + "\n".join(rows) + page[end:]
+    before, _, rest = page.partition(first_row)
+    after = rest.partition("\n\n")[2]
+    return "\n\n".join([before.rstrip(), "\n".join(rows), after]).rstrip() + "\n"
 
 
 def main() -> None:
