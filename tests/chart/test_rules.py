@@ -98,9 +98,7 @@ def test_gpus_cover_the_parallel_degree(name: str) -> None:
         assert tensor == 1 or gpus >= tensor
 
 
-@pytest.mark.parametrize(
-    ("name", "suffix"), [("given", "-cuda"), ("values-cpu.yaml", "-cpu")]
-)
+@pytest.mark.parametrize(("name", "suffix"), [("given", "-cuda"), ("values-cpu.yaml", "-cpu")])
 def test_images_are_of_the_charts_version(name: str, suffix: str) -> None:
     rendered = render(COMPLETE[name])
     images = {spec["containers"][0]["image"] for _, spec in rendered.pod_specs()}

@@ -136,7 +136,14 @@ async def ground(
 
             def command(pool: str, worker_id: str) -> Command:
                 module = MODULES[config.for_pool(pool).pools[pool].role]
-                start = (sys.executable, "-P", "-m", module, "--config", str(folder / "config.yaml"))
+                start = (
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    module,
+                    "--config",
+                    str(folder / "config.yaml"),
+                )
                 return Command((*start, "--pool", pool, "--worker-id", worker_id))
 
             backend = ProcessesBackend(command, log_folder=folder)

@@ -228,7 +228,9 @@ class FakeKubernetes:
             return self._touched(stored)
         if method == "PUT":
             assert body is not None
-            stored.replace({**body, "metadata": {**stored.document["metadata"], **body["metadata"]}}, manager)
+            stored.replace(
+                {**body, "metadata": {**stored.document["metadata"], **body["metadata"]}}, manager
+            )
             return self._touched(stored)
         if method == "DELETE":
             del self._objects[key]
@@ -364,7 +366,10 @@ def _kubeconfig(url: str) -> str:
             "clusters": [{"name": "fake", "cluster": {"server": url}}],
             "users": [{"name": "nobody", "user": {}}],
             "contexts": [
-                {"name": "fake", "context": {"cluster": "fake", "user": "nobody", "namespace": "llm"}}
+                {
+                    "name": "fake",
+                    "context": {"cluster": "fake", "user": "nobody", "namespace": "llm"},
+                }
             ],
             "current-context": "fake",
         }
