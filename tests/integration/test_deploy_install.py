@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.installed import ROOT, Installed
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 KINDS = ("gateway", "worker-cpu")
 DISTRIBUTIONS = (

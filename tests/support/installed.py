@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-INSTALL_S = 280.0
+INSTALL_S = 600.0
 
 
 class Installed:

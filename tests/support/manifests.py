@@ -79,6 +79,8 @@ class Pod:
     entrypoint: Sequence[str] = ()
     volumes: Mapping[str, Path] = field(default_factory=dict)
     """Volumes that lie elsewhere, by name."""
+    services: Mapping[str, str] = field(default_factory=dict)
+    """``host:port`` of a Service → where that is on this machine: its DNS."""
     namespace: str = "default"
     ip: str = "127.0.0.1"
 
@@ -98,15 +100,24 @@ class Pod:
     # -------------------------------------------------------------- environment
 
     def environment(self, container: Mapping[str, Any]) -> dict[str, str]:
-        """Of a container: its image's, envFrom's, env's, in this order."""
+        """Of a container, as it is on this machine: its image's, then envFrom's, then env's."""
         own = dict(self.image)
+        for name, value in self._declared(container).items():
+            own[name] = self.on_machine(container, value)
+        if "/tmp" in (mounts := self.mounts(container)):  # where it would look by itself
+            own |= {"TMPDIR": str(mounts["/tmp"]), "RAY_TMPDIR": str(mounts["/tmp"])}
+        return own
+
+    def _declared(self, container: Mapping[str, Any]) -> dict[str, str]:
+        """What the manifest says of its environment."""
+        own: dict[str, str] = {}
         for source in container.get("envFrom", []):
             own |= self._env_from(source)
         for entry in container.get("env", []):
             value = self._value(entry)
             if value is not None:
                 own[entry["name"]] = value if "valueFrom" in entry else expanded(value, own)
-        return {key: self.on_machine(container, value) for key, value in own.items()}
+        return own
 
     def _env_from(self, source: Mapping[str, Any]) -> dict[str, str]:
         kind, key = (
@@ -166,13 +177,14 @@ class Pod:
             if key in volume:
                 data = self.manifests.data(kind, volume[key][reference])
                 for item in volume[key].get("items", [{"key": k, "path": k} for k in data]):
-                    (folder / item["path"]).write_text(data[item["key"]])
+                    (folder / item["path"]).write_text(self._resolved(data[item["key"]]))
                 return folder
         assert "emptyDir" in volume, f"volume {name} is none that can be had here: {volume}"
         return folder
 
     def on_machine(self, container: Mapping[str, Any], text: str) -> str:
-        """``text`` with every path in a volume replaced by where that lies."""
+        """``text`` with every path in a volume, and every Service, replaced by where that is."""
+        text = self._resolved(text)
         mounts = self.mounts(container)
         if not mounts:
             return text
@@ -180,6 +192,11 @@ class Pod:
         paths = "|".join(re.escape(path) for path in longest_first)
         pattern = re.compile(rf"(?<![\w./-])({paths})(?![\w.-])")
         return pattern.sub(lambda match: str(mounts[match[1]]), text)
+
+    def _resolved(self, text: str) -> str:
+        for service, address in self.services.items():
+            text = re.sub(rf"(?<![\w.-]){re.escape(service)}(?!\w)", address, text)
+        return text
 
     # ------------------------------------------------------------------ running
 
@@ -190,9 +207,9 @@ class Pod:
 
     def launch_of(self, container: Mapping[str, Any], command: Sequence[str]) -> Launch:
         """``command`` in that container."""
-        environment = self.environment(container)
-        words = [self.on_machine(container, expanded(str(word), environment)) for word in command]
-        return Launch(words, environment)
+        declared = self._declared(container)
+        words = [self.on_machine(container, expanded(str(word), declared)) for word in command]
+        return Launch(words, self.environment(container))
 
     def probe(self, container: Mapping[str, Any], kind: str, running: Processes) -> bool:
         """Carries one of its probes out, once."""
