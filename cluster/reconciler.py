@@ -15,6 +15,7 @@ that dies soon after its start is replaced later and later (``backoff_s``).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -106,10 +107,10 @@ class Reconciler:
         while True:
             self._wake.clear()
             due_in_s = self.reconcile()
-            try:
-                await asyncio.wait_for(self._wake.wait(), due_in_s)
-            except TimeoutError:
-                continue
+            # Not wait_for, which before Python 3.12 can swallow a cancellation.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(due_in_s):
+                    await self._wake.wait()
 
     def reconcile(self) -> float | None:
         """One pass: does what is due. Seconds until the next is due, None for none."""

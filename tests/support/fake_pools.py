@@ -25,7 +25,7 @@ class FakeProcess:
         self.end: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
 
     async def wait(self) -> Exit:
-        return await self.end
+        return await asyncio.shield(self.end)
 
     async def stop(self) -> None:
         self.stop_asked = True
@@ -68,7 +68,7 @@ class FakeBackend:
         return dict(self.adoptable)
 
     async def wait_lost(self) -> str:
-        return await self.lost
+        return await asyncio.shield(self.lost)
 
     async def close(self) -> bool:
         return True

@@ -15,13 +15,15 @@ import pytest
 from rich.console import Console
 
 import cluster.serve as serve_module
+import cluster.status as status_module
 from baton.config import parse_config
 from baton.errors import UnavailableError
+from cluster.controller_client import ControllerAddress, PoolRow
 from cluster.procfs import name_of
 from cluster.serve import StopSignals, check
 from cluster.server_client import parse_status, url_of
 from cluster.state import RunFolder, ServerState
-from cluster.status import known_url, status_table, stop_server
+from cluster.status import known_url, show_status, status_table, stop_server
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +189,39 @@ def test_known_url_is_that_of_the_running_server() -> None:
     folder.lock()
     folder.write(state_of(os.getpid()))
     assert known_url("default") == "http://127.0.0.1:1234"
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> ServerState:
+    """A server that runs here, whose gateway answers with ``PAGE``."""
+    monkeypatch.setattr(status_module, "fetch_json", lambda *_: PAGE)
+    folder = RunFolder("default")
+    folder.lock()
+    state = state_of(os.getpid())
+    folder.write(state)
+    return state
+
+
+def test_status_shows_how_large_the_pools_should_be(
+    served: ServerState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pools = {"decode": PoolRow("decode", 3, 2, 1, 1, 8)}
+    monkeypatch.setattr(ControllerAddress, "pools", lambda _: pools)
+    show_status("default", None, as_json=False)
+    assert "decode: 1 of 3 ready, 1 leaving" in capsys.readouterr().out
+    show_status("default", "http://elsewhere:1", as_json=False)
+    assert "of 3 ready" not in capsys.readouterr().out, "another server's pools were shown"
+
+
+def test_status_does_without_a_controller_that_does_not_answer(
+    served: ServerState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pools(_: ControllerAddress) -> dict[str, PoolRow]:
+        raise UnavailableError("no controller answers")
+
+    monkeypatch.setattr(ControllerAddress, "pools", pools)
+    show_status("default", None, as_json=False)
+    assert "prefill-0" in capsys.readouterr().out
 
 
 LAUNCHER = """
