@@ -42,11 +42,6 @@ def worker_key(cluster: str, worker_id: str) -> str:
     return f"baton:{cluster}:worker:{worker_id}"
 
 
-def worker_pattern(cluster: str) -> str:
-    """Redis pattern that matches every worker's record."""
-    return f"baton:{cluster}:worker:*"
-
-
 def gateway_key(cluster: str, gateway_id: str) -> str:
     """Redis key of a gateway's presence."""
     return f"baton:{cluster}:gateway:{gateway_id}"

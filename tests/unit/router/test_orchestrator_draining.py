@@ -10,7 +10,7 @@ import pytest
 from baton.errors import (
     BatonError,
     DrainingError,
-    OverloadedError,
+    ReservationError,
     TransferError,
     UnavailableError,
     WorkerLostError,
@@ -246,7 +246,7 @@ async def test_full_worker_that_is_leaving_is_still_a_refusal() -> None:
         full, stream = await chosen(*workers)
         full.report = pb.Report(draining=True)
         await wait_until(lambda: not cluster.is_live(full))
-        stream.fail(OverloadedError("full"))
+        stream.fail(ReservationError("full"))
         other = next(worker for worker in workers if worker is not full)
         second = await other.next_open()
         second.tokens(0, 50)

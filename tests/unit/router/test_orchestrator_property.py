@@ -35,7 +35,7 @@ from baton.telemetry import GatewayMetrics
 from baton.v1 import session_pb2 as pb
 from router.orchestrator import Orchestrator
 from router.routing.kv_index import KvIndex
-from router.routing.policy import least_loaded
+from router.routing.policy import make_policy
 from router.workers.handshake import Call
 from router.workers.pool import WorkerPool
 from router.workers.session import WorkerSession
@@ -180,12 +180,18 @@ STEPS = st.builds(
 class Game:
     def __init__(self) -> None:
         self.pool = Pool()
-        config = parse_config({"gateway": {"max_in_flight": 2, "max_queued": 1}})
+        config = parse_config(
+            {
+                "gateway": {"max_in_flight": 2, "max_queued": 1},
+                "routing": {"policy": "least_loaded"},
+            }
+        )
+        clock = asyncio.get_running_loop().time
         metrics = GatewayMetrics(CollectorRegistry())
         self.orchestrator = Orchestrator(
             config=config,
             pool=cast(WorkerPool, self.pool),
-            policy=least_loaded(random.Random(0)),
+            policy=make_policy(config.routing, KvIndex(clock), random.Random(0), clock),
             metrics=metrics,
             faults=Faults(None, "gateway-0"),
             registry_up=lambda: True,
