@@ -1,7 +1,7 @@
 # make serve    set up and serve; ARGS="--prefill 2" and the like are passed on
 # make test     set up, check, and run the tests; ARGS="-k name" and the like are passed on
 # make setup    the set-up alone; PYTHON=python3.12 chooses the interpreter
-# make check    what needs no running: style, types, import contracts, generated stubs
+# make check    what needs no running: style, types, import contracts, generated stubs, chart
 # make proto    generate the gRPC stubs anew from proto/
 # make clean    remove what the tools left; make distclean removes .venv too
 
@@ -29,6 +29,7 @@ check: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python scripts/stubs.py --check
 	$(BIN)/python scripts/config_page.py --check
+	$(BIN)/python scripts/chart_lint.py
 
 proto: setup
 	$(BIN)/python scripts/stubs.py

@@ -299,6 +299,7 @@ def _resource(kind: str) -> Json:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's acknowledgement
     cluster: FakeKubernetes
 
     def log_message(self, format: str, *arguments: object) -> None:
