@@ -243,8 +243,6 @@ class PoolController:
             self._complain("")
 
     def _fence(self, read: RegistryRead) -> None:
-        if self._closed:
-            return
         verdicts = self._fencing.answered(read, self._reconciler.slots(), self._clock())
         for verdict in verdicts:
             self._reconciler.kill(verdict.worker_id, verdict.cause, verdict.reason)
