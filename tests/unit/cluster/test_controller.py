@@ -105,6 +105,16 @@ async def test_slot_without_a_process_leaves_first(rig: ControllerRig) -> None:
     assert rig.running() == ["decode-1", "prefill-0"]
 
 
+async def test_worker_that_never_came_up_leaves_before_one_that_serves(
+    rig: ControllerRig,
+) -> None:
+    await rig.begin()
+    rig.store.register("decode-1")
+    await rig.controller.look()
+    await rig.wish(decode=1)
+    assert rig.running() == ["decode-1", "prefill-0"]
+
+
 async def test_worker_that_waits_for_its_retry_is_not_disturbed_by_scaling_up(
     rig: ControllerRig,
 ) -> None:
