@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 from cluster.procfs import ProcessName, descendants, is_alive, name_of, send
 
 _MARK = "BATON_TEST_CONTAINERS"
+_LISTENING = "0A"
 GONE_S = 10.0
 
 
@@ -107,6 +110,17 @@ class Processes:
                 found |= {name, *descendants(name.pid)}
         return found
 
+    def listening(self) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+        """Every address that one of these processes listens on."""
+        sockets = {link for name in self.living() for link in _open_sockets(name.pid)}
+        found = []
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTENING and f"socket:[{fields[9]}]" in sockets:
+                    found.append(_address(fields[1].partition(":")[0]))
+        return found
+
     def close(self) -> None:
         """Kills what is left; AssertionError should that not do."""
         ends_at = time.monotonic() + GONE_S
@@ -121,6 +135,21 @@ class Processes:
         for process in self._running.values():
             process.wait()
         self._running.clear()
+
+
+def _open_sockets(pid: int) -> Iterator[str]:
+    with contextlib.suppress(FileNotFoundError):
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                yield os.readlink(file)
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """As the kernel prints it: hexadecimal words, each in the machine's order."""
+    words = [bytes.fromhex(text[at : at + 8])[::-1] for at in range(0, len(text), 8)]
+    address = ipaddress.ip_address(b"".join(words))
+    mapped = getattr(address, "ipv4_mapped", None)
+    return mapped or address
 
 
 @contextmanager

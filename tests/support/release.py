@@ -6,7 +6,7 @@ import random
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,12 +155,14 @@ class Release:
                 self.running.check_alive()
                 return pod.probe(pod.container(), kind, self.running)
 
-            wait_until(
-                passes,
-                timeout_s=READY_S,
-                what=f"{kind} of {name}\n{self.running.logs()}",
-                poll_s=0.2,
-            )
+            self.wait_until(passes, timeout_s=READY_S, what=f"{kind} of {name}")
+
+    def wait_until(self, condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+        """Polls ``condition``; AssertionError with all logs when it does not come true."""
+        try:
+            wait_until(condition, timeout_s=timeout_s, what=what, poll_s=0.2)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.running.logs()}") from None
 
     def url(self, name: str) -> str:
         """Of the container port that is called http."""
