@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import httpx
 from support.server import BatonServer, wait_until
 
 
@@ -31,9 +32,7 @@ class Stream:
         pairs = zip(self.arrived_at, self.arrived_at[1:], strict=False)
         return max((later - earlier for earlier, later in pairs), default=0.0)
 
-    def follow(
-        self, url: str, server: BatonServer, *, model: str, max_tokens: int, cache_salt: str
-    ) -> None:
+    def follow(self, url: str, *, model: str, max_tokens: int, cache_salt: str = "") -> None:
         """Runs to the stream's end, or to its error, which is kept."""
         body = {
             "model": model,
@@ -46,7 +45,7 @@ class Stream:
             "cache_salt": cache_salt,
         }
         with (
-            server.client(timeout=180.0) as client,
+            httpx.Client(timeout=180.0, trust_env=False) as client,
             client.stream("POST", f"{url}/v1/completions", json=body) as answer,
         ):
             if answer.status_code != 200:
@@ -128,7 +127,7 @@ def streaming(
     def run(stream: Stream) -> None:
         barrier.wait(30)
         where = url or server.url
-        stream.follow(where, server, model=model, max_tokens=max_tokens, cache_salt=cache_salt)
+        stream.follow(where, model=model, max_tokens=max_tokens, cache_salt=cache_salt)
 
     with ThreadPoolExecutor(len(streams)) as threads:
         yield Streams(streams, [threads.submit(run, stream) for stream in streams])
