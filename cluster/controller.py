@@ -208,7 +208,12 @@ class PoolController:
         """Adds or retires slots until the pool has as many as it should."""
         desired, staying = self._desired[pool], self._staying(pool)
         self._reconciler.want(pool, self._new_ids(pool, desired), self._backend)
-        for worker_id in who_leaves(staying, max(0, len(staying) - desired)):
+        leaving = who_leaves(
+            staying,
+            max(0, len(staying) - desired),
+            is_registered=self._fencing.is_registered,
+        )
+        for worker_id in leaving:
             self._reconciler.retire(worker_id, limit_s=self._leave_s(pool))
 
     def _leave_s(self, pool: str | None) -> float:
@@ -243,8 +248,6 @@ class PoolController:
             self._complain("")
 
     def _fence(self, read: RegistryRead) -> None:
-        if self._closed:
-            return
         verdicts = self._fencing.answered(read, self._reconciler.slots(), self._clock())
         for verdict in verdicts:
             self._reconciler.kill(verdict.worker_id, verdict.cause, verdict.reason)

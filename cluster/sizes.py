@@ -6,7 +6,7 @@ Pure functions; the pool controller carries out what they say.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from baton.config import BatonConfig
@@ -107,8 +107,17 @@ def pool_of(worker_id: str, pools: Iterable[str]) -> str | None:
     return pool if is_ours else None
 
 
-def who_leaves(slots: Sequence[SlotView], num: int) -> list[str]:
-    """``num`` of one pool's workers: those without a process first, then the highest
-    numbers."""
-    ordered = sorted(slots, key=lambda s: (s.process is not None, -index_of(s.worker_id)))
+def who_leaves(
+    slots: Sequence[SlotView], num: int, *, is_registered: Callable[[str], bool]
+) -> list[str]:
+    """``num`` of one pool's workers: those without a process first, then those that are
+    not registered (they serve nobody yet, and may never), then the highest numbers."""
+    ordered = sorted(
+        slots,
+        key=lambda s: (
+            s.process is not None,
+            is_registered(s.worker_id),
+            -index_of(s.worker_id),
+        ),
+    )
     return [slot.worker_id for slot in ordered[:num]]

@@ -96,6 +96,16 @@ async def test_outage_of_redis_fences_nobody_and_begins_the_count_anew(rig: Rig)
     assert [v.cause for v in rig.pass_time(2 * STEP_S)] == ["fenced"]
 
 
+async def test_short_outage_begins_the_count_anew_too(rig: Rig) -> None:
+    rig.beat()
+    rig.look()
+    assert rig.pass_time(TTL_S + FENCE_S - 1) == []
+    rig.up = False
+    assert rig.pass_time(2 * STEP_S) == []
+    rig.up = True
+    assert rig.pass_time(FENCE_S - STEP_S) == []
+
+
 async def test_worker_that_registers_again_after_an_outage_is_left_alone(rig: Rig) -> None:
     rig.beat()
     rig.look()
