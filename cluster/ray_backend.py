@@ -196,14 +196,10 @@ class RayBackend:
 
     def _known(self, actor: Actor) -> RayWorker:
         """One that is there already."""
+        return self._watched(actor.name, actor, needs="what it asked for")
 
-        async def known() -> Actor:
-            return actor
-
-        return self._watched(actor.name, known(), needs="what it asked for")
-
-    def _watched(self, name: str, creating: Awaitable[Actor], *, needs: str) -> RayWorker:
-        worker = RayWorker(self._thread, name, creating, needs=needs, on_started=self._on_started)
+    def _watched(self, name: str, actor: Actor | Awaitable[Actor], *, needs: str) -> RayWorker:
+        worker = RayWorker(self._thread, name, actor, needs=needs, on_started=self._on_started)
         self._workers = [each for each in self._workers if not each.over] + [worker]
         return worker
 

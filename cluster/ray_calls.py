@@ -27,10 +27,11 @@ _TASK_PROOF_S = 10.0
 
 
 class Actor:
-    """Ray's handle of one worker."""
+    """Ray's handle of one worker. ``noted``: where it already was when it was found."""
 
-    def __init__(self, name: str, handle: Any) -> None:
+    def __init__(self, name: str, handle: Any, noted: Place | None = None) -> None:
         self.name = name
+        self.noted = noted
         self._handle = handle
 
     @property
@@ -97,7 +98,7 @@ def find(namespace: str) -> list[Actor]:
     for name in ray.util.list_named_actors():
         if name.startswith(f"{namespace}/") and name.count("/") == 2:
             try:
-                found.append(Actor(name, ray.get_actor(name)))
+                found.append(Actor(name, ray.get_actor(name), noted_place(name)))
             except ValueError:  # it has ended since
                 continue
     return found

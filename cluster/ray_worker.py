@@ -39,13 +39,14 @@ _PROOF_S = 20.0
 
 
 class RayWorker:
-    """``actor`` is awaited once. ``on_started`` hears of the process, when it is here."""
+    """``actor`` is there already, or about to be. ``on_started`` hears of the process, when
+    it is on this machine."""
 
     def __init__(
         self,
         thread: RayThread,
         name: str,
-        actor: Awaitable[Actor],
+        actor: Actor | Awaitable[Actor],
         *,
         needs: str,
         on_started: Callable[[ProcessName], None],
@@ -54,8 +55,8 @@ class RayWorker:
         self._name = name
         self._needs = needs
         self._on_started = on_started
-        self._actor: Actor | None = None
-        self._place: Place | None = None
+        self._actor = actor if isinstance(actor, Actor) else None
+        self._place = actor.noted if isinstance(actor, Actor) else None
         self._unwanted = asyncio.Event()
         # A task of its own: whoever waits may give up waiting, the worker lives on.
         self._life = asyncio.create_task(self._live(actor), name=f"life of {name}")
@@ -93,9 +94,11 @@ class RayWorker:
 
     # ------------------------------------------------------------------- life
 
-    async def _live(self, creating: Awaitable[Actor]) -> Exit:
+    async def _live(self, actor: Actor | Awaitable[Actor]) -> Exit:
         try:
-            actor = self._actor = await creating
+            if not isinstance(actor, Actor):
+                actor = await actor
+            self._actor = actor
             end = await self._until_end(actor)
         except UnavailableError:  # Ray was given up
             return await self._without_ray()
@@ -106,7 +109,7 @@ class RayWorker:
 
     async def _until_end(self, actor: Actor) -> Exit:
         try:
-            self._place = await self._placed(actor)
+            self._place = self._place or await self._placed(actor)
         except UnavailableError:
             raise
         except Exception as error:
@@ -132,9 +135,6 @@ class RayWorker:
 
     async def _placed(self, actor: Actor) -> Place | None:
         """None once it is unwanted. Raises when Ray says that it will have none."""
-        known = await self._thread.call(partial(ray_calls.noted_place, self._name))
-        if known is not None:
-            return known
         told = False
         while True:
             placing = await self._ask(actor.place)

@@ -123,6 +123,7 @@ async def ground(
         patch.setenv("PYTHONPATH", os.pathsep.join(path))
         patch.setenv("BATON_SECRET", "of this test")
         patch.setenv("REDIS_URL", redis_url)
+        patch.setenv("BATON_RUN_DIR", str(folder / "run"))
         if request.param == "ray":
             (folder / "tmp").mkdir()
             backend: PoolBackend = RayBackend(
@@ -282,6 +283,42 @@ async def test_workers_get_their_pools_settings_and_no_secret_is_logged(ground: 
     await process.kill()
     await ended(process)
     assert "of this test" not in ground.log(worker_id)
+
+
+async def leaving(timeout_s: float) -> tuple[int | None, str]:
+    """Status and words of the command that a pod runs before it ends."""
+    command = (sys.executable, "-m", "baton.worker.leave", "--timeout-s", str(timeout_s))
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    _, words = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode, words.decode()
+
+
+async def test_workers_of_a_node_that_is_left_drain_and_no_other_starts(ground: Ground) -> None:
+    leave_file = ground.folder / "run" / "leave"
+    try:
+        first, _ = await ground.started(fresh("prefill"))
+        deaf_id = fresh("deaf")
+        deaf, _ = await ground.started(deaf_id)
+        status, words = await leaving(1)
+        assert status == 1
+        assert words.endswith(f": {deaf_id}\n"), "the other one has ended"
+        assert (await ended(first)).code == 0
+        await deaf.kill()
+        await ended(deaf)
+        assert await leaving(0) == (0, "")
+        late_id = fresh("prefill")
+        late = await ended(await ground.backend.start("prefill", late_id))
+        assert late.code == 1
+        assert "this node is being left" in ground.log(late_id)
+    finally:
+        leave_file.unlink()
+
+
+async def test_leaving_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BATON_RUN_DIR", raising=False)
+    status, words = await leaving(1)
+    assert status == 2
+    assert words.startswith("BATON_RUN_DIR is not set")
 
 
 async def test_close_leaves_no_process(ground: Ground) -> None:

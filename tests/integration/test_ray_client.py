@@ -48,6 +48,7 @@ class Controller:
             stdout=subprocess.PIPE,
             stderr=log,
             env=ground.environment,
+            cwd=ground.folder / "shadow",  # Ray's workers look there first
             text=True,
         )
         log.close()
@@ -113,6 +114,9 @@ class Ground:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(folder),
+            # The head forks a server for every client; with fork support of gRPC one in ten
+            # hung in that, and its client with it.
+            "GRPC_ENABLE_FORK_SUPPORT": "0",
             "BATON_ADVERTISE_HOST": "of-the-controller",
             "BATON_CONTROLLER_TOKEN": "of the controller",
             "BATON_LOG_LEVEL": "DEBUG",

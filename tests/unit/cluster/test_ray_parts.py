@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
 import threading
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from baton.errors import CheckpointError, UnavailableError
+from baton.config import PoolConfig
+from baton.errors import CheckpointError, ConfigurationError, UnavailableError
 from cluster.procfs import ProcessName
 from cluster.ray_actor import Place, WorkerActor, WorkerStart, _Life, machine_id
+from cluster.ray_backend import bundle_of
+from cluster.ray_cluster import ample
 from cluster.ray_thread import RayThread
 
 
-def start_of(tmp_path: Path) -> WorkerStart:
-    return WorkerStart(
-        role="standin",
-        worker_id="standin-0",
-        config={"gateway": {"port": 1}},
+def start_of(tmp_path: Path, **changes: Any) -> WorkerStart:
+    start = WorkerStart(
+        role="prefill",
+        pool="long",
+        worker_id="long-0",
+        config={
+            "pools": {"long": {"role": "prefill", "worker": {"drain_s": 3}}, "decode": {}},
+        },
         secret="the secret",
         redis_url="redis://:password@h",
         environment={},
-        log_file=str(tmp_path / "standin-0.log"),
+        log_file=None,
         owner=Place(ProcessName(1, 0), "another machine"),
     )
+    return replace(start, **changes)
 
 
 @pytest.fixture
@@ -37,10 +46,9 @@ def standin(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Puts a ``serve`` where the actor looks for its role's."""
 
     def put(serve: Any) -> None:
-        module = types.ModuleType("standin_workers.main")
+        module = types.ModuleType("prefill_workers.main")
         module.serve = serve  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "standin_workers", types.ModuleType("standin_workers"))
-        monkeypatch.setitem(sys.modules, "standin_workers.main", module)
+        monkeypatch.setitem(sys.modules, "prefill_workers.main", module)
 
     return put
 
@@ -53,20 +61,17 @@ def test_worker_gets_what_the_launcher_gave(tmp_path: Path, standin: Any) -> Non
     seen: dict[str, Any] = {}
 
     async def serve(config: Any, **arguments: Any) -> None:
-        seen.update(arguments, port_of_gateway=config.gateway.port)
+        seen.update(arguments, drain_s=config.worker.drain_s)
 
     standin(serve)
     asyncio.run(_Life(start_of(tmp_path)).run())
     stop = seen.pop("stop")
     assert not stop.is_set()
     assert seen == {
-        "worker_id": "standin-0",
-        "host": "127.0.0.1",
-        "port": 0,
-        "metrics_port": 0,
+        "worker_id": "long-0",
         "secret": "the secret",
         "redis_url": "redis://:password@h",
-        "port_of_gateway": 1,
+        "drain_s": 3,
     }
 
 
@@ -101,10 +106,90 @@ def test_failure_of_the_worker_is_raised(tmp_path: Path, standin: Any) -> None:
         asyncio.run(_Life(start_of(tmp_path)).run())
 
 
+def actor_of(start: WorkerStart, ended: threading.Event) -> WorkerActor:
+    return WorkerActor(start, Place.here, after_end=ended.set)
+
+
+def test_nothing_begins_before_it_is_asked_for_and_then_once(tmp_path: Path, standin: Any) -> None:
+    begun: list[str] = []
+
+    async def serve(_config: Any, *, worker_id: str, stop: asyncio.Event, **_: Any) -> None:
+        begun.append(worker_id)
+        await stop.wait()
+
+    standin(serve)
+    ended = threading.Event()
+    actor = actor_of(start_of(tmp_path), ended)
+    assert Place.from_json(actor.place()) == Place.here()
+    assert actor.wait_end(0.05) is None
+    assert begun == []
+    actor.begin()
+    actor.begin()
+    assert actor.wait_end(0.05) is None, "it lives, and the call does not wait for its end"
+    actor.stop()
+    assert actor.wait_end(10) == "null"
+    assert actor.wait_end(10) == "null", "whoever asks is told"
+    assert ended.wait(10)
+    assert begun == ["long-0"]
+
+
+def test_how_a_life_failed_is_told_to_whoever_asks(tmp_path: Path, standin: Any) -> None:
+    async def serve(_config: Any, **_: Any) -> None:
+        raise CheckpointError("weights are missing")
+
+    standin(serve)
+    ended = threading.Event()
+    actor = actor_of(start_of(tmp_path), ended)
+    actor.begin()
+    assert actor.wait_end(10) == '"weights are missing"'
+    assert ended.wait(10)
+
+
+def test_pool_that_is_not_of_the_workers_role_is_refused(tmp_path: Path, standin: Any) -> None:
+    standin(_until_stopped)
+    with pytest.raises(ConfigurationError, match="pool decode is of role decode"):
+        asyncio.run(_Life(start_of(tmp_path, pool="decode")).run())
+
+
+def test_node_has_precedence_over_defaults_and_not_over_what_must_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATON_LOG_LEVEL", "of the node")
+    monkeypatch.setenv("OMP_NUM_THREADS", "of Ray")
+    monkeypatch.delenv("BATON_CACHE", raising=False)
+    start = start_of(
+        tmp_path,
+        defaults={"BATON_LOG_LEVEL": "ours", "BATON_CACHE": "ours"},
+        environment={"OMP_NUM_THREADS": "1"},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        actor_of(start, threading.Event())
+        names = ("BATON_LOG_LEVEL", "BATON_CACHE", "OMP_NUM_THREADS")
+        assert [os.environ[name] for name in names] == ["of the node", "ours", "1"]
+
+
+def test_bundle_is_all_that_a_pool_asks_for() -> None:
+    pool = PoolConfig(role="decode", num_cpus=2, num_gpus=1, resources={"h100_node": 1})
+    assert bundle_of(pool) == {"CPU": 2, "GPU": 1, "h100_node": 1}
+    assert bundle_of(PoolConfig(role="decode", num_cpus=0)) == {"CPU": 0.001}
+
+
+def test_ray_of_our_own_has_room_for_every_pool_at_its_largest() -> None:
+    room = ample([({"CPU": 2.0, "node": 1.0}, 8), ({"CPU": 1.0, "GPU": 1.0}, 3)])
+    assert room["CPU"] >= 2 * 8 + 3
+    assert (room["node"], room["GPU"]) >= (8, 3)
+
+
 def test_secrets_are_not_in_the_representation(tmp_path: Path) -> None:
     shown = repr(start_of(tmp_path))
     assert "the secret" not in shown
     assert "password" not in shown
+
+
+def test_place_survives_its_way_as_text() -> None:
+    place = Place(ProcessName(7, 8), "machine", "node")
+    assert Place.from_json(place.to_json()) == place
 
 
 def test_place_here_is_local_and_elsewhere_is_not() -> None:

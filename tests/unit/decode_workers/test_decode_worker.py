@@ -9,7 +9,7 @@ from support.sequences import sequence, small_cache
 from support.worker_rig import PretendEngine, Recorder, Rig
 
 from baton.config import EngineConfig, KvTransferConfig
-from baton.errors import TransferError
+from baton.errors import DrainingError, TransferError
 from baton.v1 import session_pb2 as pb
 from baton.worker.host import report_from
 from baton.worker.session_server import StreamKey
@@ -241,6 +241,46 @@ async def test_full_queue_and_draining_worker_refuse_what_comes() -> None:
     await rig.step()
     assert rig.closed[KEY].error_code == "draining"
     assert report_from(rig.outbox, b"").draining
+
+
+@pytest.mark.parametrize("moment", ["queued", "receiving", "running"])
+async def test_stream_that_outlasts_the_drain_is_failed_so_that_it_goes_on_elsewhere(
+    moment: str,
+) -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream(list(range(10)), local=moment != "receiving", most=100))
+    if moment != "queued":
+        await rig.step()
+    rig.worker.drain()
+    if moment == "running":
+        before = len(rig.tokens)
+        await rig.step()
+        assert len(rig.tokens) > before, "it goes on while the worker drains"
+    assert not rig.worker.idle
+    assert KEY not in rig.closed
+    rig.worker.fail_all(DrainingError("decode-0 has gone away"))
+    await rig.step()
+    closed = rig.closed[KEY]
+    assert (closed.reason, closed.error_code) == (pb.CLOSE_REASON_FAILED, "draining")
+    if moment == "receiving":
+        assert rig.receiver.names() == ["begin", "cancel"]
+        assert not rig.worker.idle, "what may still be written to is waited for"
+        rig.worker.drained(TRANSFER)
+    await rig.step()
+    assert rig.states() == (0, 0)
+    assert rig.worker.idle
+
+
+async def test_stream_that_was_admitted_may_still_be_handed_over_while_draining() -> None:
+    rig = DecodeRig()
+    rig.worker.open(rig.stream(list(range(10)), most=2))
+    await rig.step()
+    rig.worker.drain()
+    rig.worker.handed_over(TRANSFER, 42, 0, 10)
+    await rig.step()
+    assert rig.tokens == [(KEY, 0, 42), (KEY, 1, 7)]
+    assert rig.closed[KEY].reason == pb.CLOSE_REASON_LENGTH
+    assert rig.worker.idle
 
 
 async def test_late_cancel_and_unknown_transfers_do_nothing() -> None:

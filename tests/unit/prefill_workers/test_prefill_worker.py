@@ -7,6 +7,7 @@ from support.sequences import sequence, small_cache
 from support.worker_rig import PretendEngine, Recorder, Rig
 
 from baton.config import EngineConfig
+from baton.errors import DrainingError
 from baton.v1 import session_pb2 as pb
 from baton.worker.host import report_from
 from baton.worker.session_server import StreamKey
@@ -211,6 +212,46 @@ async def test_draining_worker_refuses_and_late_messages_do_nothing() -> None:
     await rig.step()
     assert rig.closed[KEY].error_code == "draining"
     assert report_from(rig.outbox, b"").draining
+
+
+@pytest.mark.parametrize("outcome", ["released", "lease_expired"])
+async def test_draining_worker_waits_for_its_leases(outcome: str) -> None:
+    rig = PrefillRig()
+    rig.worker.open(rig.job([1, 2, 3]))
+    rig.worker.drain()
+    rig.worker.proceed(KEY, 0)
+    await rig.step()
+    assert rig.sender.names()[-1] == "commit", "what was admitted is still computed"
+    await rig.step()
+    assert not rig.worker.idle, "decode may still read the blocks"
+    rig.worker.freed(transfer(), outcome)
+    await rig.step()
+    assert rig.worker.idle
+    assert rig.referenced() == 0
+
+
+@pytest.mark.parametrize("moment", ["waiting", "queued", "running", "leased"])
+async def test_job_that_outlasts_the_drain_is_failed_so_that_it_goes_on_elsewhere(
+    moment: str,
+) -> None:
+    rig = PrefillRig()
+    rig.worker.open(rig.job(list(range(10))))
+    if moment != "waiting":
+        rig.worker.proceed(KEY, 0)
+    for _ in range({"waiting": 0, "queued": 0, "running": 1, "leased": 2}[moment]):
+        await rig.step()
+    rig.worker.drain()
+    rig.worker.fail_all(DrainingError("prefill-0 has gone away"))
+    await rig.step()
+    closed = rig.closed[KEY]
+    assert (closed.reason, closed.error_code) == (pb.CLOSE_REASON_FAILED, "draining")
+    if moment != "waiting":
+        assert rig.sender.names()[-1] == "abort"
+        assert not rig.worker.idle
+        rig.worker.freed(transfer(), "aborted")
+    await rig.step()
+    assert rig.worker.idle
+    assert rig.referenced() == 0
 
 
 async def test_stream_id_in_use_changes_nothing_for_the_one_that_has_it() -> None:
