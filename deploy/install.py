@@ -26,11 +26,8 @@ EXTRAS = {"gateway": "", "worker-cpu": "[worker,ray]", "worker-cuda": "[worker,r
 """Of Baton's package, by kind of image. Which build of torch the worker kinds get is the
 package index's matter: PyPI's brings CUDA along, PIP_EXTRA_INDEX_URL can name another."""
 
-MODULES = {
-    "gateway": ("router.main",),
-    "worker-cpu": ("prefill_workers.main", "decode_workers.main", "cluster.cli", "ray"),
-    "worker-cuda": ("prefill_workers.main", "decode_workers.main", "cluster.cli", "ray"),
-}
+_WORKER = ("prefill_workers.main", "decode_workers.main", "cluster.controller_main", "ray")
+MODULES = {"gateway": ("router.main",), "worker-cpu": _WORKER, "worker-cuda": _WORKER}
 """What has to be importable there."""
 
 

@@ -26,7 +26,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # What a worker reads before its first import (baton/worker/environment.py).
 ENV GOMP_SPINCOUNT=10000 GRPC_VERBOSITY=ERROR
 # Ray's client server forks while gRPC works in other threads. With gRPC's own handlers of
-# forks the child died of SIGSEGV in 3 of 8 connections, without in none of 12.
+# forks the child died of SIGSEGV in 2 of 9 connections, without in none of 12.
 ENV GRPC_ENABLE_FORK_SUPPORT=0
 USER 10001:10001
 WORKDIR /home/baton

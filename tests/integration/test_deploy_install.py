@@ -97,7 +97,8 @@ def test_gateway_runs_without_torch_and_ray_and_cannot_load_the_engine(
         ("gateway", "router.main", "--gateway-id"),
         ("worker-cpu", "prefill_workers.main", "--worker-id"),
         ("worker-cpu", "decode_workers.main", "--worker-id"),
-        ("worker-cpu", "cluster.cli", "serve"),
+        ("worker-cpu", "cluster.controller_main", "BATON_CONTROLLER_TOKEN"),
+        ("worker-cpu", "baton.worker.leave", "--timeout-s"),
     ],
 )
 def test_image_can_run_its_module(

@@ -66,6 +66,7 @@ def loopback_values() -> dict[str, Any]:
             "engine": {"threads": 1, "kv_cache_bytes": 128 * 1024 * 1024, "dtype": "float32"},
         },
         "pools": {name: pool() for name in POOLS},
+        "gateway": {"preStopSeconds": 1},
         "ray": {
             "ports": {
                 name: next(ports)
@@ -192,17 +193,23 @@ class Release:
         for name in ("controller", "gateway"):
             self.wait_ready(name)
 
-    def end(self, name: str) -> tuple[int, float]:
-        """As a kubelet ends a pod: preStop, then SIGTERM, within its grace period. The exit
-        status of the container, and how long all took, in seconds."""
+    def pre_stop(self, name: str) -> float:
+        """What a kubelet does first to a pod that is to end; how long it took, in seconds."""
         pod = self.pods[name]
         began = time.monotonic()
         if "lifecycle" in pod.container():
             done = self.running.run(pod.pre_stop(pod.container()), timeout_s=pod.grace_s)
             assert done.returncode == 0, f"preStop of {name}: {done.stdout}{done.stderr}"
-        left_s = pod.grace_s - (time.monotonic() - began)
-        status = self.running.stop(name, within_s=left_s)
-        return status, time.monotonic() - began
+        return time.monotonic() - began
+
+    def terminate(self, name: str, *, after_s: float = 0.0) -> int:
+        """Then: SIGTERM, and its exit status. AssertionError when it takes longer than what
+        is left of its grace period ``after_s``."""
+        return self.running.stop(name, within_s=self.pods[name].grace_s - after_s)
+
+    def end(self, name: str) -> int:
+        """Both."""
+        return self.terminate(name, after_s=self.pre_stop(name))
 
 
 @contextmanager
