@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 from support.server import BatonServer
+from support.sockets import listening_addresses
 from support.tiny_models import write_tiny_llama
+
+from cluster.procfs import descendants
 
 pytestmark = pytest.mark.slow
 
-ELSEWHERE = "127.0.0.2"
+ELSEWHERE, AS_THE_KERNEL_SAYS = "127.0.0.2", "0200007F"
 
 
 def test_sessions_and_handoffs_over_tcp_use_the_advertised_address(tmp_path: Path) -> None:
@@ -29,6 +32,8 @@ def test_sessions_and_handoffs_over_tcp_use_the_advertised_address(tmp_path: Pat
         answer = server.complete(prompt="the thin inn in the " * 8, max_tokens=4)
         assert answer["choices"][0]["finish_reason"] == "length"
         server.wait_at_rest()
+        heard = [listening_addresses(process) for process in descendants(server.pid)]
+        assert len([each for each in heard if AS_THE_KERNEL_SAYS in each]) == 2, "gloo's own"
         assert server.metric("baton_kv_handoff_bytes_total", transport="gloo") > 0
     finally:
         server.stop()

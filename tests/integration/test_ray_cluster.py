@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -11,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from support.server import BatonServer, wait_until
+from support.sockets import listening_addresses
 
 from cluster.procfs import ProcessName, command_of, descendants, is_alive
 
 pytestmark = pytest.mark.slow
 
-LISTENING = "0A"
 LOOPBACK = {
     "0100007F",  # 127.0.0.1, as the kernel prints it
     "00000000000000000000000001000000",  # ::1
@@ -29,22 +28,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatonServer]:
     server = BatonServer(tmp_path_factory.mktemp("ray"), backend="ray").start()
     yield server
     server.stop()
-
-
-def listening_addresses(process: ProcessName) -> list[str]:
-    """Hexadecimal addresses that this process listens on."""
-    sockets = set()
-    with contextlib.suppress(FileNotFoundError):
-        for file in Path(f"/proc/{process.pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                sockets.add(os.readlink(file))
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == LISTENING and f"socket:[{fields[9]}]" in sockets:
-                found.append(fields[1].partition(":")[0])
-    return found
 
 
 def actors(server: BatonServer) -> list[ProcessName]:

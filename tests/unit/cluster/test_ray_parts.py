@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import signal
+import subprocess
 import sys
 import threading
 import types
@@ -17,9 +19,10 @@ import pytest
 
 from baton.config import PoolConfig
 from baton.errors import CheckpointError, ConfigurationError, UnavailableError
-from cluster.procfs import ProcessName
+from cluster.procfs import ProcessName, is_alive, name_of
 from cluster.ray_actor import Place, WorkerActor, WorkerStart, _Life, machine_id
 from cluster.ray_backend import bundle_of
+from cluster.ray_calls import _end_here
 from cluster.ray_cluster import ample
 from cluster.ray_thread import RayThread
 
@@ -236,3 +239,19 @@ async def test_ray_thread_that_was_given_up_refuses_calls() -> None:
     thread.give_up()
     with pytest.raises(UnavailableError, match="Ray has died"):
         await thread.call(lambda: 3)
+
+
+def test_task_on_a_node_kills_exactly_that_process_also_when_it_is_stopped() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        process = name_of(child.pid)
+        assert process is not None
+        os.kill(child.pid, signal.SIGSTOP)
+        assert _end_here(process.pid, process.start_time + 1, machine_id()), "another's pid"
+        assert is_alive(process)
+        assert _end_here(process.pid, process.start_time, machine_id())
+        assert not is_alive(process)
+
+
+def test_task_that_does_not_see_the_workers_processes_proves_nothing() -> None:
+    with pytest.raises(RuntimeError, match="do not see"):
+        _end_here(1, 1, "another machine")
