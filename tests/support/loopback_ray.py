@@ -1,11 +1,13 @@
 """``ray``, for several nodes of a cluster on one machine, on loopback alone.
 
 Run in place of Ray's own command, with the same arguments. Pods have network namespaces;
-here they share one, and three things of Ray would go wrong:
+here they share one, and some things of Ray would go wrong:
 
 - it takes 127.0.0.1 for the host's own address and listens on every interface, and where
   it is told not to (by the variable below) it refuses to start a second node;
-- every client's server gets a port from 23000 on, which two clusters on one machine dispute.
+- every client's server gets a port from 23000 on, which two clusters on one machine dispute;
+- a head that starts again takes the other nodes' processes, which name its address, for a
+  head that runs already.
 """
 
 from __future__ import annotations
@@ -40,5 +42,6 @@ else:
     os.environ[_LOOPBACK_ONLY] = "0"  # for the processes that are started from here
     services.start_ray_process = _start
     services.get_node_ip_address = lambda address=None: "127.0.0.1"
+    services.find_bootstrap_address = lambda temp_dir: None
     sys.argv[0] = "ray"
     main()
