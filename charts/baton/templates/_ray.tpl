@@ -36,6 +36,9 @@
 # Under memory pressure Ray would kill workers before the kernel needs to.
 - name: RAY_memory_monitor_refresh_ms
   value: "0"
+# Ray Client's proxy forks beside gRPC's threads, and now and then the child crashed of it.
+- name: GRPC_ENABLE_FORK_SUPPORT
+  value: "0"
 {{- end -}}
 
 {{/* Probes of a Ray pod: KubeRay's own ask an HTTP server that only ray[default] brings.
