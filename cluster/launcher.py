@@ -232,12 +232,12 @@ class Launcher:
         )
         killed += await self._controller.stop_workers(limit_s=limit_s, hurry=hurry)
         await self._controller.close()
-        clean, redis_killed = await asyncio.gather(
-            self._close_pools(hurry), stop(["redis"], limit_s=limit_s, hurry=hurry)
-        )
+        # Before its backend closes, which kills what is left.
+        killed += await stop(["redis"], limit_s=limit_s, hurry=hurry)
+        clean = await self._close_pools(hurry)
         await asyncio.to_thread(self._janitor.finish)
         logger.info("stopped in %.1f s", time.monotonic() - began)
-        if (killed := killed + redis_killed) and self._serving and not hurry.is_set():
+        if killed and self._serving and not hurry.is_set():
             self._progress.warn(f"processes that had to be killed: {killed}")
         return clean
 
