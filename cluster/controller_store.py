@@ -34,6 +34,9 @@ if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end
 """
 
 
+LOOKED_MS = 1000
+
+
 def lease_key(cluster: str) -> str:
     """Redis key of who controls the pools."""
     return f"baton:{cluster}:controller"
@@ -84,15 +87,21 @@ class ControllerStore:
     # -------------------------------------------------------------- registry
 
     async def read(self, worker_ids: Sequence[str]) -> RegistryRead:
-        """What Redis says of these workers, and of the wishes."""
+        """What Redis says of these workers, and of the wishes.
+
+        It writes first, a mark that nobody reads: a Redis that answers but takes no writes
+        (read-only after a failover, its disk full) lets every record expire, and what is
+        missing there means nothing.
+        """
         with _answering():
             pipe = self._redis.pipeline(transaction=False)
+            pipe.set(f"{lease_key(self._cluster)}:looked", b"", px=LOOKED_MS)
             pipe.info("server")
             pipe.get(pools_key(self._cluster))
             for worker_id in worker_ids:
                 pipe.get(worker_key(self._cluster, worker_id))
                 pipe.pttl(worker_key(self._cluster, worker_id))
-            server, wishes, *answers = await pipe.execute()
+            _, server, wishes, *answers = await pipe.execute()
         workers = {}
         for worker_id, value, left_ms in zip(worker_ids, answers[::2], answers[1::2], strict=True):
             if value is not None:

@@ -67,7 +67,6 @@ class Registry:
         self._metrics = metrics
         self._on_records = on_records
         self._malformed: dict[str, bytes] = {}
-        self._announced_at = float("-inf")
         self._complaint: str | None = None
         self._closed = False
         self._task: asyncio.Task[None] | None = None
@@ -108,8 +107,10 @@ class Registry:
 
     async def _poll(self) -> None:
         try:
-            self._on_records(await self._read())
+            # Writes first: a Redis that takes none lets every record expire, and what is
+            # missing there means nothing.
             await self._announce()
+            self._on_records(await self._read())
         except (RedisError, OSError) as error:
             self._set_up(False, str(error))
         else:
@@ -168,11 +169,7 @@ class Registry:
         return record
 
     async def _announce(self) -> None:
-        """Renews the gateway's presence, every ``heartbeat_s``."""
-        now = asyncio.get_running_loop().time()
-        if now - self._announced_at < self._config.heartbeat_s:
-            return
+        """Renews the gateway's presence."""
         presence = json.dumps({"gateway_id": self._gateway_id, "pid": os.getpid()})
         ttl_ms = int(self._config.ttl_s * 1000)
         await self._redis.set(self._presence_key, presence, px=ttl_ms)
-        self._announced_at = now

@@ -61,7 +61,11 @@ def test_pool_grows_and_shrinks_under_load_and_no_stream_notices(
     with streaming(server, PROMPTS, max_tokens=NUM_TOKENS) as streams:
         streams.wait_all_flow(2)
         for worker in ("decode-1", "decode-2"):
-            assert server.metric("baton_output_tokens_total", worker=worker) > 0
+            wait_until(
+                lambda w=worker: server.metric("baton_output_tokens_total", worker=w) > 0,
+                timeout_s=10,
+                what=f"tokens of {worker}",
+            )
         shrunk = scale(server, "decode=1")
         assert shrunk.returncode == 0, shrunk.stderr
         assert streams.results() == expected

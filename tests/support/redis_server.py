@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import redis
+
 from cluster.redis_server import find_redis_server, free_port
 
 START_S = 10.0
@@ -50,6 +52,11 @@ class RedisServer:
             assert self._process.poll() is None, "redis-server ended at once"
             assert time.monotonic() < ends_at, "redis-server does not take connections"
             time.sleep(0.01)
+
+    def refuse_writes(self, refuse: bool) -> None:
+        """As a Redis does that became read-only, or whose disk is full: it answers reads."""
+        with contextlib.closing(redis.Redis.from_url(self.url)) as client:
+            client.config_set("min-replicas-to-write", int(refuse))
 
     def stop(self) -> None:
         if self._process is not None:

@@ -63,6 +63,16 @@ async def test_restart_of_redis_shows(server: RedisServer, store: ControllerStor
     assert (await store.read([])).server != before.server
 
 
+async def test_redis_that_takes_no_writes_does_not_answer(
+    server: RedisServer, store: ControllerStore
+) -> None:
+    server.refuse_writes(True)
+    with pytest.raises(UnavailableError, match="Redis"):
+        await store.read(["decode-0"])
+    server.refuse_writes(False)
+    assert (await store.read(["decode-0"])).workers == {}
+
+
 async def test_wishes_come_back_as_they_were_stored(store: ControllerStore) -> None:
     assert await store.read_wishes() is None
     wishes = PoolWishes(pools={"decode": PoolWish(role="decode", replicas=3, configured=1)})

@@ -93,6 +93,27 @@ async def started(*workers: FakeWorker) -> AsyncIterator[None]:
             await worker.stop()
 
 
+async def test_records_that_expire_in_a_redis_that_takes_no_writes_take_no_worker_out_of_use(
+    server: RedisServer,
+) -> None:
+    decode = FakeWorker("decode-0", "decode")
+    async with started(decode), viewing(server.url) as view:
+        await view.register(decode.record)
+        await wait_until(lambda: view.ready() == ["decode-0"])
+        await view.redis.pexpire(worker_key(CONFIG.cluster, "decode-0"), 300)
+        server.refuse_writes(True)
+        await wait_until(lambda: not view.registry.up)
+        while await view.redis.exists(worker_key(CONFIG.cluster, "decode-0")):
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(CONFIG.ttl_s + 10 * CONFIG.poll_s)
+        assert view.ready() == ["decode-0"]
+        assert not view.registry.up
+        server.refuse_writes(False)
+        await view.register(decode.record)
+        await wait_until(lambda: view.registry.up)
+        assert view.ready() == ["decode-0"]
+
+
 async def test_registered_workers_get_a_session_and_are_counted(server: RedisServer) -> None:
     prefill, decode = FakeWorker("prefill-0", "prefill"), FakeWorker("decode-0", "decode")
     async with started(prefill, decode), viewing(server.url) as view:
