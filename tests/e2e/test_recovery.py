@@ -17,7 +17,7 @@ from support.server import BatonServer, wait_until
 from support.streams import streaming
 
 NUM_STREAMS = 16
-NUM_TOKENS = 80
+NUM_TOKENS = 60
 PROMPTS = [
     f"{number}. "
     + " ".join(f"Item {number * 31 + i} costs {i * 7 + number} euros." for i in range(12))
@@ -67,6 +67,8 @@ def hit(server: BatonServer, victim: str, number: signal.Signals) -> Callable[[]
 def test_streams_outlive_a_killed_worker(
     server: BatonServer, expected: list[list[int]], victim: str
 ) -> None:
+    if victim.startswith("prefill"):  # slowed down, so that it is hit in its work
+        server.inject(prefill__chunk={"action": "delay", "seconds": 0.5})
     with streaming(server, PROMPTS, max_tokens=NUM_TOKENS, cache_salt=victim) as streams:
         if victim.startswith("decode"):
             streams.wait_all_flow(5)
@@ -80,6 +82,7 @@ def test_streams_outlive_a_killed_worker(
             )
         assert not streams.all_ended, "too late to be a test"
         wait_healed = hit(server, victim, signal.SIGKILL)
+        server.inject()
         assert streams.results() == expected
     gap_s, healed_s = streams.longest_gap_s, wait_healed()
     server.wait_at_rest()

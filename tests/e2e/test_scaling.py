@@ -56,7 +56,8 @@ def test_pool_grows_and_shrinks_under_load_and_no_stream_notices(
         streams.wait_all_flow(2)
         grown = scale(server, "decode=3")
         assert grown.returncode == 0, grown.stderr
-        assert ready(server, "decode") == {"decode-0", "decode-1", "decode-2"}
+        three = {"decode-0", "decode-1", "decode-2"}
+        wait_until(lambda: ready(server, "decode") == three, timeout_s=10, what="Sessions with all")
         assert streams.results() == expected
     with streaming(server, PROMPTS, max_tokens=NUM_TOKENS) as streams:
         streams.wait_all_flow(2)
@@ -75,6 +76,7 @@ def test_pool_grows_and_shrinks_under_load_and_no_stream_notices(
     server.wait_at_rest()
 
 
+@pytest.mark.parametrize("server", ["processes"], indirect=True)
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_prefill_pool_goes_to_nothing_and_comes_back(
@@ -90,6 +92,7 @@ def test_prefill_pool_goes_to_nothing_and_comes_back(
     server.wait_at_rest()
 
 
+@pytest.mark.parametrize("server", ["processes"], indirect=True)
 @pytest.mark.slow
 @pytest.mark.parametrize("wish", ["decode=0", "decode=65", "decode=x", "decode", "no-such-pool=1"])
 def test_wish_that_cannot_be_is_refused_in_a_sentence(server: BatonServer, wish: str) -> None:

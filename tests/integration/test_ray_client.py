@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ class Ground:
         shadow = write_standin(folder)
         path = [str(shadow), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         self.environment = {
-            **os.environ,
+            **_without(os.environ, "BATON_"),
             "PYTHONPATH": os.pathsep.join(part for part in path if part),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_AUTH_MODE": "token",
@@ -187,7 +187,7 @@ class Ground:
                 send(process, signal.SIGKILL)
 
 
-def _without(environment: dict[str, str], prefix: str) -> dict[str, str]:
+def _without(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(prefix)}
 
 
