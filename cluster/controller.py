@@ -107,6 +107,8 @@ class PoolController:
         await self._store.write_wishes(self._wishes())
         for worker_id, process in sorted(adopted.items()):
             self._adopt(worker_id, process)
+        if adopted:  # who of them serves, and who is leaving already, says where too many are
+            self._fence(await self._store.read(sorted(adopted)))
         for pool in self._desired:
             self._carry_out(pool)
         self._tasks = [

@@ -288,6 +288,16 @@ async def test_next_controller_starts_what_died_meanwhile(rig: ControllerRig) ->
     assert rig.controller.pools()["decode"].ready == 0, "a dead worker's record counted"
 
 
+async def test_of_adopted_workers_those_that_serve_nobody_go_first(rig: ControllerRig) -> None:
+    names = ["prefill-0", "decode-0", "decode-1", "decode-2"]
+    rig.backend.adoptable = {name: FakeProcess(name) for name in names}
+    for name in ("prefill-0", "decode-0", "decode-2"):
+        rig.store.register(name)  # decode-1 drains: it has deregistered
+    await rig.begin()
+    adopted = rig.backend.adoptable
+    assert [name for name in names if adopted[name].stop_asked] == ["decode-1"]
+
+
 async def test_adopted_workers_that_are_too_many_or_nobodys_are_retired(
     rig: ControllerRig,
 ) -> None:
