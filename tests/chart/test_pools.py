@@ -54,6 +54,20 @@ def test_resources_replace_the_defaults_as_a_whole() -> None:
     assert rendered.worker("prefill")["resources"]["requests"] == {"cpu": "4", "memory": "16Gi"}
 
 
+def test_settings_that_belong_together_are_completed_by_the_defaults() -> None:
+    budget = {"replicas": 3, "podDisruptionBudget": {"enabled": True}}
+    rendered = render(GIVEN, {"pools": {"decode": budget}})
+    (found,) = [
+        b for b in rendered.all("PodDisruptionBudget") if b["metadata"]["name"].endswith("decode")
+    ]
+    assert found["spec"]["minAvailable"] == 2, "no pod could ever be evicted"
+    rdma = {"enabled": True, "resourceName": "r", "count": 1}
+    pools = {"decode": {"rdma": rdma}, "prefill": {"rdma": rdma}}
+    rendered = render(GIVEN, {"config": {"kv_transfer": {"transport": "nixl"}}, "pools": pools})
+    environment = {e["name"]: e.get("value") for e in rendered.worker("decode")["env"]}
+    assert environment["UCX_TLS"] == "rc,cuda_copy,cuda_ipc,sm,self"
+
+
 def test_defaults_reach_every_pool() -> None:
     rendered = render(GIVEN, {"poolDefaults": {"shmSize": "9Gi", "labels": {"team": "a"}}})
     for group in rendered.ray["workerGroupSpecs"]:

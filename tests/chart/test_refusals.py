@@ -71,6 +71,14 @@ MISFITS: dict[str, tuple[Json, str]] = {
         {"config": {"kv_transfer": {"transport": "nixl"}}, **_pool(rdma={"enabled": True})},
         "name the device's resource in rdma.resourceName",
     ),
+    "RDMA's transport on a pool without RDMA": (
+        {"config": {"kv_transfer": {"transport": "nixl"}}},
+        "has no RDMA, and UCX would take TCP",
+    ),
+    "a pool's name that Kubernetes would refuse": (
+        {"pools": {"decode-": {"role": "decode"}}},
+        "is no name of a pool",
+    ),
     "RDMA with none of it": (
         _pool(rdma={"enabled": True, "resourceName": "r", "count": 0}),
         "with a count of 1 or more",

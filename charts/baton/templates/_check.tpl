@@ -82,6 +82,9 @@
 {{- fail (printf "pools.%s asks for RDMA, but config.kv_transfer.transport is %q, which cannot use it; Baton does not fall back to TCP behind your back: set nixl, or rdma.enabled=false" $name $transport) -}}
 {{- end -}}
 {{- end -}}
+{{- if and (eq $transport "nixl") (not $pool.rdma.enabled) -}}
+{{- fail (printf "config.kv_transfer.transport is nixl, but pools.%s has no RDMA, and UCX would take TCP there without a word; set rdma.enabled=true with its resource for every pool" $name) -}}
+{{- end -}}
 {{- if and (eq $transport "shared_memory") (eq $pool.role "prefill") (gt (int $pool.replicas) 0) -}}
 {{- fail (printf "config.kv_transfer.transport is shared_memory, but workers of pools.%s are in other pods than those of decode pools; use auto or gloo" $name) -}}
 {{- end -}}

@@ -8,15 +8,20 @@
 {{- if hasKey $pools $name -}}
 {{- fail (printf "pools.%s and pools.%s are both the pool %q; rename one of them" (index $keys $name) $key $name) -}}
 {{- end -}}
-{{- if not (regexMatch "^[a-z][a-z0-9-]{0,39}$" $name) -}}
-{{- fail (printf "pools.%s: %q is no name of a pool: lower-case letters, digits and hyphens, beginning with a letter, at most 40" $key $name) -}}
+{{- if not (regexMatch "^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$" $name) -}}
+{{- fail (printf "pools.%s: %q is no name of a pool: lower-case letters, digits and hyphens, beginning with a letter and not ending with a hyphen, at most 40" $key $name) -}}
 {{- end -}}
 {{- $pool := dict -}}
 {{- range $setting, $value := $given -}}
 {{- if not (kindIs "invalid" $value) -}}{{- $_ := set $pool $setting $value -}}{{- end -}}
 {{- end -}}
 {{- range $setting, $value := $.Values.poolDefaults -}}
-{{- if not (hasKey $pool $setting) -}}{{- $_ := set $pool $setting $value -}}{{- end -}}
+{{- if not (hasKey $pool $setting) -}}
+{{- $_ := set $pool $setting $value -}}
+{{- else if has $setting (list "rdma" "podDisruptionBudget") -}}
+{{- /* Their keys belong together: a pool that gives some has the others by default. */ -}}
+{{- $_ := set $pool $setting (mergeOverwrite (deepCopy $value) (index $pool $setting)) -}}
+{{- end -}}
 {{- end -}}
 {{- if not (hasKey $pool "role") -}}
 {{- if not (has $name (list "prefill" "decode")) -}}
