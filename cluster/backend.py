@@ -23,6 +23,11 @@ class Exit:
 class Started(Protocol):
     """One started process; owned by the reconciler until ``wait`` has returned."""
 
+    @property
+    def is_placed(self) -> bool:
+        """It has a place to run; False while it waits for one."""
+        ...
+
     async def wait(self) -> Exit:
         """Returns once the process is proved gone. May be called once."""
         ...

@@ -41,6 +41,8 @@ class _Watched:
     expires_at: float = 0.0
     present: bool = False
     deregistered: bool = False
+    unplaced_at: float = 0.0
+    """When it was last seen waiting for a place: that is no part of its start."""
 
 
 class Fencing:
@@ -126,7 +128,10 @@ class Fencing:
         if watched.present:
             return None
         if watched.seen_at is None:
-            waited_s = now - max(slot.started_at, self._answering_since)
+            if not watched.process.is_placed:
+                watched.unplaced_at = now
+            began_at = max(slot.started_at, watched.unplaced_at)
+            waited_s = now - max(began_at, self._answering_since)
             if waited_s < self._start_timeout_s:
                 return None
             reason = f"has not registered within {self._start_timeout_s:g} s of its start"

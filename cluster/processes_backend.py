@@ -46,6 +46,10 @@ class LocalProcess:
     def over(self) -> bool:
         return self._child.returncode is not None
 
+    @property
+    def is_placed(self) -> bool:
+        return True
+
     async def wait(self) -> Exit:
         if self._name is not None:
             await wait_gone(self._name)

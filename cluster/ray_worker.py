@@ -66,6 +66,10 @@ class RayWorker:
         """Its end is proved."""
         return self._life.done()
 
+    @property
+    def is_placed(self) -> bool:
+        return self._place is not None
+
     async def wait(self) -> Exit:
         return await asyncio.shield(self._life)
 

@@ -22,6 +22,7 @@ class FakeProcess:
         self.heeds_kill = heeds_kill
         self.stop_asked = False
         self.num_kills = 0
+        self.is_placed = True
         self.end: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
 
     async def wait(self) -> Exit:

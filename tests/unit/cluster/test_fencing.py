@@ -194,6 +194,16 @@ async def test_record_of_the_process_before_is_not_taken_for_the_new_ones(rig: R
     assert rig.fencing.is_registered("decode-0")
 
 
+async def test_waiting_for_a_place_is_no_part_of_a_start(rig: Rig) -> None:
+    assert rig.process is not None
+    rig.process.is_placed = False
+    assert rig.pass_time(10 * START_S) == []
+    rig.process.is_placed = True
+    assert rig.pass_time(START_S - 2 * STEP_S) == []
+    [verdict] = rig.pass_time(4 * STEP_S)
+    assert verdict.cause == "start_timeout"
+
+
 async def test_record_from_before_the_first_start_is_stale_but_not_an_adopted_workers(
     rig: Rig,
 ) -> None:
