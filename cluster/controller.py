@@ -63,14 +63,17 @@ class PoolController:
         metrics: ControllerMetrics,
         on_event: Callable[[WorkerEvent], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
+        is_sole: Callable[[], bool] = lambda: True,
     ) -> None:
+        """Nothing is started while ``is_sole`` does not say that no other controller can
+        have the pools."""
         self._config = config
         self._backend = backend
         self._store = store
         self._metrics = metrics
         self._tell_event = on_event
         self._clock = clock
-        self._reconciler = Reconciler(clock=clock, on_event=self._on_event)
+        self._reconciler = Reconciler(clock=clock, on_event=self._on_event, may_start=is_sole)
         self._fencing = Fencing(
             fence_s=config.cluster.fence_s,
             start_timeout_s=config.cluster.start_timeout_s,

@@ -49,6 +49,7 @@ class EmbeddedController:
             store=self._store,
             metrics=ControllerMetrics(self._samples),
             on_event=on_event,
+            is_sole=lambda: self._lease.fresh,
         )
         self._server = contextlib.AsyncExitStack()
 

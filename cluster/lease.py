@@ -1,13 +1,10 @@
 """One controller at a time: a lease in Redis, renewed while its holder lives.
 
 1. WAITING: somebody else has it, or Redis does not answer. Asked for every beat.
-2. HELD: renewed every beat. While Redis does not answer it stays held: nobody else
-   can take it there either, and a Redis that comes back empty is written to anew.
+2. HELD: renewed every beat. While Redis does not answer it stays held, for a Redis that
+   comes back empty is written to anew; but it is not ``fresh`` once it would have run
+   out: Redis may answer somebody else, who has it by then. Nothing is started meanwhile.
 3. LOST: somebody else has taken it over. Whoever held it must end.
-
-A holder that sleeps through its lease may act on its pools once more before it
-notices. That does no harm for long: of two workers of one name the later
-registration counts, and the other worker ends itself.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable
 
 from baton.config import RegistryConfig
@@ -34,7 +32,17 @@ def own_name() -> str:
 class Lease:
     """Of one process that wants to control the pools."""
 
-    def __init__(self, store: ControllerStore, config: RegistryConfig, name: str) -> None:
+    def __init__(
+        self,
+        store: ControllerStore,
+        config: RegistryConfig,
+        name: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._asked_at = float("-inf")
+        """When it was asked for the last time that it was given."""
         self._store = store
         self._config = config
         self._name = name
@@ -42,10 +50,18 @@ class Lease:
         self._closed = False
         self._complaint = ""
 
+    @property
+    def fresh(self) -> bool:
+        """It is ours for sure: nobody can have taken it over by now."""
+        return self._clock() < self._asked_at + self._config.ttl_s
+
     async def take(self) -> str:
         """Asks for it once, to have or to renew it. Empty when it is held now, else who
         has it, in a sentence. Raises UnavailableError when Redis does not answer."""
+        asked_at = self._clock()
         other = await self._store.take_lease(self._name, self._config.ttl_s)
+        if other is None:
+            self._asked_at = asked_at
         return f"another controller has the pools: {other}" if other is not None else ""
 
     async def acquire(self, on_wait: Callable[[str], None] = lambda _: None) -> None:

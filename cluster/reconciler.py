@@ -27,6 +27,8 @@ from cluster.slots import STABLE_S, Cause, Slot, SlotView, WorkerEvent, backoff_
 
 logger = logging.getLogger(__name__)
 
+ASK_AGAIN_S = 0.25
+"""Pause between two questions whether processes may be started."""
 PROOF_S = 5.0
 """How long a killed process may take to be proved gone, before a stop goes on, and
 before it is killed once more."""
@@ -40,7 +42,9 @@ class Reconciler:
         *,
         clock: Callable[[], float] = time.monotonic,
         on_event: Callable[[WorkerEvent], None] = lambda _: None,
+        may_start: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._may_start = may_start
         self._clock = clock
         self._on_event = on_event
         self._slots: dict[str, Slot] = {}
@@ -123,6 +127,8 @@ class Reconciler:
         if slot.life is None:
             if slot.retry_at > now:
                 return slot.retry_at
+            if not self._may_start():
+                return now + ASK_AGAIN_S
             slot.life = self._begin_life(slot, None)
             return None
         if slot.kill_at is None:

@@ -43,7 +43,11 @@ async def control(
     store = ControllerStore(redis_url, config.registry.cluster)
     lease = Lease(store, config.registry, own_name())
     controller = PoolController(
-        config, backend=backend, store=store, metrics=ControllerMetrics(samples)
+        config,
+        backend=backend,
+        store=store,
+        metrics=ControllerMetrics(samples),
+        is_sole=lambda: lease.fresh,
     )
     seat = Seat()
     app = create_controller_app(seat, token=token, samples=samples)

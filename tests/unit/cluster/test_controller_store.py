@@ -148,6 +148,26 @@ async def test_lease_that_somebody_else_has_taken_is_lost_and_left_alone(
     assert plain.get(lease_key("c")) == b"usurper"
 
 
+async def test_lease_is_fresh_until_somebody_else_could_have_it(
+    server: RedisServer, store: ControllerStore
+) -> None:
+    now = 100.0
+    lease = Lease(store, QUICK, "me", clock=lambda: now)
+    assert not lease.fresh
+    assert await lease.take() == ""
+    now += QUICK.ttl_s * 0.9
+    assert lease.fresh
+    now += QUICK.ttl_s * 0.2
+    assert not lease.fresh
+    server.stop()
+    with pytest.raises(UnavailableError):
+        await lease.take()
+    assert not lease.fresh
+    server.start()
+    assert await lease.take() == ""
+    assert lease.fresh
+
+
 async def test_lease_outlives_an_outage_and_is_written_to_an_empty_redis(
     server: RedisServer, store: ControllerStore, plain: redis.Redis
 ) -> None:

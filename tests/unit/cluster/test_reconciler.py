@@ -59,6 +59,17 @@ async def test_every_wanted_worker_is_started_once(rig: Rig) -> None:
     }
 
 
+async def test_nothing_is_started_while_that_is_not_allowed(rig: Rig) -> None:
+    allowed = False
+    rig.reconciler = Reconciler(clock=rig.clock, may_start=lambda: allowed)
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    assert (await rig.settle() or 0) > 0, "it is to be asked again"
+    assert rig.backend.ids() == []
+    allowed = True
+    await rig.advance(1.0)
+    assert rig.backend.ids() == ["decode-0"]
+
+
 async def test_worker_that_lived_long_is_replaced_at_once_under_its_name(rig: Rig) -> None:
     rig.reconciler.want("decode", ["decode-0"], rig.backend)
     await rig.settle()
