@@ -8,7 +8,7 @@
 - DocumentUser gives a long text first, each another one, then asks about it.
 
 Both think between a turn and the next. What they say is a function of ``--seed``, the
-user's number and the answers. `XX
+user's number and the answers.
 """
 
 from __future__ import annotations

@@ -79,6 +79,25 @@ MISFITS: dict[str, tuple[Json, str]] = {
         {"pools": {"decode-": {"role": "decode"}}},
         "is no name of a pool",
     ),
+    "a Redis on a port that the policy closes": (
+        {"redis": {"url": "redis://:p@redis.example:6380/0"}},
+        "redis.url is on port 6380, but networkPolicy.redis.port is 6379; set it to 6380",
+    ),
+    "a Redis of Ray's on a port that the policy closes": (
+        {"rayRedis": {"address": "redis://ray-redis.example:6390"}},
+        "rayRedis.address is on port 6390",
+    ),
+    "one Redis for both": (
+        {
+            "redis": {"url": "redis://:p@redis.example:6379/0"},
+            "rayRedis": {"address": "redis://redis.example"},
+        },
+        "are one Redis",
+    ),
+    "a password for everybody to read": (
+        {"rayRedis": {"address": "redis://:p@ray-redis.example:6379"}},
+        "holds a password",
+    ),
     "RDMA with none of it": (
         _pool(rdma={"enabled": True, "resourceName": "r", "count": 0}),
         "with a count of 1 or more",

@@ -261,7 +261,9 @@ def test_only_the_autoscaler_may_ask_the_kubernetes_api() -> None:
 
 def test_redis_outside_of_the_release_is_reached_on_its_port_alone() -> None:
     to = [{"ipBlock": {"cidr": "10.1.0.0/16"}}]
-    rendered = render(GIVEN, {"networkPolicy": {"redis": {"to": to, "port": 6390}}})
+    policy = {"redis": {"to": to, "port": 6390}}
+    url = "redis://:p@redis.example:6390/0"
+    rendered = render(GIVEN, {"networkPolicy": policy, "redis": {"url": url}})
     for name in ("gateway", "controller", "worker"):
         rules = rendered.one("NetworkPolicy", name)["spec"]["egress"]
         assert {"ports": [{"port": 6390, "protocol": "TCP"}], "to": to} in rules

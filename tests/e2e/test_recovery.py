@@ -89,26 +89,53 @@ def test_streams_outlive_a_killed_worker(
     print(f"\n{victim} killed: longest gap {gap_s:.2f} s, whole again after {healed_s:.1f} s")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_streams_outlive_a_stopped_worker_which_changes_nothing_when_it_wakes(
-    server: BatonServer, expected: list[list[int]]
-) -> None:
-    victim, stopped_s = "decode-0", 20.0
-    pid = server.worker_pid(victim)
-    with streaming(server, PROMPTS, max_tokens=NUM_TOKENS) as streams:
-        streams.wait_all_flow(5)
-        assert not streams.all_ended, "too late to be a test"
-        wait_healed = hit(server, victim, signal.SIGSTOP)
-        wakes_at = time.monotonic() + stopped_s
-        assert streams.results() == expected
-    gap_s = streams.longest_gap_s
-    time.sleep(max(0.0, wakes_at - time.monotonic()))
-    with contextlib.suppress(ProcessLookupError):  # it is killed before it is replaced
-        os.kill(pid, signal.SIGCONT)
+def stop_for(server: BatonServer, expected: list[list[int]], victim: str, stopped_s: float) -> None:
+    """Stops the worker under load; streams, pools and a later load must not suffer."""
+    process = os.pidfd_open(server.worker_pid(victim))
+    try:
+        with streaming(server, PROMPTS, max_tokens=NUM_TOKENS) as streams:
+            streams.wait_all_flow(5)
+            assert not streams.all_ended, "too late to be a test"
+            wait_healed = hit(server, victim, signal.SIGSTOP)
+            wakes_at = time.monotonic() + stopped_s
+            while not streams.all_ended and time.monotonic() < wakes_at:
+                time.sleep(0.05)
+            if not streams.all_ended:
+                wake(process)
+            assert streams.results() == expected
+        time.sleep(max(0.0, wakes_at - time.monotonic()))
+        wake(process)
+    finally:
+        os.close(process)
     healed_s = wait_healed()
     server.wait_at_rest()
     with streaming(server, PROMPTS, max_tokens=NUM_TOKENS) as again:
         assert again.results() == expected
     server.wait_at_rest()
-    print(f"\n{victim} stopped: longest gap {gap_s:.2f} s, whole again after {healed_s:.1f} s")
+    print(
+        f"\n{victim} stopped for {stopped_s:g} s: longest gap {streams.longest_gap_s:.2f} s, "
+        f"whole again after {healed_s:.1f} s"
+    )
+
+
+def wake(process: int) -> None:
+    """Of a process that was killed meanwhile there is nobody to wake."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, signal.SIGCONT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_streams_outlive_a_worker_that_is_stopped_until_it_is_fenced(
+    server: BatonServer, expected: list[list[int]]
+) -> None:
+    stop_for(server, expected, "decode-0", 20.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("server", ["processes"], indirect=True)
+def test_worker_that_wakes_after_its_lease_changes_nothing(
+    server: BatonServer, expected: list[list[int]]
+) -> None:
+    stop_for(server, expected, "decode-1", 7.0)

@@ -137,6 +137,7 @@
 {{- if not (regexMatch "^[A-Za-z0-9._~-]*$" $redis.embedded.password.value) -}}
 {{- fail "redis.embedded.password.value becomes part of a URL; use letters, digits and . _ ~ - alone" -}}
 {{- end -}}
+{{- include "baton.checkRedisPort" (dict "policy" .Values.networkPolicy "name" "redis" "setting" "redis.url" "url" $redis.url) -}}
 {{- end -}}
 
 {{- define "baton.checkRayRedis" -}}
@@ -150,6 +151,15 @@
 {{- end -}}
 {{- else if $redis.embedded.enabled -}}
 {{- fail "rayRedis.embedded.enabled is of no use without ray.gcsFaultTolerance.enabled" -}}
+{{- end -}}
+{{- include "baton.checkRedisPort" (dict "policy" .Values.networkPolicy "name" "rayRedis" "setting" "rayRedis.address" "url" .Values.rayRedis.address) -}}
+{{- if and .Values.rayRedis.address .Values.redis.url -}}
+{{- if eq (include "baton.hostPort" .Values.rayRedis.address) (include "baton.hostPort" .Values.redis.url) -}}
+{{- fail "rayRedis.address and redis.url are one Redis; Ray gives up when its own is away, so give it one that nobody else fills or restarts" -}}
+{{- end -}}
+{{- end -}}
+{{- if contains "@" .Values.rayRedis.address -}}
+{{- fail "rayRedis.address holds a password, which everybody who may read the RayCluster could read; set rayRedis.password" -}}
 {{- end -}}
 {{- end -}}
 
@@ -165,5 +175,22 @@ valueFrom:
   secretKeyRef:
     name: {{ default (include "baton.secretName" .) $password.existingSecret }}
     key: {{ $password.key }}
+{{- end -}}
+{{- end -}}
+
+{{/* host:port of a Redis's URL, without its password. */}}
+{{- define "baton.hostPort" -}}
+{{- $host := (urlParse .).host -}}
+{{- ternary $host (printf "%s:6379" $host) (regexMatch ":[0-9]+$" $host) -}}
+{{- end -}}
+
+{{/* The policy lets nobody through to another port than its own. */}}
+{{- define "baton.checkRedisPort" -}}
+{{- if and .policy.enabled .url -}}
+{{- $port := regexFind "[0-9]+$" (include "baton.hostPort" .url) | int -}}
+{{- $open := int (index .policy .name).port -}}
+{{- if ne $port $open -}}
+{{- fail (printf "%s is on port %d, but networkPolicy.%s.port is %d; set it to %d" .setting $port .name $open $port) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
