@@ -68,7 +68,7 @@ def test_streams_outlive_a_killed_worker(
     server: BatonServer, expected: list[list[int]], victim: str
 ) -> None:
     if victim.startswith("prefill"):  # slowed down, so that it is hit in its work
-        server.inject(prefill__chunk={"action": "delay", "seconds": 0.5})
+        server.inject(prefill__chunk={"action": "delay", "seconds": 1.0})
     with streaming(server, PROMPTS, max_tokens=NUM_TOKENS, cache_salt=victim) as streams:
         if victim.startswith("decode"):
             streams.wait_all_flow(5)

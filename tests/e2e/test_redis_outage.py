@@ -10,7 +10,7 @@ from e2e.conftest import Serving
 from support.server import BatonServer, wait_until
 from support.streams import streaming
 
-NUM_TOKENS = 150
+NUM_TOKENS = 100
 PROMPTS = [f"Once upon a time, in the year {1900 + number}," for number in range(8)]
 
 
