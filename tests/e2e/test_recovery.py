@@ -75,7 +75,9 @@ def test_streams_outlive_a_killed_worker(
         else:
             wait_until(
                 lambda: (
-                    server.metric("baton_sequences_waiting", worker=victim) > 1 or streams.all_ended
+                    server.metric("baton_sequences_waiting", worker=victim) > 0
+                    or server.metric("baton_sequences_running", worker=victim) > 0
+                    or streams.all_ended
                 ),
                 timeout_s=30,
                 what=f"work on {victim}",
