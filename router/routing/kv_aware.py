@@ -129,10 +129,9 @@ class KvAware:
         chosen = self._rng.choice(
             [pair for pair, cost in zip(pairs, costs, strict=True) if cost == least]
         )
-        for session in (chosen.prefill, chosen.decode):
-            if session is not None:
-                computes = session is (chosen.prefill or chosen.decode)
-                self._count(input_, session, standings[session], computes=computes)
+        for session in chosen.sessions:
+            computes = session is chosen.computing
+            self._count(input_, session, standings[session], computes=computes)
         return Pairing(chosen.prefill, chosen.decode, _cheapest(pairs, costs))
 
     def _may_prefill(self, decode: Standing) -> bool:

@@ -29,6 +29,15 @@ class Pairing:
     candidates: tuple[Candidate, ...] = field(default=(), compare=False)
     """What it was chosen from, cheapest first, where the policy knows costs; not all of it."""
 
+    @property
+    def computing(self) -> WorkerSession:
+        """The one that computes what is missing of the input."""
+        return self.prefill or self.decode
+
+    @property
+    def sessions(self) -> tuple[WorkerSession, ...]:
+        return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
+
 
 class RoutingPolicy(Protocol):
     """Chooses among workers that may all be given work."""

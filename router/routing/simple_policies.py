@@ -41,11 +41,10 @@ class OneByOne:
         chosen = self._choose(list({pair.decode: None for pair in pairs}))
         partners = [p.prefill for p in pairs if p.decode is chosen and p.prefill is not None]
         pairing = Pairing(self._choose(partners) if partners else None, chosen)
-        for session in (pairing.prefill, pairing.decode):
-            if session is not None:
-                computes = session is (pairing.prefill or pairing.decode)
-                num_blocks = -(-input_.num_tokens // session.record.block_size)
-                self._peers.given(session.epoch, input_.num_tokens if computes else 0, num_blocks)
+        for session in pairing.sessions:
+            num_tokens = input_.num_tokens if session is pairing.computing else 0
+            num_blocks = -(-input_.num_tokens // session.record.block_size)
+            self._peers.given(session.epoch, num_tokens, num_blocks)
         return pairing
 
 
