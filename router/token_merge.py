@@ -7,11 +7,14 @@ overtake each other: each position counts once, and none is passed over::
                 ├─taken─┤      given to the client
                 ├──in order──┤  token_ids
                                 6: ahead, waits for what is missing before it
+
+Log-probabilities, where they are wanted, come and go with their tokens.
 """
 
 from __future__ import annotations
 
 from baton.errors import InternalError
+from baton.logprobs import TokenLogprobs
 
 
 class TokenMerge:
@@ -21,7 +24,8 @@ class TokenMerge:
         self._limit = limit
         self._token_ids: list[int] = []
         self._num_taken = 0
-        self._ahead: dict[int, int] = {}
+        self._logprobs: list[TokenLogprobs] = []
+        self._ahead: dict[int, tuple[int, TokenLogprobs | None]] = {}
 
     @property
     def token_ids(self) -> list[int]:
@@ -33,7 +37,7 @@ class TokenMerge:
         """Position of the first missing token."""
         return len(self._token_ids)
 
-    def add(self, position: int, token_id: int) -> None:
+    def add(self, position: int, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
         """Takes a token in, once.
 
         Raises: InternalError for a position over the limit, and for one that came
@@ -46,15 +50,19 @@ class TokenMerge:
             return
         if position >= self._limit:
             raise InternalError(f"a worker sent a token past the limit of {self._limit}")
-        self._ahead[position] = token_id
+        self._ahead[position] = (token_id, logprobs)
         while (following := self._ahead.pop(len(self._token_ids), None)) is not None:
-            self._token_ids.append(following)
+            self._token_ids.append(following[0])
+            if following[1] is not None:
+                self._logprobs.append(following[1])
 
-    def take(self) -> tuple[int, ...]:
-        """The tokens in order that were not taken yet."""
+    def take(self) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
+        """The tokens in order that were not taken yet, and those log-probabilities that
+        came with them."""
         taken = tuple(self._token_ids[self._num_taken :])
         self._num_taken += len(taken)
-        return taken
+        logprobs, self._logprobs = tuple(self._logprobs), []
+        return taken, logprobs
 
     def forget_ahead(self) -> None:
         """Drops what waits for a missing token: the attempt that sent it has failed."""
@@ -63,4 +71,5 @@ class TokenMerge:
     def _known(self, position: int) -> int | None:
         if position < len(self._token_ids):
             return self._token_ids[position]
-        return self._ahead.get(position)
+        waiting = self._ahead.get(position)
+        return None if waiting is None else waiting[0]

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from baton.config import SessionConfig
 from baton.errors import WorkerLostError
+from baton.logprobs import TokenLogprobs
 from baton.records import WorkerRecord
 from baton.telemetry import GatewayMetrics
 from baton.v1 import session_pb2 as pb
@@ -31,7 +32,7 @@ class StreamSink(Protocol):
 
     def on_reserved(self, num_held_tokens: int) -> None: ...
 
-    def on_token(self, position: int, token_id: int) -> None: ...
+    def on_token(self, position: int, token_id: int, logprobs: TokenLogprobs | None) -> None: ...
 
     def on_closed(self, closed: pb.Closed) -> None:
         """The worker's last word on the stream."""
@@ -204,11 +205,12 @@ class WorkerSession:
             if (sink := self._sinks.get(reserved.stream_id)) is not None:
                 sink.on_reserved(reserved.num_held_tokens)
         batch = events.tokens
-        for stream_id, position, token_id in zip(
-            batch.stream_ids, batch.positions, batch.token_ids, strict=True
+        logprobs = {each.index: TokenLogprobs.from_proto(each) for each in batch.logprobs}
+        for index, (stream_id, position, token_id) in enumerate(
+            zip(batch.stream_ids, batch.positions, batch.token_ids, strict=True)
         ):
             if (sink := self._sinks.get(stream_id)) is not None:
-                sink.on_token(position, token_id)
+                sink.on_token(position, token_id, logprobs.get(index))
         for closed in events.closed:
             if (sink := self._sinks.pop(closed.stream_id, None)) is not None:
                 sink.on_closed(closed)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import InternalError
+from baton.logprobs import TokenLogprobs
 from router.token_merge import TokenMerge
 
 
@@ -15,29 +16,36 @@ def test_any_order_with_any_repeats_gives_each_token_once_in_order(
     data: st.DataObject, num_tokens: int
 ) -> None:
     answer = [1000 + position for position in range(num_tokens)]
+    told = [TokenLogprobs(-float(position)) for position in range(num_tokens)]
     repeats = st.integers(0, max(0, num_tokens - 1))
     extra = data.draw(st.lists(repeats, max_size=20)) if num_tokens else []
     arrivals = data.draw(st.permutations([*range(num_tokens), *extra]))
     merge = TokenMerge(num_tokens)
     taken: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     for position in arrivals:
-        merge.add(position, answer[position])
+        merge.add(position, answer[position], told[position])
         if data.draw(st.booleans()):
-            taken += merge.take()
+            more, their_logprobs = merge.take()
+            taken += more
+            logprobs += their_logprobs
         assert taken == answer[: len(taken)]
+        assert logprobs == told[: len(taken)]
         assert merge.token_ids == answer[: merge.num_in_order]
-    taken += merge.take()
-    assert taken == answer
-    assert merge.take() == ()
+    more, their_logprobs = merge.take()
+    assert [*taken, *more] == answer
+    assert [*logprobs, *their_logprobs] == told
+    assert merge.take() == ((), ())
 
 
 def test_token_that_waits_is_forgotten_with_its_attempt() -> None:
     merge = TokenMerge(8)
     merge.add(0, 10)
-    merge.add(2, 12)
+    merge.add(2, 12, TokenLogprobs(-2.0))
     merge.forget_ahead()
-    merge.add(1, 11)
+    merge.add(1, 11, TokenLogprobs(-1.0))
     assert merge.token_ids == [10, 11]
+    assert merge.take() == ((10, 11), (TokenLogprobs(-1.0),))
 
 
 @pytest.mark.parametrize("position", [0, 2])
