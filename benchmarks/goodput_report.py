@@ -67,7 +67,7 @@ def section(results: Results, plot: str) -> str:
         _rule(results, fairest),
         *(_table(results, rate, disaggregated, fairest) for rate in results.rates),
         f"![goodput, TTFT and ITL by offered rate]({plot})",
-        *(_sentence(results, rate, disaggregated, fairest) for rate in results.rates),
+        *_sentences(results, disaggregated, fairest),
         _served(results),
     ]
     return "\n\n".join(parts)
@@ -128,7 +128,8 @@ def _table(results: Results, rate: float, one: str, other: str) -> str:
         lines.append((row.name, *(_cell(results, rate, name, row) for name in names), ""))
     for row in ROWS:
         cells = (_cell(results, rate, name, row) for name in names)
-        lines.append((row.name, *cells, _WORDS[compare(results, rate, row.figure, one, other)]))
+        verdict = compare(results, rate, row.figure, one, other)
+        lines.append((row.name, *cells, _WORDS[verdict] if _may_claim(results) else ""))
     for title, figure in (("overdue", "num_overdue"), ("failed", "num_failed")):
         counts = (str(_total(results, rate, name, figure)) for name in names)
         lines.append((title, *counts, ""))
@@ -172,6 +173,16 @@ def compare(results: Results, rate: float, figure: str, one: str, other: str) ->
     if row.is_time and _total(results, rate, one if one_is_less else other, "num_overdue"):
         return "unseen"
     return "better" if one_is_less == row.is_time else "worse"
+
+
+def _may_claim(results: Results) -> bool:
+    return results.num_rounds >= MIN_ROUNDS
+
+
+def _sentences(results: Results, one: str, other: str) -> list[str]:
+    """One for each rate; none of too few rounds."""
+    rates = results.rates if _may_claim(results) else []
+    return [_sentence(results, rate, one, other) for rate in rates]
 
 
 def _sentence(results: Results, rate: float, one: str, other: str) -> str:

@@ -175,8 +175,13 @@ def test_chance_parts_as_many_ranges_as_the_report_says() -> None:
     assert goodput_report.parted_by_chance(4) == pytest.approx(parted / len(halves))
     four = of_rounds([1, 2, 3, 4], [5, 6, 7, 8], "itl_p99_s")
     assert "by chance in 2.9% of comparisons" in goodput_report.section(four, "p.svg")
-    one = of_rounds([1], [5], "itl_p99_s")
-    assert "No difference is claimed: that takes 4 rounds" in goodput_report.section(one, "p.svg")
+
+
+def test_of_too_few_rounds_nothing_is_said() -> None:
+    text = goodput_report.section(of_rounds([1, 1, 1], [5, 5, 5], "itl_p99_s"), "p.svg")
+    assert "No difference is claimed: that takes 4 rounds" in text
+    assert cells(text, "1", "ITL p99")[-1] == ""
+    assert "At 1/s" not in text
 
 
 def test_the_highest_served_rate_is_before_the_first_that_is_missed(results: Results) -> None:
