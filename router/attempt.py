@@ -60,9 +60,9 @@ class _Side:
     def on_reserved(self, num_held_tokens: int) -> None:
         self.attempt.reserved(self, num_held_tokens)
 
-    def on_token(self, position: int, token_id: int) -> None:
+    def on_token(self, position: int, token_id: int, at: float) -> None:
         self.end = max(position + 1, self.end or 0)
-        self.attempt.token(position, token_id)
+        self.attempt.token(position, token_id, at)
 
     def on_closed(self, closed: pb.Closed) -> None:
         self.is_open = False
@@ -148,11 +148,11 @@ class Attempt:
             self._proceeded = True
             self._prefill.session.proceed(self._message.stream_id, num_held_tokens)
 
-    def token(self, position: int, token_id: int) -> None:
+    def token(self, position: int, token_id: int, at: float) -> None:
         if self._ended:
             return
         try:
-            self._tokens.add(position, token_id)
+            self._tokens.add(position, token_id, at)
         except InternalError as error:
             self._fail(error)
         self._settle()

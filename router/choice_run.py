@@ -208,17 +208,17 @@ class ChoiceRun:
     async def _receive(self, attempt: Attempt) -> ChoiceOutput | None:
         """None: the attempt has failed, and all its tokens have been taken."""
         while True:
-            token_ids = self._tokens.take()
-            if token_ids:
-                self._timeline.arrived(len(token_ids))
-            if token_ids and attempt.awaits_account:
-                return ChoiceOutput(token_ids, num_cached_tokens=self._cached_tokens(attempt))
-            if attempt.finish_reason is not None:
+            token_ids, arrivals = self._tokens.take()
+            for arrival in arrivals:
+                self._timeline.arrived(arrival.num_tokens, arrival.at)
+            finish_reason = attempt.finish_reason
+            if finish_reason is not None and not (token_ids and attempt.awaits_account):
                 await self._wait_account(attempt)
                 self._end_attempt()
-                return ChoiceOutput(token_ids, attempt.finish_reason, self._num_cached_tokens or 0)
+                num_cached = self._num_cached_tokens or 0
+                return ChoiceOutput(token_ids, finish_reason, num_cached, arrivals)
             if token_ids:
-                return ChoiceOutput(token_ids, num_cached_tokens=self._cached_tokens(attempt))
+                return ChoiceOutput(token_ids, None, self._cached_tokens(attempt), arrivals)
             if attempt.error is not None:
                 return None
             await self._wait()

@@ -17,7 +17,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from baton.config import RegistryConfig
-from baton.records import WorkerRecord, worker_key
+from baton.records import WorkerRecord, index_key, worker_key
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,14 @@ local value = redis.call('get', KEYS[1])
 if not value then return 'none' end
 if value ~= ARGV[1] then return 'other' end
 redis.call('pexpire', KEYS[1], ARGV[2])
+redis.call('sadd', KEYS[2], KEYS[1])
 return 'ours'
 """
 _DELETE_IF_OURS = """
-if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end
+if redis.call('get', KEYS[1]) == ARGV[1] then
+  redis.call('del', KEYS[1])
+  redis.call('srem', KEYS[2], KEYS[1])
+end
 """
 
 
@@ -47,6 +51,7 @@ class Registration:
         self._config = config
         self._ttl_ms = int(config.ttl_s * 1000)
         self._key = worker_key(config.cluster, record.worker_id)
+        self._keys = [self._key, index_key(config.cluster)]
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._slept = False
@@ -58,9 +63,16 @@ class Registration:
 
         Raises ConnectionError of redis when there is no Redis to begin with.
         """
-        await self._redis.set(self._key, self._value, px=self._ttl_ms)
+        await self._put()
         self._seen_at = time.monotonic()
         self._task = asyncio.create_task(self._beat())
+
+    async def _put(self, *, unless_taken: bool = False) -> None:
+        """Writes the record and lists it, in one transaction."""
+        async with self._redis.pipeline() as pipe:
+            pipe.set(self._key, self._value, px=self._ttl_ms, nx=unless_taken)
+            pipe.sadd(self._keys[1], self._key)
+            await pipe.execute()
 
     async def _beat(self) -> None:
         # Cancelling is not enough: the client library may swallow it (asyncio.wait_for
@@ -82,7 +94,7 @@ class Registration:
         """One beat. Being unable to ask is not being asleep: a worker that finds no record
         because Redis was away registers again, one that slept has lost it."""
         try:
-            found = await self._renew_if_ours(keys=[self._key], args=[self._value, self._ttl_ms])
+            found = await self._renew_if_ours(keys=self._keys, args=[self._value, self._ttl_ms])
             if found == b"ours":
                 self._slept = False
             elif found == b"other":
@@ -90,7 +102,7 @@ class Registration:
             elif self._slept:
                 self._give_up("this process was stopped for longer than its lease")
             else:
-                await self._redis.set(self._key, self._value, px=self._ttl_ms, nx=True)
+                await self._put(unless_taken=True)
         except (RedisError, OSError) as error:
             logger.warning("registry does not answer, serving on: %s", error)
 
@@ -105,7 +117,7 @@ class Registration:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         try:
-            await self._delete_if_ours(keys=[self._key], args=[self._value])
+            await self._delete_if_ours(keys=self._keys, args=[self._value])
         except (RedisError, OSError) as error:
             logger.warning("could not deregister: %s", error)
         await self._redis.aclose()
