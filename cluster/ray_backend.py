@@ -96,9 +96,10 @@ class RayBackend:
         self._workers: list[RayWorker] = []
 
     async def open(self) -> None:
-        """Connects to Ray, once. Raises UnavailableError, and ConfigurationError when the
-        cluster's name is taken there."""
-        if self._opening is None:
+        """Connects to Ray, once; to a given one anew where that has failed. Raises
+        UnavailableError, and ConfigurationError when the cluster's name is taken there."""
+        given = self._config.cluster.ray_address is not None
+        if self._opening is None or (given and _has_failed(self._opening)):
             self._opening = asyncio.create_task(self._open(), name="open Ray")
         await asyncio.shield(self._opening)
 
@@ -222,9 +223,12 @@ class RayBackend:
 
     async def close(self) -> bool:
         """Waits for an opening that is under way, then leaves or ends Ray. Of a Ray that
-        was lost nobody takes leave; the launcher's janitor ends what is left of it."""
+        was lost nobody takes leave; the launcher's janitor ends what is left of it. And a
+        connecting that hangs is not waited for where workers are kept: none is known yet."""
         if self._opening is None:
             return True
+        if self._keep and not self._opening.done():
+            return False
         with contextlib.suppress(BatonError):
             if not self._thread.given_up:
                 await asyncio.shield(self._opening)
@@ -248,6 +252,10 @@ class RayBackend:
         finally:
             for waiting in waits:
                 waiting.cancel()
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _environment(config: BatonConfig) -> dict[str, str]:

@@ -69,6 +69,10 @@ class RayWorker:
         self._life = asyncio.create_task(self._live(actor), name=f"life of {name}")
 
     @property
+    def name(self) -> str:
+        return self._name
+
+    @property
     def over(self) -> bool:
         """Its end is proved."""
         return self._life.done()

@@ -1,8 +1,9 @@
 """A worker's place in the registry: a record in Redis that every beat renews.
 
-1. REGISTERED: the record is ours and renewed in time.
-2. ADRIFT: Redis does not answer. The worker serves on; Sessions are unaffected.
-3. LOST: another process took the name, or this one slept through its lease (a
+1. STARTING: Redis is asked until it takes the record, within a bound.
+2. REGISTERED: the record is ours and renewed in time.
+3. ADRIFT: Redis does not answer. The worker serves on; Sessions are unaffected.
+4. LOST: another process took the name, or this one slept through its lease (a
    stopped process that wakes up). ``lost`` is set and the worker must exit:
    somebody else may have its place by now.
 """
@@ -58,12 +59,27 @@ class Registration:
         self._seen_at = 0.0
         self.lost = asyncio.Event()
 
-    async def start(self) -> None:
+    async def start(self, *, within_s: float = 0.0) -> None:
         """Registers, taking the name over from whoever had it, and beats from then on.
 
-        Raises ConnectionError of redis when there is no Redis to begin with.
+        A Redis that does not take the record is asked again, for ``within_s`` seconds.
+        Raises then what redis raises.
         """
-        await self._put()
+        gives_up_at, is_told = time.monotonic() + within_s, False
+        while not self._closed:
+            try:
+                await self._put()
+                break
+            except (RedisError, OSError) as error:
+                if time.monotonic() + self._config.heartbeat_s >= gives_up_at:
+                    raise
+                if not is_told:
+                    logger.warning(
+                        "%s cannot register, trying for %g s: %s",
+                        self._record.worker_id, within_s, error,
+                    )  # fmt: skip
+                is_told = True
+            await asyncio.sleep(self._config.heartbeat_s)
         self._seen_at = time.monotonic()
         self._task = asyncio.create_task(self._beat())
 
