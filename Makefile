@@ -39,6 +39,7 @@ check: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python scripts/stubs.py --check
 	$(BIN)/python scripts/config_page.py --check
+	$(BIN)/python scripts/chart_schema.py --check
 	$(BIN)/python scripts/chart_lint.py
 
 bench-goodput: setup
