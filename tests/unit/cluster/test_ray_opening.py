@@ -83,7 +83,7 @@ async def test_backend_that_keeps_workers_does_not_wait_for_a_connecting_that_ha
 async def test_backend_that_keeps_none_waits_for_its_opening(
     connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def none_left(_: RayBackend) -> None:
+    async def none_left(_: RayBackend, address: str) -> None:
         return None
 
     monkeypatch.setattr(RayBackend, "_end_leftovers", none_left)
