@@ -1,7 +1,8 @@
 """What a worker says of itself in the registry (Redis), and where it says it.
 
 A record lives under ``worker_key`` with a time to live that every heartbeat
-renews: a worker that stops beating is forgotten without anybody's help.
+renews: a worker that stops beating is forgotten without anybody's help. Redis may be
+shared with others, and large, so nobody searches it: ``index_key`` lists the keys.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ def gateway_key(cluster: str, gateway_id: str) -> str:
     return f"baton:{cluster}:gateway:{gateway_id}"
 
 
-def keys_pattern(cluster: str) -> str:
-    """Redis pattern that matches every key of a cluster."""
-    return f"baton:{cluster}:*"
+def index_key(cluster: str) -> str:
+    """Redis key of the set of all worker and gateway keys of a cluster. Whoever renews a key
+    adds it anew, so an index that is lost is soon whole again; readers take out what has
+    expired."""
+    return f"baton:{cluster}:index"
 
 
 class PoolWish(BaseModel):

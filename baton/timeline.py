@@ -5,9 +5,10 @@ The moments come in this order; whoever lets them happen notes them::
     submitted ─queue─ admitted ─route─ opened ─prefill─ first token ─decode─ last token
                           └──────<───────┘ lost: an attempt that ends without a token
 
-Tokens that are read together arrive together: they share one time. The steady time
-between tokens is the median over the arrivals after the second token's, each gap
-divided by the number of tokens that it brought.
+A token's time is that of the message that brought it to the gateway, however late it is
+read; tokens of one message arrive together. The steady time between tokens is the median
+over the arrivals after the second token's, each gap divided by the number of tokens that
+it brought.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _ms(seconds: float | None) -> float | None:
 
 
 class Timeline:
-    """One choice's; ``clock`` gives seconds."""
+    """One choice's; ``clock`` gives seconds, and so does whoever says when tokens arrived."""
 
     __slots__ = (
         "_attempts", "_clock", "_first", "_first_at", "_gaps", "_last_at", "_lost_s",
@@ -113,21 +114,20 @@ class Timeline:
         if self._num_tokens == 0:
             self._lost_s += self._pairing_at - attempt.opened_at
 
-    def arrived(self, num_tokens: int) -> None:
-        """The last attempt has brought that many tokens, at least one."""
-        now = self._clock()
+    def arrived(self, num_tokens: int, at: float) -> None:
+        """The last attempt has brought that many tokens, at least one, at that time."""
         attempt = self._attempts[-1]
         attempt.num_tokens += num_tokens
         if self._num_tokens >= 2:
             if len(self._gaps) < MAX_GAPS:
-                self._gaps.append((now - self._last_at) / num_tokens)
+                self._gaps.append((at - self._last_at) / num_tokens)
         else:
             if self._num_tokens == 0:
-                self._first, self._first_at = attempt, now
+                self._first, self._first_at = attempt, at
             if self._num_tokens + num_tokens >= 2:
-                self._second, self._second_at = attempt, now
+                self._second, self._second_at = attempt, at
         self._num_tokens += num_tokens
-        self._last_at = now
+        self._last_at = at
 
     # ------------------------------------------------------------- results
 

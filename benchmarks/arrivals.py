@@ -69,23 +69,24 @@ class Plan:
         return cls(Load(**data["load"]), data["warm_up"], phases)
 
 
-def make_plan(seed: str, load: Load, *, rates: list[float], window_s: float) -> Plan:
-    """A function of its arguments alone. No two of its prompts begin alike."""
+def make_plan(seed: str, load: Load, *, rates: list[float], num_requests: int) -> Plan:
+    """A phase of ``num_requests`` for each rate. A function of its arguments alone; no two of
+    its prompts begin alike."""
     random = prompts.rng(seed, "warm-up")
     warm_up = [_messages(prompts.opening(random))]
     warm_up.append(_messages(prompts.document_opening(random, load.long_tokens)))
-    phases = [make_phase(seed, load, rate_per_s=rate, window_s=window_s) for rate in rates]
+    phases = [make_phase(seed, load, rate_per_s=rate, num_requests=num_requests) for rate in rates]
     return Plan(load, warm_up, phases)
 
 
-def make_phase(seed: str, load: Load, *, rate_per_s: float, window_s: float) -> Phase:
-    """At least one arrival, whatever the rate."""
+def make_phase(seed: str, load: Load, *, rate_per_s: float, num_requests: int) -> Phase:
+    """As long as so many requests take at that rate."""
     random = prompts.rng(seed, rate_per_s)
-    num = max(1, round(rate_per_s * window_s))
-    num_long = round(load.long_share * num)
-    kinds: list[Kind] = ["long" if index < num_long else "chat" for index in range(num)]
+    window_s = num_requests / rate_per_s
+    num_long = round(load.long_share * num_requests)
+    kinds: list[Kind] = ["long" if index < num_long else "chat" for index in range(num_requests)]
     random.shuffle(kinds)
-    moments = sorted(random.uniform(0, window_s) for _ in range(num))
+    moments = sorted(random.uniform(0, window_s) for _ in range(num_requests))
     arrivals = []
     for at_s, kind in zip(moments, kinds, strict=True):
         long = kind == "long"

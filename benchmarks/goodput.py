@@ -1,6 +1,6 @@
 """Goodput of disaggregated and colocated Baton on this machine, by offered rate.
 
-    .venv/bin/python -m benchmarks.goodput              # the sweep, at most 12 minutes
+    .venv/bin/python -m benchmarks.goodput              # the sweep, at most 25 minutes
     .venv/bin/python -m benchmarks.goodput --quick      # a first impression, at most 2
     .venv/bin/python -m benchmarks.goodput --report     # results into docs/, runs nothing
 
@@ -16,23 +16,22 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from pathlib import Path
 
 from baton.config import DEFAULT_MODEL
 from baton.errors import BatonError
-from benchmarks import goodput_plot, goodput_report
+from benchmarks import goodput_plot, goodput_report, page
 from benchmarks.arrivals import Load
 from benchmarks.figures import Objectives
-from benchmarks.goodput_results import Results
-from benchmarks.goodput_sweep import SYSTEMS, Sweep, describe_machine, run_sweep
+from benchmarks.goodput_results import Results, Run, RunFigures
+from benchmarks.goodput_sweep import SYSTEMS, Sweep, run_sweep
+from benchmarks.measured import Measured, measured_now
 
-_ROOT = Path(__file__).resolve().parent.parent
-_RESULTS = _ROOT / "benchmarks" / "results" / "goodput.json"
-_PAGE = _ROOT / "docs" / "performance.md"
-_PLOT = _ROOT / "docs" / "benchmarks" / "goodput.svg"
+SECTION = "goodput"
+KEPT, PLOT = page.KEPT / "goodput.json", page.KEPT / "goodput.svg"
+_RESULTS = page.RESULTS / "goodput.json"
 
-_QUICK = {"rates": [1.0, 2.0], "window": 6.0, "rounds": 1, "budget": 120.0, "answer_tokens": 24}
+_QUICK = {"rates": [1.0, 2.0], "requests": 8, "rounds": 1, "budget": 120.0, "answer_tokens": 24}
 """Defaults of --quick; what is given besides wins."""
 
 
@@ -46,25 +45,21 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
     try:
         if arguments.report:
-            _publish(Results.read(arguments.results))
+            _publish(arguments.results)
             return 0
         sweep, objectives = _sweep(arguments), _objectives(arguments)
         if sweep.longest_round_s > sweep.budget_s:
             print(_too_long(sweep), file=sys.stderr)
             return 2
-        results = _run(sweep, objectives, command=shlex.join(["benchmarks.goodput", *argv]))
+        measured = measured_now(shlex.join(["python", "-m", "benchmarks.goodput", *argv]))
+        num_rounds, runs = _run(sweep, measured)
     except BatonError as error:
         print(f"goodput: {error.message}", file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
         print(f"goodput: {error}", file=sys.stderr)
         return 2
-    results.write(arguments.results)
-    plot, table = arguments.results.with_suffix(".svg"), arguments.results.with_suffix(".md")
-    goodput_plot.draw(results, plot)
-    table.write_text(goodput_report.section(results, plot.name))
-    print(table.read_text())
-    print(f"written: {arguments.results}, {table}, {plot}")
+    _keep(_results(sweep, objectives, measured, num_rounds, runs), runs, arguments.results)
     return 0
 
 
@@ -74,10 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="two rates, one round: at most two minutes")
     add("--report", action="store_true", help="write docs/performance.md from the results")
     add("--results", type=Path, default=_RESULTS, metavar="FILE")
-    add("--rates", type=float, nargs="+", default=[0.4, 0.8, 1.2, 1.6], metavar="R")
-    add("--window", type=float, default=11.0, metavar="S", help="seconds of arrivals per rate")
-    add("--rounds", type=int, default=3, metavar="N", help="figures are medians over them")
-    add("--budget", type=float, default=720.0, metavar="S", help="no round begins that may not fit")
+    add("--rates", type=float, nargs="+", default=[0.5, 1.0, 1.5], metavar="R")
+    add("--requests", type=int, default=14, metavar="N", help="of a system, rate and round")
+    add("--rounds", type=int, default=5, metavar="N", help="figures are medians over them")
+    add(
+        "--budget", type=float, default=1500.0, metavar="S", help="no round begins that may not fit"
+    )
     add("--objective-ttft", type=float, default=3.0, metavar="S")
     add("--objective-itl", type=float, default=0.15, metavar="S", help="7 tokens/s: fluent reading")
     add("--objective-itl-percentile", type=float, default=99.0, metavar="P")
@@ -97,7 +94,7 @@ def _objectives(arguments: argparse.Namespace) -> Objectives:
 
 def _sweep(arguments: argparse.Namespace) -> Sweep:
     """Raises ValueError for numbers that make no sense."""
-    positive = ("window", "rounds", "objective_ttft", "objective_itl", "long_tokens")
+    positive = ("requests", "rounds", "objective_ttft", "objective_itl", "long_tokens")
     for name in (*positive, "answer_tokens"):
         if getattr(arguments, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be over 0")
@@ -110,7 +107,7 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         systems=SYSTEMS,
         load=load,
         rates=tuple(arguments.rates),
-        window_s=arguments.window,
+        num_requests=arguments.requests,
         num_rounds=arguments.rounds,
         seed=arguments.seed,
         budget_s=arguments.budget,
@@ -121,38 +118,61 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
 def _too_long(sweep: Sweep) -> str:
     return (
         f"goodput: one round may take {sweep.longest_round_s:.0f} s, which is over the budget of "
-        f"{sweep.budget_s:.0f} s; use fewer --rates, a shorter --window or a larger --budget"
+        f"{sweep.budget_s:.0f} s; use fewer --rates or --requests or a larger --budget"
     )
 
 
-def _run(sweep: Sweep, objectives: Objectives, *, command: str) -> Results:
-    machine = describe_machine()
-    begun_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+def _run(sweep: Sweep, measured: Measured) -> tuple[int, list[Run]]:
     print(
         f"{len(sweep.systems)} systems, rates {', '.join(f'{r:g}' for r in sweep.rates)}/s, "
         f"{sweep.num_rounds} rounds of at most {sweep.longest_round_s:.0f} s, "
-        f"budget {sweep.budget_s:.0f} s; load average {machine['load_average']}",
+        f"budget {sweep.budget_s:.0f} s; load average {measured.load_average}",
         flush=True,
     )
-    num_rounds, runs = run_sweep(sweep, lambda line: print(line, flush=True))
+    return run_sweep(sweep, lambda line: print(line, flush=True))
+
+
+def _results(
+    sweep: Sweep, objectives: Objectives, measured: Measured, num_rounds: int, runs: list[Run]
+) -> Results:
+    client_cores = sum(run.client_cpu_s for run in runs) / sum(run.duration_s for run in runs)
     return Results(
-        begun_at=begun_at,
-        machine=machine,
-        command=f"python -m {command}",
+        measured=measured,
         seed=sweep.seed,
         load=sweep.load,
         objectives=objectives,
         systems=sweep.systems,
         num_rounds=num_rounds,
-        runs=tuple(runs),
+        client_cores=round(client_cores, 4),
+        max_late_s=max(record.late_s for run in runs for record in run.records),
+        runs=tuple(RunFigures.of(run, objectives) for run in runs),
     )
 
 
-def _publish(results: Results) -> None:
-    goodput_plot.draw(results, _PLOT)
-    plot = _PLOT.relative_to(_PAGE.parent).as_posix()
-    goodput_report.into_page(_PAGE, goodput_report.section(results, plot))
-    print(f"written: {_PAGE}, {_PLOT}")
+def _keep(results: Results, runs: list[Run], path: Path) -> None:
+    """Figures, every request, table and plot, side by side."""
+    requests = path.with_name(f"{path.stem}-requests.json")
+    plot, table = path.with_suffix(".svg"), path.with_suffix(".md")
+    results.write(path)
+    page.write_json(requests, {"runs": [run.to_json() for run in runs]})
+    goodput_plot.draw(results, plot)
+    table.write_text(goodput_report.section(results, plot.name) + "\n")
+    print(table.read_text())
+    print(f"written: {path}, {requests}, {table}, {plot}")
+
+
+def section(kept: Path = KEPT) -> str:
+    """Of docs/performance.md. Raises OSError or ValueError."""
+    plot = PLOT.relative_to(page.PAGE.parent).as_posix()
+    return goodput_report.section(Results.read(kept), plot)
+
+
+def _publish(path: Path) -> None:
+    results = Results.read(path)
+    results.write(KEPT)
+    goodput_plot.draw(results, PLOT)
+    page.into_page(SECTION, section())
+    print(f"written: {page.PAGE}, {KEPT}, {PLOT}")
 
 
 if __name__ == "__main__":

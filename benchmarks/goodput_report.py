@@ -1,216 +1,214 @@
-"""The sweep's report in Markdown: what was run, the table, and what is better and what worse."""
+"""The sweep's report in Markdown: what was run, the systems side by side, and what is better
+and what worse."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
-from benchmarks.figures import Figures
-from benchmarks.goodput_results import Figure, Results, median
+from benchmarks.goodput_results import Results
 
-BEGIN, END = "<!-- goodput -->", "<!-- end of goodput -->"
-_ALIKE = 0.1
-"""Figures within this share of each other are called alike."""
-_QUIET_LOAD = 0.5
+Verdict = Literal["better", "worse", "unseen"]
+
+MIN_ROUNDS = 4
+"""No difference is claimed of fewer: of 3 rounds, chance parts 10 % of equal systems' ranges."""
 _SERVED_SHARE = 0.9
-
-PAGE = f"""# Performance
-
-What Baton does on one machine, measured by commands that anybody can run again. The figures below
-are written by those commands; none is typed by hand.
-
-## Disaggregated and colocated, under the same load
-
-```sh
-make bench-goodput                      # the sweep: at most 12 minutes; ARGS="--quick" takes 2
-.venv/bin/python -m benchmarks.goodput --report   # writes its results into this page
-```
-
-[benchmarks/README.md](../benchmarks/README.md) says how it measures and how to read it.
-
-{BEGIN}
-{END}
-"""
 
 
 @dataclass(frozen=True, slots=True)
-class _Metric:
+class _Unit:
+    scale: float
+    digits: int
+    sign: str = ""
+
+    def number(self, value: float) -> str:
+        return f"{self.scale * value:.{self.digits}f}"
+
+
+_SHARE, _RATE, _COUNT = _Unit(100, 0, "%"), _Unit(1, 2, "/s"), _Unit(1, 0)
+_SECONDS, _MILLISECONDS = _Unit(1, 2, " s"), _Unit(1000, 0, " ms")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
     name: str
-    figure: Figure
-    higher_is_better: bool = False
-    kind: str | None = None
+    figure: str
+    """A field of RunFigures."""
+    unit: _Unit
+    is_time: bool = False
+    """Less is better, and with overdue requests it is a lower bound."""
 
 
-_METRICS = (
-    _Metric("goodput", lambda f: f.goodput_per_s, higher_is_better=True),
-    _Metric("TTFT of chats, p50", lambda f: f.ttft_s[50], kind="chat"),
-    _Metric("TTFT of long prompts, p50", lambda f: f.ttft_s[50], kind="long"),
-    _Metric("ITL, p50", lambda f: f.itl_s[50]),
-    _Metric("ITL, p99", lambda f: f.itl_s[99]),
-    _Metric("tokens/s", lambda f: f.tokens_per_s, higher_is_better=True),
+_SHARES = (
+    _Row("good requests", "good_share", _SHARE),
+    _Row("good by TPOT", "good_share_on_average", _SHARE),
 )
+ROWS = (
+    _Row("goodput", "goodput_per_s", _RATE),
+    _Row("TTFT p50 of short chats", "chat_ttft_p50_s", _SECONDS, is_time=True),
+    _Row("TTFT p90 of short chats", "chat_ttft_p90_s", _SECONDS, is_time=True),
+    _Row("TTFT p50 of long documents", "long_ttft_p50_s", _SECONDS, is_time=True),
+    _Row("TTFT p90 of long documents", "long_ttft_p90_s", _SECONDS, is_time=True),
+    _Row("ITL p50", "itl_p50_s", _MILLISECONDS, is_time=True),
+    _Row("ITL p99", "itl_p99_s", _MILLISECONDS, is_time=True),
+    _Row("tokens per second", "tokens_per_s", _COUNT),
+)
+"""What is compared."""
 
 
 def section(results: Results, plot: str) -> str:
-    """Everything between the marks; ``plot`` is the image's path from the page."""
-    parts = (
+    """The whole report; ``plot`` is the image's path from the page."""
+    disaggregated, *colocated = (system.name for system in results.systems)
+    fairest = results.fairest(colocated)
+    parts = [
         _setting(results),
-        _table(results),
+        _rule(results, fairest),
+        *(_table(results, rate, disaggregated, fairest) for rate in results.rates),
         f"![goodput, TTFT and ITL by offered rate]({plot})",
-        _comparison(results),
-    )
-    return "\n\n".join(parts) + "\n"
-
-
-def into_page(page: Path, text: str) -> None:
-    """Puts ``text`` between the page's marks; writes the whole page where there is none.
-
-    Raises ValueError for a page without the marks.
-    """
-    old = page.read_text() if page.exists() else PAGE
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{page} lacks the lines {BEGIN} and {END}; put them where results go")
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+        *_sentences(results, disaggregated, fairest),
+        _served(results),
+    ]
+    return "\n\n".join(parts)
 
 
 def _setting(results: Results) -> str:
-    machine, load, objectives = results.machine, results.load, results.objectives
+    load, objectives = results.load, results.objectives
     systems = "; ".join(
         f"*{each.name}* is `baton serve {' '.join(each.arguments)}`" for each in results.systems
     )
-    runs = results.runs
-    cpu = sum(run.client_cpu_s for run in runs) / sum(run.duration_s for run in runs)
-    late = max(record.late_s for run in runs for record in run.records)
-    busy = machine["load_average"]
-    warning = (
-        f" **The machine was not quiet before it began: load average {busy}.**"
-        if busy > _QUIET_LOAD
-        else ""
-    )
     return (
-        f"Measured {results.begun_at} at `{machine['revision']}` with `{results.command}` on "
-        f"{machine['cores']} cores of {machine['processor']}, Python {machine['python']}.{warning} "
-        f"{systems}; all have the same memory for KV. "
-        f"{load.long_share:.0%} of the requests are prompts of about {load.long_tokens:,} tokens, "
-        "each another one; the others are short chats; all are streamed and answered with "
-        f"{load.answer_tokens} tokens. Each rate was offered for {runs[0].window_s:g} s in each of "
-        f"{results.num_rounds} rounds; cells are medians over the rounds. A request is *good* if "
-        f"its first token came within {objectives.ttft_s:g} s and its ITL at p"
-        f"{objectives.itl_percentile:g} is within {1000 * objectives.itl_s:g} ms; after "
-        f"{load.bound_s:.1f} s it is given up as overdue, and its figures till then count "
-        "(so they are lower bounds in rows with overdue requests, marked ≥). The load's own "
-        f"process took {cpu:.0%} of a core on average, and sent no request more than "
-        f"{1000 * late:.0f} ms late."
+        f"{results.measured.sentence} {systems}: each has all cores, and the same memory for KV. "
+        f"{load.long_share:.0%} of the requests are documents of about {load.long_tokens:,} "
+        "tokens, each another one; the others are short chats; all are streamed and answered with "
+        f"{load.answer_tokens} tokens. A request is *good* if its first token came within "
+        f"{objectives.ttft_s:g} s and its ITL at p{objectives.itl_percentile:g} is within "
+        f"{1000 * objectives.itl_s:g} ms (*by TPOT*: its mean gap is); after {load.bound_s:.1f} s "
+        "it is given up as overdue, and its figures till then count, so that times marked ≥ are "
+        f"lower bounds. The load's own process took {results.client_cores:.0%} of a core on "
+        f"average, and sent no request more than {1000 * results.max_late_s:.0f} ms late."
     )
 
 
-# ---------------------------------------------------------------------- the table
-
-
-def _table(results: Results) -> str:
-    heads = (
-        *("offered/s", "system", "good (least to most)", "good by TPOT", "goodput/s"),
-        *("TTFT of chats p50, p90", "TTFT of long p50, p90", "ITL p50, p99", "tokens/s"),
-        *("overdue", "failed"),
+def _rule(results: Results, fairest: str) -> str:
+    num = results.num_rounds
+    rounds = f"{num} rounds" if num > 1 else "one round"
+    sizes = f"Each rate was offered in {rounds} of {results.num_requests} requests. "
+    if num > 1:
+        sizes += "Cells are medians over the rounds, with the least and the most of them. "
+    return (
+        f"{sizes}Of the colocated systems *{fairest}* had the most good requests, so it is the "
+        f"fair one to compare with. {_claims(num)}"
     )
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for rate in results.rates:
-        for system in results.systems:
-            lines.append("| " + " | ".join(_cells(results, rate, system.name)) + " |")
-    return "\n".join(lines)
 
 
-def _cells(results: Results, rate: float, system: str) -> Iterator[str]:
-    def each(figure: Figure) -> list[float]:
-        return results.each(system, rate, figure)
-
-    shares = each(lambda f: f.good_share)
-    overdue, failed = sum(each(_num_overdue)), sum(each(_num_failed))
-    mark = "≥ " if overdue else ""
-    yield f"{rate:g}"
-    yield system
-    yield f"{_number(median(shares), '.0%')} ({min(shares):.0%} to {max(shares):.0%})"
-    yield _number(median(each(lambda f: f.good_share_on_average)), ".0%")
-    yield _number(median(each(lambda f: f.goodput_per_s)), ".2f")
-    for kind in ("chat", "long"):
-        pair = [results.median(system, rate, _ttft(percent), kind) for percent in (50, 90)]
-        yield mark + ", ".join(_number(value, ".2f") for value in pair) + " s"
-    pair = [results.median(system, rate, _itl(percent)) for percent in (50, 99)]
-    yield mark + ", ".join(_milliseconds(value) for value in pair) + " ms"
-    yield _number(median(each(lambda f: f.tokens_per_s)), ".0f")
-    yield f"{overdue:.0f}"
-    yield f"{failed:.0f}"
+def _claims(num_rounds: int) -> str:
+    if num_rounds < MIN_ROUNDS:
+        return f"No difference is claimed: that takes {MIN_ROUNDS} rounds."
+    return (
+        "A difference is claimed only where the ranges of the two do not overlap, which of two "
+        f"equal systems happens by chance in {parted_by_chance(num_rounds):.1%} of comparisons."
+    )
 
 
-def _num_overdue(figures: Figures) -> float:
-    return figures.num_overdue
+def parted_by_chance(num_rounds: int) -> float:
+    """How often all rounds of one of two equal systems lie above all rounds of the other."""
+    return 2 / math.comb(2 * num_rounds, num_rounds)
 
 
-def _num_failed(figures: Figures) -> float:
-    return figures.num_failed
+# ---------------------------------------------------------------------- the tables
 
 
-def _ttft(percent: int) -> Figure:
-    return lambda figures: figures.ttft_s[percent]
+def _table(results: Results, rate: float, one: str, other: str) -> str:
+    names = [system.name for system in results.systems]
+    heads = (f"{rate:g} requests/s offered", *names, f"{one} against {other}")
+    lines = [heads, ("---",) * len(heads)]
+    for row in _SHARES:
+        lines.append((row.name, *(_cell(results, rate, name, row) for name in names), ""))
+    for row in ROWS:
+        cells = (_cell(results, rate, name, row) for name in names)
+        verdict = compare(results, rate, row.figure, one, other)
+        lines.append((row.name, *cells, _WORDS[verdict] if _may_claim(results) else ""))
+    for title, figure in (("overdue", "num_overdue"), ("failed", "num_failed")):
+        counts = (str(_total(results, rate, name, figure)) for name in names)
+        lines.append((title, *counts, ""))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _itl(percent: int) -> Figure:
-    return lambda figures: figures.itl_s[percent]
+def _cell(results: Results, rate: float, system: str, row: _Row) -> str:
+    values = results.each(system, rate, row.figure)
+    if not values:
+        return "-"
+    text = _middle(results, rate, system, row)
+    if len(values) > 1:
+        text += f" ({row.unit.number(min(values))} to {row.unit.number(max(values))})"
+    return text
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _middle(results: Results, rate: float, system: str, row: _Row) -> str:
+    middle = results.median(system, rate, row.figure)
+    assert middle is not None
+    mark = "≥ " if row.is_time and _total(results, rate, system, "num_overdue") else ""
+    return f"{mark}{row.unit.number(middle)}{row.unit.sign}"
 
 
-def _milliseconds(value: float | None) -> str:
-    return _number(None if value is None else 1000 * value, ".0f")
+def _total(results: Results, rate: float, system: str, figure: str) -> int:
+    return round(sum(results.each(system, rate, figure)))
 
 
 # ------------------------------------------------------------- better and worse
 
+_WORDS: dict[Verdict, str] = {"better": "better", "worse": "worse", "unseen": "no difference seen"}
 
-def _comparison(results: Results) -> str:
-    """Disaggregated against the best of the colocated ones, figure by figure."""
-    disaggregated, *colocated = (system.name for system in results.systems)
-    fairest = results.fairest(colocated)
-    lines = [
-        f"Of the colocated ones *{fairest}* met the objectives most often, so it is the fair one "
-        f"to compare with. *{disaggregated}* in its proportion, rate by rate (below 1 is less; "
-        f"within {_ALIKE:.0%} counts as alike):",
-        "",
-        "| | " + " | ".join(f"{rate:g}/s" for rate in results.rates) + " | |",
-        "|---|" + "---|" * (len(results.rates) + 1),
+
+def compare(results: Results, rate: float, figure: str, one: str, other: str) -> Verdict:
+    """Of ``one`` against ``other``: a difference only where the rounds' ranges do not overlap."""
+    (row,) = (row for row in ROWS if row.figure == figure)
+    a, b = (results.each(name, rate, figure) for name in (one, other))
+    if min(len(a), len(b)) < MIN_ROUNDS or (min(a) <= max(b) and min(b) <= max(a)):
+        return "unseen"
+    one_is_less = max(a) < min(b)
+    # A lower bound is no proof of a shorter time.
+    if row.is_time and _total(results, rate, one if one_is_less else other, "num_overdue"):
+        return "unseen"
+    return "better" if one_is_less == row.is_time else "worse"
+
+
+def _may_claim(results: Results) -> bool:
+    return results.num_rounds >= MIN_ROUNDS
+
+
+def _sentences(results: Results, one: str, other: str) -> list[str]:
+    """One for each rate; none of too few rounds."""
+    rates = results.rates if _may_claim(results) else []
+    return [_sentence(results, rate, one, other) for rate in rates]
+
+
+def _sentence(results: Results, rate: float, one: str, other: str) -> str:
+    """What is better and what is worse at a rate."""
+    found: dict[Verdict, list[str]] = {"better": [], "worse": [], "unseen": []}
+    for row in ROWS:
+        verdict = compare(results, rate, row.figure, one, other)
+        figures = ""
+        if verdict != "unseen":
+            a, b = (_middle(results, rate, name, row) for name in (one, other))
+            figures = f" ({a} against {b})"
+        found[verdict].append(row.name + figures)
+    said = [
+        f"**{verdict}** in {_listed(names)}"
+        for verdict, names in found.items()
+        if names and verdict != "unseen"
     ]
-    for metric in _METRICS:
-        ratios = [_ratio(results, metric, rate, disaggregated, fairest) for rate in results.rates]
-        cells = [_number(ratio, ".2f") for ratio in ratios]
-        verdict = _verdict([ratio for ratio in ratios if ratio is not None], metric)
-        lines.append(f"| {metric.name} | " + " | ".join(cells) + f" | {verdict} |")
-    if any(record.outcome == "overdue" for run in results.runs for record in run.records):
-        lines += ["", "At rates with overdue requests, these times compare lower bounds."]
-    lines += ["", _served(results)]
-    return "\n".join(lines)
+    if not said:
+        return f"At {rate:g}/s no difference between *{one}* and *{other}* is seen in any figure."
+    rest = f" No difference is seen in {_listed(found['unseen'])}." if found["unseen"] else ""
+    return f"At {rate:g}/s *{one}* is, against *{other}*, {', and '.join(said)}.{rest}"
 
 
-def _ratio(results: Results, metric: _Metric, rate: float, one: str, other: str) -> float | None:
-    a = results.median(one, rate, metric.figure, metric.kind)
-    b = results.median(other, rate, metric.figure, metric.kind)
-    if a is None or b is None or a == b == 0:
-        return None
-    return a / b if b else math.inf
-
-
-def _verdict(ratios: list[float], metric: _Metric) -> str:
-    sign = 1 if metric.higher_is_better else -1
-    better = sum(sign * (ratio - 1) > _ALIKE for ratio in ratios)
-    worse = sum(-sign * (ratio - 1) > _ALIKE for ratio in ratios)
-    counts = (("better", better), ("worse", worse), ("alike", len(ratios) - better - worse))
-    return ", ".join(f"{word} at {num}" for word, num in counts if num) or "no figures"
+def _listed(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _served(results: Results) -> str:
@@ -220,9 +218,8 @@ def _served(results: Results) -> str:
         rate = highest_served_rate(results, system.name)
         parts.append(f"*{system.name}* {'none' if rate is None else f'{rate:g}/s'}")
     return (
-        f"Highest rate offered up to which at least {_SERVED_SHARE:.0%} were good: "
-        + ", ".join(parts)
-        + "."
+        f"Highest of these rates up to which at least {_SERVED_SHARE:.0%} were good in the median "
+        f"round: {', '.join(parts)}."
     )
 
 
@@ -230,7 +227,7 @@ def highest_served_rate(results: Results, system: str) -> float | None:
     """The last rate before the first at which fewer than nine in ten were good."""
     served = None
     for rate in results.rates:
-        share = results.median(system, rate, lambda figures: figures.good_share)
+        share = results.median(system, rate, "good_share")
         if share is None or share < _SERVED_SHARE:
             break
         served = rate

@@ -1,26 +1,28 @@
-"""What a sweep measured, as it is kept in a file, and the figures that are drawn from it.
+"""What a sweep measured: the figures of every run, as they are kept in a file.
 
 A *run* is one system at one rate in one round. A cell of the report is a system at a
-rate: the median over the rounds of each round's figure.
+rate: the median over the rounds of each round's figure, and its range.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.arrivals import Load
-from benchmarks.figures import Figures, Objectives, Record, figures_of
-
-Figure = Callable[[Figures], float | None]
+from benchmarks.figures import Objectives, Record, figures_of
+from benchmarks.measured import Measured
+from benchmarks.page import write_json
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
+    """With every request."""
+
     system: str
     round: int
     rate_per_s: float
@@ -31,9 +33,70 @@ class Run:
     """What the load's own process took of the machine in that time."""
     records: tuple[Record, ...]
 
-    def figures(self, objectives: Objectives, kind: str | None = None) -> Figures:
-        records = [each for each in self.records if kind in (None, each.kind)]
-        return figures_of(records, objectives, duration_s=self.window_s)
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "records": [record.to_json() for record in self.records]}
+
+
+def run_from_json(data: dict[str, Any]) -> Run:
+    """Raises KeyError or TypeError for anything else."""
+    return Run(**{**data, "records": tuple(map(Record.from_json, data["records"]))})
+
+
+@dataclass(frozen=True, slots=True)
+class RunFigures:
+    """What a run came to."""
+
+    system: str
+    round: int
+    rate_per_s: float
+    num_requests: int
+    num_good: int
+    num_overdue: int
+    num_failed: int
+    good_share: float
+    good_share_on_average: float
+    goodput_per_s: float
+    chat_ttft_p50_s: float | None
+    chat_ttft_p90_s: float | None
+    long_ttft_p50_s: float | None
+    long_ttft_p90_s: float | None
+    itl_p50_s: float | None
+    itl_p99_s: float | None
+    tokens_per_s: float
+
+    @classmethod
+    def of(cls, run: Run, objectives: Objectives) -> Self:
+        whole, chat, long = (
+            figures_of(
+                [record for record in run.records if record.kind in kinds],
+                objectives,
+                duration_s=run.window_s,
+            )
+            for kinds in (("chat", "long"), ("chat",), ("long",))
+        )
+        return cls(
+            system=run.system,
+            round=run.round,
+            rate_per_s=run.rate_per_s,
+            num_requests=whole.num_requests,
+            num_good=whole.num_good,
+            num_overdue=whole.num_overdue,
+            num_failed=whole.num_failed,
+            good_share=_rounded(whole.good_share),
+            good_share_on_average=_rounded(whole.good_share_on_average),
+            goodput_per_s=_rounded(whole.goodput_per_s),
+            chat_ttft_p50_s=chat.ttft_s[50],
+            chat_ttft_p90_s=chat.ttft_s[90],
+            long_ttft_p50_s=long.ttft_s[50],
+            long_ttft_p90_s=long.ttft_s[90],
+            itl_p50_s=whole.itl_s[50],
+            itl_p99_s=whole.itl_s[99],
+            tokens_per_s=_rounded(whole.tokens_per_s),
+        )
+
+
+def _rounded(value: float) -> float:
+    return round(value, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,78 +111,71 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    begun_at: str
-    machine: dict[str, Any]
-    command: str
+    measured: Measured
     seed: int
     load: Load
     objectives: Objectives
     systems: tuple[System, ...]
+    """The disaggregated one first."""
     num_rounds: int
     """Rounds in which every system ran at every rate."""
-    runs: tuple[Run, ...]
+    client_cores: float
+    """That the load's own process took, on average."""
+    max_late_s: float
+    """How far behind its schedule it ever was."""
+    runs: tuple[RunFigures, ...]
 
     @property
     def rates(self) -> list[float]:
         return sorted({run.rate_per_s for run in self.runs})
 
-    def of(self, system: str, rate: float) -> list[Run]:
+    @property
+    def num_requests(self) -> int:
+        """Of a system at a rate in a round."""
+        return self.runs[0].num_requests
+
+    def of(self, system: str, rate: float) -> list[RunFigures]:
         return [run for run in self.runs if run.system == system and run.rate_per_s == rate]
 
-    def median(
-        self, system: str, rate: float, figure: Figure, kind: str | None = None
-    ) -> float | None:
-        """Over the rounds in which there is such a figure."""
-        return median(self.each(system, rate, figure, kind))
-
-    def each(
-        self, system: str, rate: float, figure: Figure, kind: str | None = None
-    ) -> list[float]:
-        """One value a round."""
-        values = (figure(run.figures(self.objectives, kind)) for run in self.of(system, rate))
+    def each(self, system: str, rate: float, figure: str) -> list[float]:
+        """A field of RunFigures, one value for each round that has it."""
+        values = (getattr(run, figure) for run in self.of(system, rate))
         return [value for value in values if value is not None]
+
+    def median(self, system: str, rate: float, figure: str) -> float | None:
+        """Over the rounds in which there is such a figure."""
+        return median(self.each(system, rate, figure))
 
     def fairest(self, systems: Iterable[str]) -> str:
         """Of ``systems`` the one with the most good requests in all; the first of equals."""
         good = {
-            name: sum(
-                run.figures(self.objectives).num_good for run in self.runs if run.system == name
-            )
-            for name in systems
+            name: sum(run.num_good for run in self.runs if run.system == name) for name in systems
         }
         return max(good, key=lambda name: good[name])
 
     def write(self, path: Path) -> None:
-        data = asdict(self)
-        for plain, run in zip(data["runs"], self.runs, strict=True):
-            plain["records"] = [record.to_json() for record in run.records]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data))
+        write_json(path, asdict(self))
 
     @classmethod
-    def read(cls, path: Path) -> Results:
+    def read(cls, path: Path) -> Self:
         """Raises OSError, or ValueError for a file that is none of ours."""
         data = json.loads(path.read_text())
         try:
             return cls(
                 **{
                     **data,
+                    "measured": Measured(**data["measured"]),
                     "load": Load(**data["load"]),
                     "objectives": Objectives(**data["objectives"]),
                     "systems": tuple(
                         System(**{**each, "arguments": tuple(each["arguments"])})
                         for each in data["systems"]
                     ),
-                    "runs": tuple(run_from_json(each) for each in data["runs"]),
+                    "runs": tuple(RunFigures(**each) for each in data["runs"]),
                 }
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no results of this version: {error}") from None
-
-
-def run_from_json(data: dict[str, Any]) -> Run:
-    """Raises KeyError or TypeError for anything else."""
-    return Run(**{**data, "records": tuple(map(Record.from_json, data["records"]))})
 
 
 def median(values: Sequence[float]) -> float | None:

@@ -8,8 +8,6 @@ so that none is always first. A process of locust (open_loop.py) sends the load.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -47,7 +45,8 @@ class Sweep:
     systems: tuple[System, ...]
     load: Load
     rates: tuple[float, ...]
-    window_s: float
+    num_requests: int
+    """Of a system at a rate in a round."""
     num_rounds: int
     seed: int
     budget_s: float
@@ -56,12 +55,15 @@ class Sweep:
     @property
     def longest_round_s(self) -> float:
         """If every phase had a request that is given up only at its bound."""
-        phase_s = self.window_s + self.load.bound_s + 1.0
-        return len(self.systems) * (len(self.rates) * phase_s + START_S)
+        phases_s = (self.num_requests / rate + self.load.bound_s + 1.0 for rate in self.rates)
+        return len(self.systems) * (sum(phases_s) + START_S)
 
     def plan(self, round_: int) -> Plan:
         return make_plan(
-            f"{self.seed}/{round_}", self.load, rates=list(self.rates), window_s=self.window_s
+            f"{self.seed}/{round_}",
+            self.load,
+            rates=list(self.rates),
+            num_requests=self.num_requests,
         )
 
 
@@ -123,29 +125,3 @@ def _drive(server: BatonServer, plan: Plan, folder: Path) -> list[dict[str, Any]
         raise UnavailableError(f"locust has no records:\n{log.read_text()}")
     phases: list[dict[str, Any]] = json.loads(records.read_text())["phases"]
     return phases
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the figures depend on. The load is that of the minute before the sweep."""
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=_ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "revision": revision or "unknown",
-        "load_average": round(os.getloadavg()[0], 2),
-    }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.machine()

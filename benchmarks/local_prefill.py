@@ -8,6 +8,7 @@ token gaps grew to meanwhile, and the crossover: the largest length up to which 
 is at least as fast.
 
     python -m benchmarks.local_prefill --dtype float32
+    python -m benchmarks.local_prefill --report     # results into docs/, runs nothing
 
 There is one server for each way, of one prefill and one decode worker, and they take turns;
 the one that is not measured has nothing to do.
@@ -19,13 +20,12 @@ import argparse
 import asyncio
 import json
 import random
-import statistics
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,34 +33,25 @@ from typing import Any
 import httpx
 
 from baton.errors import BatonError
+from benchmarks import local_prefill_report, page
+from benchmarks.local_prefill_report import APART, LOCAL, Results, Sample
+from benchmarks.measured import measured_now
 from benchmarks.server import BatonServer
 
+SECTION = "local prefill"
+KEPT = page.KEPT / "local-prefill.json"
+_RESULTS = page.RESULTS / "local-prefill.json"
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 WAYS: dict[str, dict[str, Any]] = {
-    "disaggregated": {"local_prefill_max_tokens": 0},
+    APART: {"local_prefill_max_tokens": 0},
     # With a hand-off this dear, no pair is ever chosen.
-    "local": {"local_prefill_max_tokens": 1 << 20, "transfer_weight": 1e9},
+    LOCAL: {"local_prefill_max_tokens": 1 << 20, "transfer_weight": 1e9},
 }
 """The settings of ``routing`` that leave no other choice."""
 _PREFIX_TOKENS = 256
 """Held by both workers before each measurement."""
 _VOCABULARY = range(1000, 40_000)
 _WARM_UP_S = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One measured request; times in ms."""
-
-    way: str
-    num_streams: int
-    """That decoded beside it."""
-    num_uncached: int
-    ttft_ms: float
-    second_ms: float
-    """To the second token."""
-    worst_gap_ms: float
-    """Of the other streams, while the request had no second token; 0 without such."""
 
 
 class Background:
@@ -155,9 +146,9 @@ class Probe:
             way=self._way,
             num_streams=num_streams,
             num_uncached=num_uncached,
-            ttft_ms=(times[0] - began) * 1000,
-            second_ms=(times[1] - began) * 1000,
-            worst_gap_ms=self.background.worst_gap_ms(began, times[1]),
+            ttft_ms=round((times[0] - began) * 1000, 2),
+            second_ms=round((times[1] - began) * 1000, 2),
+            worst_gap_ms=round(self.background.worst_gap_ms(began, times[1]), 2),
         )
 
     async def _ask(self, prompt: Sequence[int]) -> tuple[float, list[float]]:
@@ -201,44 +192,15 @@ class AsyncClients:
             await client.aclose()
 
 
-def median(samples: Sequence[Sample], field: str) -> float:
-    return float(statistics.median(getattr(sample, field) for sample in samples))
+def section(kept: Path = KEPT) -> str:
+    """Of docs/performance.md. Raises OSError or ValueError."""
+    return local_prefill_report.section(Results.read(kept))
 
 
-def report(samples: Sequence[Sample]) -> str:
-    """A Markdown table of medians, and the crossover for each load."""
-    lines = [
-        "| streams | uncached | TTFT apart | local | 2nd token apart | local | gap apart | local |",
-        "|---------|----------|------------|-------|-----------------|-------|-----------|-------|",
-    ]
-    sentences = []
-    for num_streams in sorted({sample.num_streams for sample in samples}):
-        crossover = 0
-        still_faster = True
-        for length in LENGTHS:
-            apart, local = (
-                [
-                    s
-                    for s in samples
-                    if (s.way, s.num_streams, s.num_uncached) == (way, num_streams, length)
-                ]
-                for way in WAYS
-            )
-            cells = [
-                f"{median(each, field):.0f}"
-                for field in ("ttft_ms", "second_ms", "worst_gap_ms")
-                for each in (apart, local)
-            ]
-            lines.append(f"| {num_streams} | {length} | {' | '.join(cells)} |")
-            still_faster &= median(local, "second_ms") <= median(apart, "second_ms")
-            crossover = length if still_faster else crossover
-        sentences.append(
-            f"Beside {num_streams} streams local prefill brings the second token no later "
-            f"up to {crossover} uncached tokens."
-            if crossover
-            else f"Beside {num_streams} streams local prefill is slower at every length."
-        )
-    return "\n".join([*lines, "", *sentences, "All times in ms, medians."])
+def _publish(path: Path) -> None:
+    Results.read(path).write(KEPT)
+    page.into_page(SECTION, section())
+    print(f"written: {page.PAGE}, {KEPT}")
 
 
 def main() -> None:
@@ -248,8 +210,16 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--repeats", type=int, default=7, help="of every measurement")
     parser.add_argument("--streams", type=int, default=8, help="on the busy server")
-    parser.add_argument("--out", type=Path, help="write every sample to this JSON file")
+    parser.add_argument("--out", type=Path, default=_RESULTS, metavar="FILE", help="of the samples")
+    parser.add_argument(
+        "--report", action="store_true", help="write docs/performance.md from those samples"
+    )
     given = parser.parse_args()
+    if given.report:
+        _publish(given.out)
+        return
+    command = ["python", "-m", "benchmarks.local_prefill", *sys.argv[1:]]
+    measured = measured_now(shlex.join(command))
     with tempfile.TemporaryDirectory(prefix="baton-local-prefill-") as name, ExitStack() as stack:
         urls: dict[str, str] = {}
         for way, routing in WAYS.items():
@@ -257,9 +227,9 @@ def main() -> None:
             server = BatonServer(Path(name) / way, settings=settings)
             urls[way] = stack.enter_context(server).url
         samples = asyncio.run(measure(urls, repeats=given.repeats, busy=given.streams))
-    print(report(samples))
-    if given.out:
-        given.out.write_text(json.dumps([asdict(sample) for sample in samples], indent=1) + "\n")
+    results = Results(measured, given.dtype, given.repeats, _PREFIX_TOKENS, tuple(samples))
+    results.write(given.out)
+    print(f"{local_prefill_report.section(results)}\n\nwritten: {given.out}")
 
 
 if __name__ == "__main__":
@@ -267,3 +237,5 @@ if __name__ == "__main__":
         main()
     except BatonError as error:
         sys.exit(error.message)
+    except (OSError, ValueError) as error:
+        sys.exit(f"local_prefill: {error}")

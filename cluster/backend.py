@@ -24,6 +24,11 @@ class Started(Protocol):
     """One started process; owned by the reconciler until ``wait`` has returned."""
 
     @property
+    def name(self) -> str:
+        """Of this process and no other, the same to a controller that adopts it."""
+        ...
+
+    @property
     def is_placed(self) -> bool:
         """It has a place to run; False while it waits for one."""
         ...
@@ -43,6 +48,11 @@ class Started(Protocol):
 
 class PoolBackend(Protocol):
     """Starts the processes of one or more pools."""
+
+    async def open(self) -> None:
+        """Returns once processes could be started. Raises UnavailableError when that fails;
+        it may be asked for again then. ``start`` and ``adopt`` do it where nobody has."""
+        ...
 
     async def wait_lost(self) -> str:
         """Returns once the backend itself can start nothing any more, saying why."""

@@ -73,7 +73,9 @@ class PoolController:
         self._metrics = metrics
         self._tell_event = on_event
         self._clock = clock
-        self._reconciler = Reconciler(clock=clock, on_event=self._on_event, may_start=is_sole)
+        self._reconciler = Reconciler(
+            clock=clock, on_event=self._on_event, may_start=is_sole, told_who_serves=True
+        )
         self._fencing = Fencing(
             fence_s=config.cluster.fence_s,
             start_timeout_s=config.cluster.start_timeout_s,
@@ -82,6 +84,8 @@ class PoolController:
         )
         self._desired = configured_sizes(config)
         self._wishing = asyncio.Lock()
+        self._outdated: dict[str, str] = {}
+        """Generation of every registered worker that has another one than we."""
         self._tasks: list[asyncio.Task[Any]] = []
         self._closed = False
         self._complaint = ""
@@ -217,6 +221,7 @@ class PoolController:
             staying,
             max(0, len(staying) - desired),
             is_registered=self._fencing.is_registered,
+            is_outdated=self._outdated.__contains__,
         )
         for worker_id in leaving:
             self._reconciler.retire(worker_id, limit_s=self._leave_s(pool))
@@ -239,13 +244,15 @@ class PoolController:
                 logger.exception("looking after the pools failed")
 
     async def look(self) -> None:
-        """One look at Redis: kills what has vanished there, and writes the sizes where a
-        Redis that was restarted has lost them."""
+        """One look at Redis: kills what has vanished there, and writes what has changed
+        or what a Redis that was restarted has lost."""
         try:
             read = await self._store.read([s.worker_id for s in self._reconciler.slots()])
             self._fence(read)
             if read.wishes != self._wishes() and not self._wishing.locked():
                 await self._store.write_wishes(self._wishes())
+            if read.served != (served := self._fencing.served()):
+                await self._store.write_served(served)
         except UnavailableError as error:
             self._fencing.unanswered()
             self._complain(error.message)
@@ -256,6 +263,24 @@ class PoolController:
         verdicts = self._fencing.answered(read, self._reconciler.slots(), self._clock())
         for verdict in verdicts:
             self._reconciler.kill(verdict.worker_id, verdict.cause, verdict.reason)
+        for worker_id in filter(self._fencing.is_registered, self._reconciler.running()):
+            self._reconciler.serves(worker_id)
+        self._note_outdated(read)
+
+    def _note_outdated(self, read: RegistryRead) -> None:
+        """An earlier controller may have started it, by another configuration."""
+        ours, before = self._config.generation, self._outdated
+        self._outdated = {
+            worker_id: found.generation
+            for worker_id, found in read.workers.items()
+            if found.generation != ours and self._fencing.is_registered(worker_id)
+        }
+        for worker_id in self._outdated.keys() - before.keys():
+            logger.warning(
+                "%s is of generation %r and our gateways are of %r: it serves none of them, "
+                "and is the first to leave when its pool is made smaller",
+                worker_id, self._outdated[worker_id], ours,
+            )  # fmt: skip
 
     def _complain(self, complaint: str) -> None:
         if complaint and not self._complaint:

@@ -42,12 +42,19 @@ def lease_key(cluster: str) -> str:
     return f"baton:{cluster}:controller"
 
 
+def served_key(cluster: str) -> str:
+    """Redis key of which of the pools' processes have been registered."""
+    return f"{lease_key(cluster)}:served"
+
+
 @dataclass(frozen=True, slots=True)
 class Registered:
     """A worker's record, as far as a controller cares."""
 
     epoch: str
     expires_in_s: float
+    generation: str = ""
+    """Empty where the record does not say it as we do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,8 @@ class RegistryRead:
     """By worker id; without those that are not registered."""
     wishes: bytes | None
     """As they are stored."""
+    served: frozenset[str] = frozenset()
+    """Names of processes that a controller has seen registered, as they are stored."""
 
 
 class ControllerStore:
@@ -98,15 +107,22 @@ class ControllerStore:
             pipe.set(f"{lease_key(self._cluster)}:looked", b"", px=LOOKED_MS)
             pipe.info("server")
             pipe.get(pools_key(self._cluster))
+            pipe.get(served_key(self._cluster))
             for worker_id in worker_ids:
                 pipe.get(worker_key(self._cluster, worker_id))
                 pipe.pttl(worker_key(self._cluster, worker_id))
-            _, server, wishes, *answers = await pipe.execute()
+            _, server, wishes, served, *answers = await pipe.execute()
         workers = {}
         for worker_id, value, left_ms in zip(worker_ids, answers[::2], answers[1::2], strict=True):
             if value is not None:
-                workers[worker_id] = Registered(_epoch(value), max(left_ms, 0) / 1000)
-        return RegistryRead(str(server.get("run_id", "")), workers, wishes)
+                epoch, generation = _process_of(value)
+                workers[worker_id] = Registered(epoch, max(left_ms, 0) / 1000, generation)
+        return RegistryRead(str(server.get("run_id", "")), workers, wishes, _names(served))
+
+    async def write_served(self, names: frozenset[str]) -> None:
+        """Takes note of which processes have been registered, for the next controller."""
+        with _answering():
+            await self._redis.set(served_key(self._cluster), json.dumps(sorted(names)))
 
     # ---------------------------------------------------------------- wishes
 
@@ -141,12 +157,23 @@ class ControllerStore:
             await self._delete_if_ours(keys=[lease_key(self._cluster)], args=[holder])
 
 
-def _epoch(record: bytes) -> str:
-    """Of a record that may be another version's: its being there is what counts."""
+def _process_of(record: bytes) -> tuple[str, str]:
+    """Epoch and generation of a record that may be another version's: its being there is
+    what counts."""
     try:
-        return str(json.loads(record)["epoch"])
+        fields = json.loads(record)
+        return str(fields["epoch"]), str(fields.get("generation", ""))
     except (ValueError, TypeError, KeyError):
-        return repr(record)
+        return repr(record), ""
+
+
+def _names(value: bytes | None) -> frozenset[str]:
+    """None where it makes no sense: whoever it should name has then to start anew."""
+    try:
+        names = json.loads(value or b"[]")
+    except ValueError:
+        return frozenset()
+    return frozenset(map(str, names)) if isinstance(names, list) else frozenset()
 
 
 @contextmanager

@@ -9,6 +9,10 @@ a break: an outage, a restart, or a sleep of our own begins the count anew.
 3. EXPIRED: its record ran out. Killed after ``fence_s``.
 4. DEREGISTERED: its record went before it ran out, so the worker took it back itself
    and is draining. Killed when its drain is over for sure.
+
+A process that is adopted without a record was registered once if an earlier controller
+has noted so. Nobody saw how its record went: it may be draining, and gets the time for
+that. One of which nothing is noted is STARTING: it may have been when that controller died.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ class _Watched:
     expires_at: float = 0.0
     present: bool = False
     deregistered: bool = False
+    adopted_without: bool = False
+    """It had a record once, and none when it was adopted."""
     unplaced_at: float = 0.0
     """When it was last seen waiting for a place: that is no part of its start."""
 
@@ -74,6 +80,11 @@ class Fencing:
         watched = self._watched.get(worker_id)
         return watched is not None and watched.present
 
+    def served(self) -> frozenset[str]:
+        """Names of the processes that run and have ever been registered."""
+        seen = (each for each in self._watched.values() if each.seen_at is not None)
+        return frozenset(watched.process.name for watched in seen)
+
     def unanswered(self) -> None:
         """Redis did not answer."""
         self._answering_since = None
@@ -90,7 +101,7 @@ class Fencing:
         for slot in slots:
             if slot.process is None:
                 continue
-            watched = current[slot.worker_id] = self._watch(slot, slot.process)
+            watched = current[slot.worker_id] = self._watch(slot, slot.process, read, now)
             self._look(watched, slot.worker_id, read, now)
             if not slot.leaving and (verdict := self._judge(watched, slot, now)) is not None:
                 verdicts.append(verdict)
@@ -106,19 +117,22 @@ class Fencing:
                 watched.expires_at = now  # what is gone now went with Redis, not by itself
         self._server, self._answered_at = server, now
 
-    def _watch(self, slot: SlotView, process: Started) -> _Watched:
+    def _watch(self, slot: SlotView, process: Started, read: RegistryRead, now: float) -> _Watched:
         watched = self._watched.get(slot.worker_id)
         if watched is not None and watched.process is process:
             return watched
-        stale = None if slot.adopted else self._last_epoch.get(slot.worker_id)
-        return _Watched(process, stale)
+        if not slot.adopted:
+            return _Watched(process, self._last_epoch.get(slot.worker_id))
+        if process.name in read.served:
+            return _Watched(process, None, seen_at=now, adopted_without=True)
+        return _Watched(process, None)
 
     def _look(self, watched: _Watched, worker_id: str, read: RegistryRead, now: float) -> None:
         found = read.workers.get(worker_id)
         watched.present = found is not None and found.epoch != watched.stale_epoch
         if watched.present:
             assert found is not None
-            watched.seen_at, watched.deregistered = now, False
+            watched.seen_at, watched.deregistered, watched.adopted_without = now, False, False
             watched.expires_at = now + found.expires_in_s
         elif now < watched.expires_at - self._ttl_s / 8:
             watched.deregistered = True
@@ -137,8 +151,12 @@ class Fencing:
             reason = f"has not registered within {self._start_timeout_s:g} s of its start"
             return Verdict(slot.worker_id, "start_timeout", reason)
         gone_s = now - max(watched.seen_at, self._answering_since)
-        limit_s = self._drain_limit_s(slot.pool) if watched.deregistered else self._fence_s
+        limit_s, how = self._fence_s, "lost its registration"
+        if watched.adopted_without:
+            limit_s = max(limit_s, self._drain_limit_s(slot.pool))
+            how = "was adopted without its registration"
+        elif watched.deregistered:
+            limit_s, how = self._drain_limit_s(slot.pool), "deregistered itself"
         if gone_s < limit_s:
             return None
-        how = "deregistered itself" if watched.deregistered else "lost its registration"
         return Verdict(slot.worker_id, "fenced", f"{how} {gone_s:.1f} s ago and still runs")

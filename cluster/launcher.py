@@ -33,7 +33,7 @@ from cluster.embedded_controller import EmbeddedController
 from cluster.janitor_client import Janitor
 from cluster.processes_backend import Command, ProcessesBackend
 from cluster.readiness import wait_ready
-from cluster.reconciler import Reconciler
+from cluster.reconciler import PROOF_S, Reconciler
 from cluster.server_client import ServerStatus, url_of
 from cluster.slots import WorkerEvent
 from cluster.state import RunFolder
@@ -42,6 +42,17 @@ logger = logging.getLogger(__name__)
 
 _ABORT_S = 1.0
 """How long processes may take to end that have served nobody yet."""
+
+
+_LAST_ENDS_S = 15.0
+"""For the janitor, the HTTP server, and the controller to take its leave of Redis."""
+
+
+def stop_within_s(config: BatonConfig) -> float:
+    """Any stop of that cluster is over by then: the bounds of all that ``Launcher.stop``
+    does one after the other (gateways, workers, Redis, backend)."""
+    own = config.gateway.drain_s + 4 * config.cluster.stop_timeout_s
+    return own + 3 * PROOF_S + _LAST_ENDS_S
 
 
 @dataclass(frozen=True, slots=True)

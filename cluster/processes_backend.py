@@ -43,6 +43,11 @@ class LocalProcess:
         self._name = name_of(child.pid)  # None: it ended already and is a zombie
 
     @property
+    def name(self) -> str:
+        start_time = self._name.start_time if self._name is not None else "?"
+        return f"{self._child.pid}/{start_time}"
+
+    @property
     def over(self) -> bool:
         return self._child.returncode is not None
 
@@ -87,6 +92,9 @@ class ProcessesBackend:
         self._log_folder = log_folder
         self._on_started = on_started
         self._children: list[LocalProcess] = []
+
+    async def open(self) -> None:
+        """There is nothing to open."""
 
     async def start(self, pool: str, worker_id: str) -> LocalProcess:
         try:

@@ -6,8 +6,8 @@ wait for each other.
 
 1. PLACED: the process is there, and has told Ray's store which one it is.
 2. LIVING: from ``begin`` on. Nobody's call is this life: callers may come and go.
-3. OVER: how it ended is told to whoever asks (``wait_end``) for ``LINGER_S``; then
-   the process ends by itself.
+3. OVER: it ended, or nobody began it within ``BEGIN_S``. How is told to whoever asks
+   (``wait_end``) for ``LINGER_S``; then the process ends by itself.
 
 A worker that is ended before ``begin`` has held nothing that others could miss.
 """
@@ -28,13 +28,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.procfs import ProcessName, name_of, wait_gone
+from cluster.procfs import ProcessName, is_alive, name_of, wait_gone
 
 MAX_CONCURRENCY = 8
 """Threads for calls. A caller that has died leaves one behind for ``END_POLL_S``."""
 END_POLL_S = 10.0
 """How long one ``wait_end`` waits."""
 LINGER_S = 15.0
+BEGIN_S = 60.0
+"""A controller begins what is placed at once. One that takes over may first wait for the
+lease of a dead one to run out, and for a connection: half a minute. Who has not been begun
+after this long was placed for nobody, and takes room from others."""
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,21 @@ class Place:
     def is_local(self) -> bool:
         return self.machine == machine_id()
 
+    @property
+    def is_proved_dead(self) -> bool:
+        """The process was on this machine, and is no more."""
+        if not self.is_local or is_alive(self.process):
+            return False
+        if Path(f"/proc/{self.process.pid}").exists():  # somebody else's by now, or a zombie
+            return True
+        try:
+            os.kill(self.process.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # /proc may hide other users' processes
+            pass
+        return False
+
     def to_json(self) -> str:
         process = self.process
         return json.dumps([process.pid, process.start_time, self.machine, self.node_id])
@@ -75,22 +94,28 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStart:
-    """Everything that one worker needs. It holds secrets: never logged."""
+    """What makes one worker. Ray's GCS stores it, also in its Redis: no secret is in here."""
 
     role: str
     pool: str
     worker_id: str
     config: Mapping[str, Any]
-    secret: str = field(repr=False)
-    redis_url: str = field(repr=False)
     environment: Mapping[str, str] = field(repr=False)
     """Takes the place of what the node says."""
-    defaults: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Environment that the node's own has precedence over."""
     log_file: str | None = None
     """None: Ray keeps what it writes, as it does with every actor."""
     owner: Place | None = None
     """The launcher; a worker on its machine dies with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSecrets:
+    """What a worker is told as it begins, by a call, which Ray stores nowhere. Never logged."""
+
+    secret: str = field(repr=False)
+    redis_url: str = field(repr=False)
+    defaults: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Environment that the node's own has precedence over. Nobody knows what is secret there."""
 
 
 def _redirect_output(log_file: str) -> None:
@@ -115,7 +140,7 @@ class _Life:
         self._stop_requested = False
         self._stopper: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
-    async def run(self) -> None:
+    async def run(self, secrets: WorkerSecrets) -> None:
         """From ``serve``'s start to its end. Raises what it raises."""
         from baton.config import parse_config
         from baton.worker.process import live
@@ -135,8 +160,8 @@ class _Life:
                 role=start.role,
                 pool=start.pool,
                 worker_id=start.worker_id,
-                secret=start.secret,
-                redis_url=start.redis_url,
+                secret=secrets.secret,
+                redis_url=secrets.redis_url,
                 stop=stop,
             )
         finally:
@@ -171,7 +196,7 @@ class WorkerActor:
 
     Args:
         note_place: tells Ray's store which process this is, and returns that.
-        after_end: called on the worker's thread when its life is over.
+        after_end: called on a thread of the actor's own when its life is over.
     """
 
     def __init__(
@@ -184,27 +209,45 @@ class WorkerActor:
         self._life = _Life(start)
         self._after_end = after_end
         self._guard = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._begun = False
         self._over = threading.Event()
         self._failure: str | None = None
         if start.log_file is not None:
             _redirect_output(start.log_file)
         # Before anything loads torch, whose OpenMP reads its settings once.
-        os.environ.update({**start.defaults, **os.environ, **start.environment})
+        os.environ.update(start.environment)
         self._place = note_place()
+        self._waiting = threading.Timer(BEGIN_S, self._end_unbegun)
+        self._waiting.daemon = True
+        self._waiting.start()
 
     def place(self) -> str:
         """Which process this is, as ``Place.from_json`` reads it."""
         return self._place.to_json()
 
-    def begin(self) -> None:
-        """Begins the worker's life; again, does nothing."""
-        with self._guard:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
-                self._thread.start()
+    def begin(self, secrets: WorkerSecrets) -> None:
+        """Begins the worker's life; again, or too late, does nothing."""
+        if not self._begin_once():
+            return
+        self._waiting.cancel()
+        # As early as the environment of ``start``: nothing of the worker is loaded yet.
+        for name, value in secrets.defaults.items():
+            os.environ.setdefault(name, value)
+        threading.Thread(target=self._run, args=(secrets,), name="worker", daemon=True).start()
 
-    def _run(self) -> None:
+    def _begin_once(self) -> bool:
+        with self._guard:
+            first, self._begun = not self._begun, True
+            return first
+
+    def _end_unbegun(self) -> None:
+        if self._begin_once():
+            self._failure = f"nobody has begun it within {BEGIN_S:g} s"
+            logger.error("%s ends: %s", self._worker_id, self._failure)
+            self._over.set()
+            self._after_end()
+
+    def _run(self, secrets: WorkerSecrets) -> None:
         import uvloop
 
         from baton.logs import configure
@@ -212,7 +255,7 @@ class WorkerActor:
         configure(self._worker_id)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(self._life.run())
+                runner.run(self._life.run(secrets))
         except BaseException as error:
             logger.exception("%s failed", self._worker_id)
             self._failure = str(error).strip() or type(error).__name__

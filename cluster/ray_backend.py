@@ -6,7 +6,8 @@ never goes through Ray.
 Who starts the cluster on one machine (``keep`` False) owns its workers: they die
 with it, and what an earlier one of the same name has left is ended. A controller
 that stands apart (``keep``) comes and goes: its workers live on without it, and the
-next one adopts them.
+next one adopts them. Workers of that name which somebody else may still own are
+nobody's to end or to adopt: then nothing is started.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from functools import partial
 from pathlib import Path
 
 from baton.config import BatonConfig, PoolConfig
-from baton.errors import BatonError
+from baton.errors import BatonError, ConfigurationError
 from baton.worker.environment import worker_environment
 from cluster import ray_calls, ray_cluster
 from cluster.procfs import ProcessName, command_of, descendants, wait_gone
-from cluster.ray_actor import Place, WorkerStart
+from cluster.ray_actor import Place, WorkerSecrets, WorkerStart
 from cluster.ray_calls import Actor
 from cluster.ray_thread import RayThread
 from cluster.ray_worker import RayWorker
@@ -33,7 +34,8 @@ from cluster.ray_worker import RayWorker
 logger = logging.getLogger(__name__)
 
 _CLOSE_S = 10.0
-"""How long the workers that are left at the end may take to be proved gone."""
+"""How long the workers that are left at the end may take to be proved gone, and Ray to
+hear of all that are."""
 
 _WITHHELD = frozenset(
     {
@@ -79,8 +81,9 @@ class RayBackend:
         on_connected: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
-        self._secret = secret
-        self._redis_url = redis_url
+        ours = {key: value for key, value in os.environ.items() if key.startswith("BATON_")}
+        defaults = {key: value for key, value in ours.items() if key not in _WITHHELD}
+        self._secrets = WorkerSecrets(secret, redis_url, defaults)
         self._log_folder = log_folder
         self._temp_folder = temp_folder
         self._keep = keep
@@ -93,8 +96,10 @@ class RayBackend:
         self._workers: list[RayWorker] = []
 
     async def open(self) -> None:
-        """Connects to Ray, once. Raises UnavailableError."""
-        if self._opening is None:
+        """Connects to Ray, once; to a given one anew where that has failed. Raises
+        UnavailableError, and ConfigurationError when the cluster's name is taken there."""
+        given = self._config.cluster.ray_address is not None
+        if self._opening is None or (given and _has_failed(self._opening)):
             self._opening = asyncio.create_task(self._open(), name="open Ray")
         await asyncio.shield(self._opening)
 
@@ -102,8 +107,7 @@ class RayBackend:
         namespace, address = self._namespace, self._config.cluster.ray_address
         if address is not None:
             await self._thread.call(partial(ray_cluster.connect, address, namespace=namespace))
-            if not self._keep:
-                await self._end_leftovers()
+            await self._end_leftovers(address)
         else:
             assert self._temp_folder is not None, "a Ray of our own needs a folder"
             start = partial(
@@ -122,13 +126,22 @@ class RayBackend:
                 if command_of(process) in ("gcs_server", "raylet"):
                     self._vital.append(process)
 
-    async def _end_leftovers(self) -> None:
-        """Ends what a launcher of the same cluster name that was killed has left."""
-        left = await self._thread.call(partial(ray_calls.find, self._namespace))
-        for worker in [self._known(actor) for actor in left]:
-            await worker.kill()
-            await worker.wait()
-        await self._thread.call(partial(ray_calls.forget_all_but, self._namespace, set()))
+    async def _end_leftovers(self, address: str) -> None:
+        """Ends what a launcher of the same cluster name that has died has left. Raises
+        ConfigurationError where somebody else may own workers of that name."""
+        found = await self._thread.call(partial(ray_calls.find, self._namespace))
+        others = [actor for actor in found if actor.owner is not None or not self._keep]
+        taken = [a for a in others if a.owner is None or not a.owner.is_proved_dead]
+        if taken:
+            raise ConfigurationError(
+                _name_is_taken(self._config.registry.cluster, self._namespace, address, taken),
+                param="registry.cluster",
+            )
+        left = [self._known(actor) for actor in others]
+        await asyncio.gather(*(worker.kill() for worker in left))
+        await asyncio.gather(*(worker.wait() for worker in left))
+        if not self._keep:
+            await self._thread.call(partial(ray_calls.forget_all_but, self._namespace, set()))
 
     async def wait_lost(self) -> str:
         """A Ray of our own is lost with its raylet or its GCS: neither can be replaced.
@@ -158,16 +171,12 @@ class RayBackend:
     async def start(self, pool: str, worker_id: str) -> RayWorker:
         config = self._config.for_pool(pool)
         await self.open()
-        ours = {key: value for key, value in os.environ.items() if key.startswith("BATON_")}
         start = WorkerStart(
             role=config.pools[pool].role,
             pool=pool,
             worker_id=worker_id,
             config=self._config.model_dump(mode="json"),
-            secret=self._secret,
-            redis_url=self._redis_url,
             environment=_environment(config),
-            defaults={key: value for key, value in ours.items() if key not in _WITHHELD},
             log_file=str(self._log_folder / f"{worker_id}.log") if self._log_folder else None,
             owner=None if self._keep else Place.here(),
         )
@@ -181,6 +190,8 @@ class RayBackend:
         """The workers of this cluster that an earlier controller has left. What is left of
         those that ended meanwhile is cleared away."""
         await self.open()
+        if not self._keep:
+            return {}
         found = await self._thread.call(partial(ray_calls.find, self._namespace))
         names = {actor.name for actor in found}
         await self._thread.call(partial(ray_calls.forget_all_but, self._namespace, names))
@@ -199,30 +210,52 @@ class RayBackend:
         return self._watched(actor.name, actor, needs="what it asked for")
 
     def _watched(self, name: str, actor: Actor | Awaitable[Actor], *, needs: str) -> RayWorker:
-        worker = RayWorker(self._thread, name, actor, needs=needs, on_started=self._on_started)
-        self._workers = [each for each in self._workers if not each.over] + [worker]
+        worker = RayWorker(
+            self._thread,
+            name,
+            actor,
+            secrets=self._secrets,
+            needs=needs,
+            on_started=self._on_started,
+        )
+        self._workers = [each for each in self._workers if not each.cleared] + [worker]
         return worker
 
     async def close(self) -> bool:
         """Waits for an opening that is under way, then leaves or ends Ray. Of a Ray that
-        was lost nobody takes leave; the launcher's janitor ends what is left of it."""
+        was lost nobody takes leave; the launcher's janitor ends what is left of it. And a
+        connecting that hangs is not waited for where workers are kept: none is known yet."""
         if self._opening is None:
             return True
+        if self._keep and not self._opening.done():
+            return False
         with contextlib.suppress(BatonError):
             if not self._thread.given_up:
                 await asyncio.shield(self._opening)
         left = [worker for worker in self._workers if not worker.over]
-        if self._keep or self._thread.given_up:
-            await asyncio.gather(*(worker.leave() for worker in left))
-        elif left:
-            await asyncio.gather(*(worker.kill() for worker in left))
-            await asyncio.wait(
-                [asyncio.ensure_future(worker.wait()) for worker in left], timeout=_CLOSE_S
-            )
+        if not self._thread.given_up:
+            end = RayWorker.leave if self._keep else RayWorker.kill
+            await asyncio.gather(*(end(worker) for worker in left))
+            await self._wait_cleared()
+        await asyncio.gather(*(worker.leave() for worker in self._workers))
         if self._thread.given_up:
             return False
         await self._thread.call(ray_cluster.disconnect)
         return True
+
+    async def _wait_cleared(self) -> None:
+        waits = [asyncio.create_task(worker.wait_cleared()) for worker in self._workers]
+        if not waits:
+            return
+        try:
+            await asyncio.wait(waits, timeout=_CLOSE_S)
+        finally:
+            for waiting in waits:
+                waiting.cancel()
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _environment(config: BatonConfig) -> dict[str, str]:
@@ -235,3 +268,24 @@ def _environment(config: BatonConfig) -> dict[str, str]:
 
 def _in_words(bundle: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+
+
+def _name_is_taken(cluster: str, namespace: str, address: str, actors: list[Actor]) -> str:
+    whose = ", ".join(f"{actor.worker_id} ({_owner_in_words(actor.owner)})" for actor in actors)
+    end_them = (
+        f'python -c "import ray; ray.init({address!r}, namespace={namespace!r}); '
+        '[ray.kill(ray.get_actor(name)) for name in ray.util.list_named_actors()]"'
+    )
+    return (
+        f"there are workers of a cluster named {cluster!r} on the Ray at {address} already, and "
+        f"nobody has proved that they are left over: {whose}. Choose another name with --cluster "
+        f"(registry.cluster); or, if nobody uses them, end them with {end_them}"
+    )
+
+
+def _owner_in_words(owner: Place | None) -> str:
+    if owner is None:
+        return "of a controller that stands apart"
+    if owner.is_local:
+        return f"its launcher runs here, pid {owner.process.pid}"
+    return "its launcher is on another machine"

@@ -15,23 +15,36 @@ from concurrent.futures import Future
 from typing import Any
 
 from cluster.procfs import ProcessName, send, wait_gone
-from cluster.ray_actor import END_POLL_S, MAX_CONCURRENCY, Place, WorkerActor, WorkerStart
+from cluster.ray_actor import (
+    END_POLL_S,
+    MAX_CONCURRENCY,
+    Place,
+    WorkerActor,
+    WorkerSecrets,
+    WorkerStart,
+)
 from cluster.ray_actor import machine_id as this_machine
 
-_STORE = "baton"
+_PLACES = "baton"
 """Namespace in Ray's store, where every actor notes its place under its name: of a
 process that is stopped nothing else would tell us which one it is."""
+_OWNERS = "baton-owners"
+"""Where a launcher notes itself under the names of its actors, before it asks for them."""
 
 _TASK_PROOF_S = 10.0
 """How long a killed process may take to go, as seen by the task that killed it."""
 
 
 class Actor:
-    """Ray's handle of one worker. ``noted``: where it already was when it was found."""
+    """Ray's handle of one worker. ``noted``: where it already was when it was found.
+    ``owner``: the launcher it should die with, if there is one."""
 
-    def __init__(self, name: str, handle: Any, noted: Place | None = None) -> None:
+    def __init__(
+        self, name: str, handle: Any, *, noted: Place | None = None, owner: Place | None = None
+    ) -> None:
         self.name = name
         self.noted = noted
+        self.owner = owner
         self._handle = handle
 
     @property
@@ -43,15 +56,17 @@ class Actor:
         future: Future[str] = self._handle.place.remote().future()
         return future
 
-    def begin(self) -> None:
-        self._handle.begin.remote()
+    def begin(self, secrets: WorkerSecrets) -> Future[None]:
+        future: Future[None] = self._handle.begin.remote(secrets).future()
+        return future
 
     def wait_end(self) -> Future[str | None]:
         future: Future[str | None] = self._handle.wait_end.remote(END_POLL_S).future()
         return future
 
-    def stop(self) -> None:
-        self._handle.stop.remote()
+    def stop(self) -> Future[None]:
+        future: Future[None] = self._handle.stop.remote().future()
+        return future
 
 
 def _note_place(name: str) -> Place:
@@ -60,15 +75,18 @@ def _note_place(name: str) -> Place:
     from ray.experimental.internal_kv import _internal_kv_put
 
     place = Place.here(ray.get_runtime_context().get_node_id())
-    _internal_kv_put(name, place.to_json(), namespace=_STORE)
+    _internal_kv_put(name, place.to_json(), namespace=_PLACES)
     return place
 
 
 def create(name: str, bundle: Mapping[str, float], start: WorkerStart) -> Actor:
     """Asks Ray for a worker in a bundle of its own, all of which it takes."""
     import ray
+    from ray.experimental.internal_kv import _internal_kv_put
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    if start.owner is not None:
+        _internal_kv_put(name, start.owner.to_json(), namespace=_OWNERS)
     group = ray.util.placement_group(
         [dict(bundle)], strategy="STRICT_PACK", name=name, lifetime="detached"
     )
@@ -97,69 +115,91 @@ def find(namespace: str) -> list[Actor]:
     found = []
     for name in ray.util.list_named_actors():
         if name.startswith(f"{namespace}/") and name.count("/") == 2:
-            try:
-                found.append(Actor(name, ray.get_actor(name), noted_place(name)))
-            except ValueError:  # it has ended since
-                continue
+            handle = _handle_of(name)
+            if handle is not None:
+                noted, owner = _noted(name, _PLACES), _noted(name, _OWNERS)
+                found.append(Actor(name, handle, noted=noted, owner=owner))
     return found
 
 
-def noted_place(name: str) -> Place | None:
-    """Where that actor is or was; None when it never came to a place."""
+def _handle_of(name: str) -> Any | None:
+    """Ray's handle of the actor of that name; None when it is no more. Raises what Ray
+    raises when it does not answer."""
+    import ray
+
+    try:
+        return ray.get_actor(name)
+    except ValueError:  # that it has ended, or that the GCS does not answer
+        if name in ray.util.list_named_actors():
+            raise
+        return None
+
+
+def _noted(name: str, namespace: str) -> Place | None:
+    """A place of an actor's: None when it never came to one; of its owner's: if it has none."""
     from ray.experimental.internal_kv import _internal_kv_get
 
-    noted = _internal_kv_get(name, namespace=_STORE)
+    noted = _internal_kv_get(name, namespace=namespace)
     return Place.from_json(noted) if noted else None
 
 
 def forget_all_but(namespace: str, names: set[str]) -> None:
-    """Removes placement groups and notes of actors that are no more."""
-    import ray
+    """Removes placement groups and notes of actors that are no more. What a launcher that
+    lives on this machine is about to use stays."""
     from ray.experimental.internal_kv import _internal_kv_list
 
-    noted = {key.decode() for key in _internal_kv_list(f"{namespace}/", namespace=_STORE)}
-    table = ray.util.placement_group_table().values()
-    groups = {group["name"] for group in table if group["state"] != "REMOVED"}
-    for name in noted | groups:
+    left = {group["name"] for group in _groups()}
+    for store in (_PLACES, _OWNERS):
+        keys = _internal_kv_list(f"{namespace}/", namespace=store)
+        left |= {key.decode() for key in keys}
+    for name in left:
         if name.startswith(f"{namespace}/") and name not in names:
-            give_back(name)
+            owner = _noted(name, _OWNERS)
+            if owner is None or not owner.is_local or owner.is_proved_dead:
+                clear_away(name)
 
 
-def kill(name: str) -> None:
-    """Has Ray end the actor of that name, if there is one."""
+def _groups() -> list[dict[str, Any]]:
+    """The placement groups that there are, also those that wait for a place."""
     import ray
 
-    try:
-        ray.kill(ray.get_actor(name), no_restart=True)
-    except ValueError:
-        return
+    table = ray.util.placement_group_table().values()
+    return [group for group in table if group["state"] != "REMOVED"]
 
 
-def give_back(name: str) -> None:
-    """Gives its placement group back, if there is one, and forgets its place."""
+def clear_away(name: str) -> None:
+    """Has Ray end the actor of that name, gives its placement group back, and forgets what
+    was noted of it; each if it is there."""
     import ray
     from ray.experimental.internal_kv import _internal_kv_del
 
+    _kill(name)
     with contextlib.suppress(ValueError):
         ray.util.remove_placement_group(ray.util.get_placement_group(name))
-    _internal_kv_del(name, namespace=_STORE)
+    for store in (_PLACES, _OWNERS):
+        _internal_kv_del(name, namespace=store)
+
+
+def _kill(name: str) -> None:
+    import ray
+
+    handle = _handle_of(name)
+    if handle is not None:
+        ray.kill(handle, no_restart=True)
 
 
 def waits_for_room(name: str) -> bool:
     """Whether its placement group has no place yet."""
-    import ray
-
-    table = ray.util.placement_group_table().values()
-    return any(
-        group["name"] == name and group["state"] in ("PENDING", "RESCHEDULING") for group in table
-    )
+    waiting = ("PENDING", "RESCHEDULING")
+    return any(group["name"] == name and group["state"] in waiting for group in _groups())
 
 
-def end_process(place: Place) -> Future[bool]:
-    """Kills that process on its own node, also when it is stopped; True: it is gone."""
+def end_process(name: str, place: Place) -> Future[bool]:
+    """Kills that actor's process on its own node, also when it is stopped; True: it is gone."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    _kill(name)
     task = ray.remote(_end_here).options(
         num_cpus=0,
         max_retries=0,

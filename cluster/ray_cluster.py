@@ -7,17 +7,22 @@ and belong to the Ray thread.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import secrets
+import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from baton.errors import UnavailableError
 
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
 """Ray refuses less than 75 MiB. Nothing of Baton's lies in there."""
+
+_REACH_S = 5.0
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -98,10 +103,28 @@ def connect(address: str, *, namespace: str) -> None:
     it: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
     Raises: UnavailableError.
     """
+    if by_client(address):
+        _reach(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    _init(ray, address=address, namespace=namespace)
+    try:
+        _init(ray, address=address, namespace=namespace)
+    except UnavailableError:
+        with contextlib.suppress(Exception):
+            ray.shutdown()  # of what is half connected, which would refuse the next try
+        raise
+
+
+def _reach(address: str) -> None:
+    """Raises UnavailableError where nobody listens. Ray Client would take 30 s to say so, and
+    leave a channel behind whose pauses (gRPC's, up to 120 s) delay the next try's."""
+    try:
+        url = urlsplit(address)
+        if url.hostname is not None and url.port is not None:
+            socket.create_connection((url.hostname, url.port), timeout=_REACH_S).close()
+    except (OSError, ValueError) as error:
+        raise UnavailableError(f"Ray could not be reached: {error}") from error
 
 
 def is_given_up() -> bool:

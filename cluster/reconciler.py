@@ -9,7 +9,7 @@ Each worker id has a slot, and a slot has at most one process:
    killed when its bound is over; once it is proved gone, so is the slot.
 
 So a replacement never starts before its predecessor is proved gone. A process
-that dies soon after its start is replaced later and later (``backoff_s``).
+that dies before it has served for a while is replaced later and later (``backoff_s``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class Reconciler:
         clock: Callable[[], float] = time.monotonic,
         on_event: Callable[[WorkerEvent], None] = lambda _: None,
         may_start: Callable[[], bool] = lambda: True,
+        told_who_serves: bool = False,
     ) -> None:
+        """``told_who_serves``: somebody calls ``serves``; without, a process is taken to
+        serve from its start."""
+        self._told_who_serves = told_who_serves
         self._may_start = may_start
         self._clock = clock
         self._on_event = on_event
@@ -95,6 +99,13 @@ class Reconciler:
         slot.cause, slot.verdict = cause, reason
         slot.kill_at = self._clock()
         self._wake.set()
+
+    def serves(self, worker_id: str) -> None:
+        """Takes note that its process has come to serve. Idempotent."""
+        slot = self._slots[worker_id]
+        assert slot.process is not None, f"{worker_id} has no process"
+        if slot.serves_since is None:
+            slot.serves_since = self._clock()
 
     # ----------------------------------------------------------------- actual
 
@@ -163,8 +174,12 @@ class Reconciler:
 
     def _begin_life(self, slot: Slot, process: Started | None) -> asyncio.Task[None]:
         if process is not None:
-            slot.process, slot.started_at = process, self._clock()
+            self._note_start(slot, process)
         return asyncio.create_task(self._live(slot, process), name=f"life of {slot.worker_id}")
+
+    def _note_start(self, slot: Slot, process: Started) -> None:
+        slot.process, slot.started_at = process, self._clock()
+        slot.serves_since = None if self._told_who_serves else slot.started_at
 
     async def _live(self, slot: Slot, process: Started | None) -> None:
         """Owns one process of a slot from its start to its proved end."""
@@ -190,7 +205,7 @@ class Reconciler:
 
     async def _start(self, slot: Slot) -> Started:
         process = await slot.backend.start(slot.pool, slot.worker_id)
-        slot.process, slot.started_at = process, self._clock()
+        self._note_start(slot, process)
         logger.info("%s started", slot.worker_id)
         self._on_event(WorkerEvent("started", slot.pool, slot.worker_id))
         if slot.leaving:  # was asked for while it started
@@ -206,14 +221,15 @@ class Reconciler:
         if slot.leaving:
             self._remove(slot, end.reason)
             return
-        reason, cause = end.reason, slot.cause
+        reason, cause, now = end.reason, slot.cause, self._clock()
         if slot.verdict:
             reason = f"was killed: it {slot.verdict}"
         slot.cause, slot.verdict, slot.kill_at = "died", "", None
-        stable = lived_s >= STABLE_S and cause != "start_timeout"
+        stable = slot.serves_since is not None and now - slot.serves_since >= STABLE_S
+        slot.serves_since = None
         slot.quick_deaths = 0 if stable else slot.quick_deaths + 1
         delay_s = backoff_s(slot.quick_deaths)
-        slot.retry_at = self._clock() + delay_s
+        slot.retry_at = now + delay_s
         logger.warning(
             "%s %s after %.1f s; starting it again in %.1f s",
             slot.worker_id, reason, lived_s, delay_s,

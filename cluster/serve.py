@@ -22,16 +22,13 @@ from cluster import preflight, redis_server
 from cluster.announcement import announce
 from cluster.commands import MODULES, take_controller_token
 from cluster.console import Progress
-from cluster.launcher import Doors, Launcher
+from cluster.launcher import Doors, Launcher, stop_within_s
 from cluster.procfs import name_of
 from cluster.server_client import url_of
 from cluster.state import RunFolder, ServerState, make_temp_folder
 
 _ONE_PRESS_S = 0.5
 """Signals closer together are one: a terminal's and that of `make` or `timeout`."""
-
-_LAST_ENDS_S = 15.0
-"""For Ray's own processes, and for the controller to take its leave of Redis."""
 
 
 class StopSignals:
@@ -194,7 +191,7 @@ def _state(config: BatonConfig, doors: Doors, temp_folder: str) -> ServerState:
         start_time=process.start_time,
         url=url_of(config.gateway.host, config.gateway.port),
         cluster=config.registry.cluster,
-        stop_within_s=config.gateway.drain_s + 3 * config.cluster.stop_timeout_s + _LAST_ENDS_S,
+        stop_within_s=stop_within_s(config),
         temp_folder=temp_folder,
         controller_url=url_of(*doors.controller.getsockname()[:2]),
         controller_token=doors.controller_token,

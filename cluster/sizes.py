@@ -108,15 +108,21 @@ def pool_of(worker_id: str, pools: Iterable[str]) -> str | None:
 
 
 def who_leaves(
-    slots: Sequence[SlotView], num: int, *, is_registered: Callable[[str], bool]
+    slots: Sequence[SlotView],
+    num: int,
+    *,
+    is_registered: Callable[[str], bool],
+    is_outdated: Callable[[str], bool],
 ) -> list[str]:
     """``num`` of one pool's workers: those without a process first, then those that are
-    not registered (they serve nobody yet, and may never), then the highest numbers."""
+    not registered (they serve nobody yet, and may never), then those of another
+    generation (no new gateway has a use for them), then the highest numbers."""
     ordered = sorted(
         slots,
         key=lambda s: (
             s.process is not None,
             is_registered(s.worker_id),
+            not is_outdated(s.worker_id),
             -index_of(s.worker_id),
         ),
     )

@@ -12,7 +12,7 @@ Cause = Literal["died", "fenced", "start_timeout"]
 """Why a process had to be replaced: by itself, or killed by us."""
 
 STABLE_S = 30.0
-"""A process that lived this long did not die of its start."""
+"""A process that served this long did not die of its start."""
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 30.0
 
@@ -60,6 +60,8 @@ class Slot:
     backend: PoolBackend
     process: Started | None = None
     started_at: float = 0.0
+    serves_since: float | None = None
+    """None while it is still on its way to serve anybody."""
     adopted: bool = False
     life: asyncio.Task[None] | None = None
     quick_deaths: int = 0

@@ -1,17 +1,25 @@
 """A pool controller that is a process of its own.
 
-1. WAITING: another controller has the lease; ``/ready`` says so with 503.
-2. CONTROLLING: the workers that an earlier controller left are adopted, and stored
+1. OPENING: Ray does not answer yet; it is tried again and again.
+2. WAITING: another controller has the lease.
+3. CONTROLLING: the workers that an earlier controller left are adopted, and stored
    wishes honoured.
-3. OVER: it was asked to stop, or the lease or the backend is lost. With a backend
+4. OVER: it was asked to stop, or the lease or the backend is lost. With a backend
    that keeps them, the workers go on running, for the next controller to adopt.
+
+Until it controls, ``/ready`` says with 503 what it waits for. Ray comes before the
+lease: who cannot start workers must not keep a controller that could from taking over.
+It costs that one which waits for the lease holds a connection to Ray, and ends when it
+is lost, to begin again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -23,9 +31,13 @@ from cluster.controller import PoolController
 from cluster.controller_app import Seat, create_controller_app
 from cluster.controller_store import ControllerStore
 from cluster.lease import Lease, own_name
+from cluster.slots import backoff_s
 from router.http_server import HttpServer, url_of
 
 logger = logging.getLogger(__name__)
+
+_MOST_PAUSE_S = 5.0
+"""Between two tries to open the backend."""
 
 
 async def control(
@@ -54,7 +66,9 @@ async def control(
     try:
         async with HttpServer(app).running(listener) as server:
             print(f"controller listening on {url_of(listener)}", flush=True)
-            work = asyncio.create_task(_work(controller, lease, seat, backend))
+            work = asyncio.create_task(
+                _work(controller, lease, seat, backend, f"Ray at {config.cluster.ray_address}")
+            )
             stopped = asyncio.create_task(stop.wait())
             try:
                 await asyncio.wait({work, server, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -70,35 +84,65 @@ async def control(
         raise UnavailableError(f"{reason}; this controller ends, its workers run on")
 
 
-async def _work(controller: PoolController, lease: Lease, seat: Seat, backend: PoolBackend) -> str:
-    """From the waiting for the lease to its loss, or to that of the backend: says which."""
+async def _work(
+    controller: PoolController, lease: Lease, seat: Seat, backend: PoolBackend, name: str
+) -> str:
+    """From the opening of the backend to the loss of the lease or of the backend: says
+    which. ``name`` is the backend's."""
+    await _open(backend, seat, name)
+    lost = asyncio.create_task(backend.wait_lost())
+    held = asyncio.create_task(_control(controller, lease, seat))
+    try:
+        await asyncio.wait({lost, held}, return_when=asyncio.FIRST_COMPLETED)
+        return (held if held.done() else lost).result()
+    finally:
+        await _cancel(lost, held)
+
+
+async def _open(backend: PoolBackend, seat: Seat, name: str) -> None:
+    """Tries for ever, later and later."""
+    seat.reason = f"not controlling: waiting for {name}"
+    for failures in itertools.count(1):
+        try:
+            return await backend.open()
+        except UnavailableError as error:
+            reason = f"not controlling: waiting for {name}: {error.message}"
+            if reason != seat.reason:
+                logger.warning("%s", reason)
+            seat.reason = reason
+        await asyncio.sleep(min(backoff_s(failures), _MOST_PAUSE_S))
+
+
+async def _control(controller: PoolController, lease: Lease, seat: Seat) -> str:
+    """From the waiting for the lease to its loss: says who has it."""
 
     def waiting(reason: str) -> None:
         seat.reason = f"not controlling: {reason}"
 
     await lease.acquire(waiting)
     seat.reason = "this controller is taking the pools up"
-    losses = [asyncio.create_task(lease.wait_lost())]
+    lost = asyncio.create_task(lease.wait_lost())
     begun = asyncio.create_task(controller.begin(anew=False))
     try:
-        await asyncio.wait({begun, *losses}, return_when=asyncio.FIRST_COMPLETED)
-        if not losses[0].done():
+        await asyncio.wait({begun, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not lost.done():
             begun.result()
             seat.controller = controller
             logger.info("controlling the pools")
-            losses.append(asyncio.create_task(backend.wait_lost()))
-            await asyncio.wait(losses, return_when=asyncio.FIRST_COMPLETED)
-        return next(loss.result() for loss in losses if loss.done())
+        return await lost
     finally:
-        for task in (begun, *losses):
-            task.cancel()
-        await asyncio.gather(begun, *losses, return_exceptions=True)
+        await _cancel(begun, lost)
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _ended(work: asyncio.Task[str]) -> str:
     """What it ended with. Raises what it raised."""
     if work.done():
         return work.result()
-    work.cancel()
-    await asyncio.gather(work, return_exceptions=True)
+    await _cancel(work)
     return "the HTTP server has ended"

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from baton.v1 import session_pb2 as pb
 from baton.worker.outbox import InputUse
 from baton.worker.session_server import StreamKey
+from engine.chunked_prefill import prefill_chunks
 from engine.intake import StopRule
 from engine.kv_cache.kv_cache import KvCache
 from engine.sequence import Scheduled, Sequence
@@ -151,20 +152,16 @@ class DecodeScheduler:
         return False
 
     def schedule(self) -> list[Scheduled]:
-        """Chunks for one step: every decoding stream one token, then local prefills."""
+        """Chunks for one step: every decoding stream one token; local prefills share what
+        is left of the budget."""
         for stream in list(self._running):
             if stream.state is StreamState.RUNNING and stream.sequence.num_remaining == 1:
                 self._make_room(stream)
-        budget = self._budget
-        chunks: list[Scheduled] = []
-        order = sorted(self._running, key=lambda s: s.sequence.num_remaining > 1)
-        for stream in order:
-            if budget == 0:
-                break
-            num_tokens = min(stream.sequence.num_remaining, budget)
-            budget -= num_tokens
-            chunks.append(Scheduled(stream.sequence, num_tokens))
-        return chunks
+        running = [stream.sequence for stream in self._running]
+        decoding = [seq for seq in running if seq.num_remaining == 1][: self._budget]
+        prefilling = [seq for seq in running if seq.num_remaining > 1]
+        chunks = [Scheduled(sequence, 1) for sequence in decoding]
+        return chunks + prefill_chunks(prefilling, self._budget - len(decoding))
 
     def _make_room(self, stream: DecodeStream) -> None:
         """A block for the stream's next token, preempting from the youngest on."""

@@ -1,4 +1,4 @@
-"""What a prefill worker computes next: first come, first served, in chunks.
+"""What a prefill worker computes next: chunks of the jobs that run, in every step.
 
 A job is
 
@@ -7,6 +7,10 @@ A job is
 3. RUNNING from the step that takes all its blocks, so that two half-computed
    prompts can never wait for each other's room;
 4. LEASED when its input is computed and its blocks belong to the hand-off.
+
+Jobs begin to run in order of arrival: one that waits for blocks is passed by none, or
+short ones could keep it waiting for ever. ``engine/chunked_prefill.py`` says how those
+that run share a step.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from dataclasses import dataclass, field
 
 from baton.worker.outbox import InputUse
 from baton.worker.session_server import StreamKey
+from engine.chunked_prefill import prefill_chunks
 from engine.intake import StopRule
 from engine.kv_cache.kv_cache import KvCache
 from engine.sequence import Scheduled, Sequence
@@ -45,7 +50,8 @@ class PrefillJob:
     num_held_tokens: int = 0
     """Leading tokens that decode already holds."""
     num_uncached_tokens: int = 0
-    """Of the input, as the prefix cache stood when the job was queued."""
+    """Of the input, as the prefix cache stood when the job was last looked at: when it
+    came, and when it was queued."""
     use: InputUse = field(default_factory=InputUse)
 
 
@@ -56,6 +62,7 @@ class PrefillScheduler:
         self._kv = kv
         self._budget = max_num_batched_tokens
         self._max_running = max_num_seqs
+        self._waiting: dict[StreamKey, PrefillJob] = {}
         self._queued: OrderedDict[StreamKey, PrefillJob] = OrderedDict()
         self._running: OrderedDict[StreamKey, PrefillJob] = OrderedDict()
 
@@ -69,36 +76,39 @@ class PrefillScheduler:
 
     @property
     def num_tokens_to_compute(self) -> int:
-        """Input tokens still to compute; of a queued job, those that were not cached
-        when it was queued."""
+        """Input tokens still to compute; of a job that does not run yet, those that were
+        not cached when it was last looked at."""
         running = sum(job.sequence.num_remaining for job in self._running.values())
-        return running + sum(job.num_uncached_tokens for job in self._queued.values())
+        later = (*self._waiting.values(), *self._queued.values())
+        return running + sum(job.num_uncached_tokens for job in later)
+
+    def add(self, job: PrefillJob) -> None:
+        """Counts a job that is WAITING: its work is bound to come."""
+        self._waiting[job.key] = job
+        self._look_up(job)
 
     def enqueue(self, job: PrefillJob) -> None:
         """WAITING → QUEUED."""
+        self._waiting.pop(job.key, None)
         job.state = JobState.QUEUED
+        self._look_up(job)
+        self._queued[job.key] = job
+
+    def _look_up(self, job: PrefillJob) -> None:
         num_tokens = job.sequence.num_tokens
         num_cached = self._kv.num_cached_prefix(job.sequence)
         job.num_uncached_tokens = num_tokens - min(num_cached, num_tokens - 1)
-        self._queued[job.key] = job
 
     def remove(self, job: PrefillJob) -> None:
         """Forgets a job in any state; its blocks stay the caller's business."""
-        self._queued.pop(job.key, None)
-        self._running.pop(job.key, None)
+        for jobs in (self._waiting, self._queued, self._running):
+            jobs.pop(job.key, None)
 
     def schedule(self) -> tuple[list[Scheduled], list[PrefillJob]]:
         """Chunks for one step within the token budget, and the jobs admitted by it."""
         admitted = self._admit()
-        budget = self._budget
-        chunks: list[Scheduled] = []
-        for job in self._running.values():
-            if budget == 0:
-                break
-            num_tokens = min(job.sequence.num_remaining, budget)
-            budget -= num_tokens
-            chunks.append(Scheduled(job.sequence, num_tokens))
-        return chunks, admitted
+        sequences = [job.sequence for job in self._running.values()]
+        return prefill_chunks(sequences, self._budget), admitted
 
     def _admit(self) -> list[PrefillJob]:
         """QUEUED → RUNNING, in order, while blocks for the whole input are to be had."""

@@ -79,6 +79,7 @@ class PrefillWorker:
             self._outbox.failed(job.key, OverloadedError("this prefill worker's queue is full"))
         else:
             self._jobs[job.key] = job
+            self._scheduler.add(job)
 
     def proceed(self, key: StreamKey, num_held_tokens: int) -> None:
         """The decode side has its blocks: queue the job and offer its transfer."""

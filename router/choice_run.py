@@ -203,18 +203,18 @@ class ChoiceRun:
     async def _receive(self, attempt: Attempt) -> ChoiceOutput | None:
         """None: the attempt has failed, and all its tokens have been taken."""
         while True:
-            token_ids, logprobs = self._tokens.take()
-            if token_ids:
-                self._timeline.arrived(len(token_ids))
-            if token_ids and attempt.awaits_account:
-                return ChoiceOutput(token_ids, None, self._cached_tokens(attempt), logprobs)
-            if attempt.finish_reason is not None:
+            token_ids, arrivals, logprobs = self._tokens.take()
+            for arrival in arrivals:
+                self._timeline.arrived(arrival.num_tokens, arrival.at)
+            finish_reason = attempt.finish_reason
+            if finish_reason is not None and not (token_ids and attempt.awaits_account):
                 await self._wait_account(attempt)
                 self._end_attempt()
                 num_cached = self._num_cached_tokens or 0
-                return ChoiceOutput(token_ids, attempt.finish_reason, num_cached, logprobs)
+                return ChoiceOutput(token_ids, finish_reason, num_cached, arrivals, logprobs)
             if token_ids:
-                return ChoiceOutput(token_ids, None, self._cached_tokens(attempt), logprobs)
+                num_cached = self._cached_tokens(attempt)
+                return ChoiceOutput(token_ids, None, num_cached, arrivals, logprobs)
             if attempt.error is not None:
                 return None
             await self._wait()

@@ -69,6 +69,15 @@ class ChoiceRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrival:
+    """Tokens that came from a worker in one message."""
+
+    at: float
+    """When the gateway received it, by ``time.perf_counter``: whoever reads them may be late."""
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChoiceOutput:
     """What arrived of a choice since the last one. The last has a finish reason."""
 
@@ -76,5 +85,7 @@ class ChoiceOutput:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     """Of the prompt, what no worker had to compute; valid from the last output on."""
+    arrivals: tuple[Arrival, ...] = ()
+    """Of ``token_ids``, in order."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each of ``token_ids``, where the choice wants them."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from baton.errors import InternalError
 from baton.logprobs import TokenLogprobs
+from router.request import Arrival
 
 
 class TokenMerge:
@@ -24,6 +25,7 @@ class TokenMerge:
         self._limit = limit
         self._token_ids: list[int] = []
         self._num_taken = 0
+        self._arrivals: list[Arrival] = []
         self._logprobs: list[TokenLogprobs] = []
         self._ahead: dict[int, tuple[int, TokenLogprobs | None]] = {}
 
@@ -37,8 +39,10 @@ class TokenMerge:
         """Position of the first missing token."""
         return len(self._token_ids)
 
-    def add(self, position: int, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
-        """Takes a token in, once.
+    def add(
+        self, position: int, token_id: int, at: float, logprobs: TokenLogprobs | None = None
+    ) -> None:
+        """Takes a token in, once; ``at`` is when it came, in seconds.
 
         Raises: InternalError for a position over the limit, and for one that came
         before with another token: then a worker has mixed something up.
@@ -51,18 +55,28 @@ class TokenMerge:
         if position >= self._limit:
             raise InternalError(f"a worker sent a token past the limit of {self._limit}")
         self._ahead[position] = (token_id, logprobs)
+        num_before = len(self._token_ids)
         while (following := self._ahead.pop(len(self._token_ids), None)) is not None:
             self._token_ids.append(following[0])
             if following[1] is not None:
                 self._logprobs.append(following[1])
+        self._came(len(self._token_ids) - num_before, at)
 
-    def take(self) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
-        """The tokens in order that were not taken yet, and those log-probabilities that
-        came with them."""
+    def _came(self, num_tokens: int, at: float) -> None:
+        """Notes tokens that are in order since ``at``: before, nobody could have had them."""
+        if self._arrivals and self._arrivals[-1].at == at:
+            num_tokens += self._arrivals.pop().num_tokens
+        if num_tokens:
+            self._arrivals.append(Arrival(at, num_tokens))
+
+    def take(self) -> tuple[tuple[int, ...], tuple[Arrival, ...], tuple[TokenLogprobs, ...]]:
+        """The tokens in order that were not taken yet, how they came, and those
+        log-probabilities that came with them."""
         taken = tuple(self._token_ids[self._num_taken :])
         self._num_taken += len(taken)
+        arrivals, self._arrivals = tuple(self._arrivals), []
         logprobs, self._logprobs = tuple(self._logprobs), []
-        return taken, logprobs
+        return taken, arrivals, logprobs
 
     def forget_ahead(self) -> None:
         """Drops what waits for a missing token: the attempt that sent it has failed."""

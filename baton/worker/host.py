@@ -1,6 +1,6 @@
 """The life of a worker process, from its first port to its last.
 
-1. STARTING: ports are open, nobody knows of them.
+1. STARTING: ports are open, nobody knows of them. A Redis that is away is waited for.
 2. SERVING: registered. It ends on ``stop``, on a lost registration, or when the
    engine thread dies.
 3. DRAINING: deregistered, admits nothing; what runs may end within the bound.
@@ -173,8 +173,8 @@ class WorkerHost:
         )
         self._thread.start()
         try:
-            await self._register(registration)
-            logger.info("%s serves on %s", self._identity.worker_id, address)
+            if await self._register(registration, stop):
+                logger.info("%s serves on %s", self._identity.worker_id, address)
             await self._until_over(stop, registration)
             await self._drain(registration)
         finally:
@@ -207,14 +207,28 @@ class WorkerHost:
                 f"worker.metrics_port: cannot listen on {joined(host, port)}: {error.strerror}"
             ) from None
 
-    async def _register(self, registration: Registration) -> None:
+    async def _register(self, registration: Registration, stop: asyncio.Event) -> bool:
+        """Whether it is registered; False when the worker is to end before. The controller
+        counts no time without Redis, so the bound of a start is held here."""
+        bound_s = self._config.cluster.start_timeout_s
+        starting = asyncio.ensure_future(registration.start(within_s=bound_s))
+        stopped = asyncio.ensure_future(stop.wait())
+        waits: set[asyncio.Future[Any]] = {starting, stopped, self._fatal}
         try:
-            await registration.start()
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+            return starting.done()
         except (RedisError, OSError) as error:
             await registration.close()
             raise ConfigurationError(
-                f"cannot register: the Redis at REDIS_URL does not answer ({error})"
+                f"cannot register: the Redis at REDIS_URL does not answer ({error}); "
+                f"it was waited for as long as a start may take, {bound_s:g} s"
             ) from error
+        finally:
+            for task in (starting, stopped):
+                task.cancel()
+            await asyncio.gather(starting, stopped, return_exceptions=True)
 
     async def _until_over(self, stop: asyncio.Event, registration: Registration) -> None:
         waits: list[asyncio.Future[Any]] = [

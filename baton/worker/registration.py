@@ -1,8 +1,9 @@
 """A worker's place in the registry: a record in Redis that every beat renews.
 
-1. REGISTERED: the record is ours and renewed in time.
-2. ADRIFT: Redis does not answer. The worker serves on; Sessions are unaffected.
-3. LOST: another process took the name, or this one slept through its lease (a
+1. STARTING: Redis is asked until it takes the record, within a bound.
+2. REGISTERED: the record is ours and renewed in time.
+3. ADRIFT: Redis does not answer. The worker serves on; Sessions are unaffected.
+4. LOST: another process took the name, or this one slept through its lease (a
    stopped process that wakes up). ``lost`` is set and the worker must exit:
    somebody else may have its place by now.
 """
@@ -17,7 +18,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from baton.config import RegistryConfig
-from baton.records import WorkerRecord, worker_key
+from baton.records import WorkerRecord, index_key, worker_key
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,14 @@ local value = redis.call('get', KEYS[1])
 if not value then return 'none' end
 if value ~= ARGV[1] then return 'other' end
 redis.call('pexpire', KEYS[1], ARGV[2])
+redis.call('sadd', KEYS[2], KEYS[1])
 return 'ours'
 """
 _DELETE_IF_OURS = """
-if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end
+if redis.call('get', KEYS[1]) == ARGV[1] then
+  redis.call('del', KEYS[1])
+  redis.call('srem', KEYS[2], KEYS[1])
+end
 """
 
 
@@ -47,20 +52,43 @@ class Registration:
         self._config = config
         self._ttl_ms = int(config.ttl_s * 1000)
         self._key = worker_key(config.cluster, record.worker_id)
+        self._keys = [self._key, index_key(config.cluster)]
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._slept = False
         self._seen_at = 0.0
         self.lost = asyncio.Event()
 
-    async def start(self) -> None:
+    async def start(self, *, within_s: float = 0.0) -> None:
         """Registers, taking the name over from whoever had it, and beats from then on.
 
-        Raises ConnectionError of redis when there is no Redis to begin with.
+        A Redis that does not take the record is asked again, for ``within_s`` seconds.
+        Raises then what redis raises.
         """
-        await self._redis.set(self._key, self._value, px=self._ttl_ms)
+        gives_up_at, is_told = time.monotonic() + within_s, False
+        while not self._closed:
+            try:
+                await self._put()
+                break
+            except (RedisError, OSError) as error:
+                if time.monotonic() + self._config.heartbeat_s >= gives_up_at:
+                    raise
+                if not is_told:
+                    logger.warning(
+                        "%s cannot register, trying for %g s: %s",
+                        self._record.worker_id, within_s, error,
+                    )  # fmt: skip
+                is_told = True
+            await asyncio.sleep(self._config.heartbeat_s)
         self._seen_at = time.monotonic()
         self._task = asyncio.create_task(self._beat())
+
+    async def _put(self, *, unless_taken: bool = False) -> None:
+        """Writes the record and lists it, in one transaction."""
+        async with self._redis.pipeline() as pipe:
+            pipe.set(self._key, self._value, px=self._ttl_ms, nx=unless_taken)
+            pipe.sadd(self._keys[1], self._key)
+            await pipe.execute()
 
     async def _beat(self) -> None:
         # Cancelling is not enough: the client library may swallow it (asyncio.wait_for
@@ -82,7 +110,7 @@ class Registration:
         """One beat. Being unable to ask is not being asleep: a worker that finds no record
         because Redis was away registers again, one that slept has lost it."""
         try:
-            found = await self._renew_if_ours(keys=[self._key], args=[self._value, self._ttl_ms])
+            found = await self._renew_if_ours(keys=self._keys, args=[self._value, self._ttl_ms])
             if found == b"ours":
                 self._slept = False
             elif found == b"other":
@@ -90,7 +118,7 @@ class Registration:
             elif self._slept:
                 self._give_up("this process was stopped for longer than its lease")
             else:
-                await self._redis.set(self._key, self._value, px=self._ttl_ms, nx=True)
+                await self._put(unless_taken=True)
         except (RedisError, OSError) as error:
             logger.warning("registry does not answer, serving on: %s", error)
 
@@ -105,7 +133,7 @@ class Registration:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         try:
-            await self._delete_if_ours(keys=[self._key], args=[self._value])
+            await self._delete_if_ours(keys=self._keys, args=[self._value])
         except (RedisError, OSError) as error:
             logger.warning("could not deregister: %s", error)
         await self._redis.aclose()

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import secrets
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,15 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from baton.errors import BatonError
-from benchmarks.routing import oracle, trace
-from benchmarks.routing.report import Row, percentile, table
+from benchmarks import page
+from benchmarks.measured import Measured, measured_now
+from benchmarks.routing import oracle, replay_report, trace
+from benchmarks.routing.report import percentile
+from benchmarks.routing.results import PolicyResult, Results, Setting, faults
 from benchmarks.routing.run import Run, run_trace
 from benchmarks.routing.sizing import BLOCK_SIZE, NUM_WORKERS, kv_cache_bytes, worker_blocks
 from benchmarks.server import BatonServer
 
 POLICIES = ("kv_aware", "round_robin", "least_loaded", "random")
+SECTION = "routing"
+KEPT = page.KEPT / "routing.json"
+_RESULTS = page.RESULTS / "routing.json"
 _AMPLE_BYTES = 2 * 1024**3
-GOAL = 0.9
 
 
 def _serve_and_run(
@@ -58,36 +64,39 @@ def _serve_and_run(
         return asyncio.run(run_trace(server.url, chats, secret=secret, time_scale=time_scale))
 
 
-def _row(label: str, run: Run, reference: Run) -> Row:
+def _result(
+    policy: str, local: int, run: Run, reference: Run, *, worker_blocks: int
+) -> PolicyResult:
     ttft_ms = [each.ttft_s * 1000 for each in run.answered]
-    remarks = [
-        "same answers" if run.answers == reference.answers else "ANSWERS DIFFER",
-        "index true" if run.index_is_true else "INDEX WRONG",
-    ]
-    if run.num_cached != run.num_not_computed:
-        remarks.append(f"workers say {run.num_not_computed:,} cached")
-    if run.num_preemptions:
-        remarks.append(f"{run.num_preemptions} preemptions")
-    return Row(
-        policy=label,
+    asked = [each.asked for each in run.answered]
+    best = oracle.infinite_cache(asked, BLOCK_SIZE)
+    bound = oracle.optimal_replacement(asked, BLOCK_SIZE, NUM_WORKERS * worker_blocks)
+    return PolicyResult(
+        policy=policy,
+        local_prefill_max_tokens=local,
         num_cached=run.num_cached,
-        oracle=oracle.infinite_cache([each.asked for each in run.answered], BLOCK_SIZE),
-        ttft_p50_ms=percentile(ttft_ms, 0.5),
-        ttft_p90_ms=percentile(ttft_ms, 0.9),
-        handoff=f"{run.num_handoff_bytes / 2**20:,.0f} MiB",
+        num_not_computed=run.num_not_computed,
+        ratio=run.num_cached / best if best else 1.0,
+        optimal_ratio=bound / best if best else 1.0,
+        ttft_p50_ms=round(percentile(ttft_ms, 0.5), 1),
+        ttft_p90_ms=round(percentile(ttft_ms, 0.9), 1),
+        handoff_mib=round(run.num_handoff_bytes / 2**20, 1),
+        duration_s=round(run.duration_s, 1),
         by_worker=run.input_tokens,
-        remarks=", ".join(remarks),
+        num_preemptions=run.num_preemptions,
+        same_answers=run.answers == reference.answers,
+        index_is_true=run.index_is_true,
     )
 
 
-def _plans(policies: Sequence[str], local: int) -> list[tuple[str, dict[str, Any]]]:
-    """Labels and settings; ``kv_aware`` with and without local prefill."""
-    plans: list[tuple[str, dict[str, Any]]] = []
+def _plans(policies: Sequence[str], local: int) -> list[tuple[str, int]]:
+    """Policies, and up to how many tokens of each prompt a decode worker prefills;
+    ``kv_aware`` with and without."""
+    plans: list[tuple[str, int]] = []
     for policy in policies:
         if policy == "kv_aware" and local:
-            settings = {"policy": policy, "local_prefill_max_tokens": local}
-            plans.append((f"{policy}, up to {local} locally", settings))
-        plans.append((policy, {"policy": policy, "local_prefill_max_tokens": 0}))
+            plans.append((policy, local))
+        plans.append((policy, 0))
     return plans
 
 
@@ -112,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--time-scale", type=float, default=1.0, help="stretches think times")
     parser.add_argument("--users", type=int, default=1000, help="at most so many, from the first")
     parser.add_argument("--turns", type=int, default=1000, help="at most so many of each user")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--out", type=Path, default=_RESULTS, metavar="FILE", help="of the figures")
+    parser.add_argument(
+        "--report", action="store_true", help="write docs/performance.md from those figures"
+    )
     parser.add_argument("--record", type=Path, help="write prompts and answers as token ids")
     return parser
 
@@ -125,59 +137,76 @@ def _record(path: Path, run: Run) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def main() -> None:
-    given = _parser().parse_args()
+def _measure(given: argparse.Namespace, measured: Measured, folder: Path) -> Results:
     chats = trace.shortened(trace.load(given.trace), num_users=given.users, num_turns=given.turns)
-    with tempfile.TemporaryDirectory(prefix="baton-routing-") as name:
-        folder = Path(name)
-        reference = _serve_and_run(
-            folder / "reference",
+    reference = _serve_and_run(
+        folder / "reference",
+        chats,
+        num_workers=1,
+        num_bytes=_AMPLE_BYTES,
+        routing={"policy": "kv_aware"},
+        time_scale=0.0,
+    )
+    if given.record:
+        _record(given.record, reference)
+    asked = [each.asked for each in reference.answered]
+    setting = Setting(
+        num_users=len(chats),
+        num_requests=len(asked),
+        num_distinct_blocks=oracle.working_set(asked, BLOCK_SIZE),
+        block_size=BLOCK_SIZE,
+        num_workers=NUM_WORKERS,
+        worker_blocks=worker_blocks(asked, given.share),
+    )
+    print(replay_report.sizes(setting), flush=True)
+    results: list[PolicyResult] = []
+    for number, (policy, local) in enumerate(
+        _plans(given.policies, given.local_prefill_max_tokens)
+    ):
+        run = _serve_and_run(
+            folder / str(number),
             chats,
-            num_workers=1,
-            num_bytes=_AMPLE_BYTES,
-            routing={"policy": "kv_aware"},
-            time_scale=0.0,
+            num_workers=NUM_WORKERS,
+            num_bytes=kv_cache_bytes(setting.worker_blocks),
+            routing={"policy": policy, "local_prefill_max_tokens": local},
+            time_scale=given.time_scale,
         )
-        asked = [each.asked for each in reference.answered]
-        num_blocks = worker_blocks(asked, given.share)
-        if given.record:
-            _record(given.record, reference)
+        result = _result(policy, local, run, reference, worker_blocks=setting.worker_blocks)
+        results.append(result)
         print(
-            f"{len(asked)} requests of {len(chats)} users fill "
-            f"{oracle.working_set(asked, BLOCK_SIZE)} blocks; each of {NUM_WORKERS} prefill and "
-            f"{NUM_WORKERS} decode workers has {num_blocks}",
+            f"{result.label}: {result.ratio:.3f} of the oracle's cached tokens in "
+            f"{result.duration_s:.0f} s; {result.remarks}",
             flush=True,
         )
-        rows: list[Row] = []
-        for number, (label, routing) in enumerate(
-            _plans(given.policies, given.local_prefill_max_tokens)
-        ):
-            run = _serve_and_run(
-                folder / str(number),
-                chats,
-                num_workers=NUM_WORKERS,
-                num_bytes=kv_cache_bytes(num_blocks),
-                routing=routing,
-                time_scale=given.time_scale,
-            )
-            rows.append(_row(label, run, reference))
-            asked = [each.asked for each in run.answered]
-            best = oracle.optimal_replacement(asked, BLOCK_SIZE, NUM_WORKERS * num_blocks)
-            print(
-                f"{label}: {rows[-1].ratio:.3f} of the oracle's cached tokens in "
-                f"{run.duration_s:.0f} s; {rows[-1].remarks}. One pool with optimal replacement: "
-                f"at most {best / rows[-1].oracle:.3f}",
-                flush=True,
-            )
-    print("\n" + table(rows, by_worker="input tokens by worker"))
-    if given.out:
-        given.out.write_text(json.dumps([row.as_json() for row in rows], indent=2) + "\n")
-    wrong = [row.policy for row in rows if row.remarks != row.remarks.lower()]
-    short = [row.policy for row in rows if row.policy.startswith("kv_aware") and row.ratio < GOAL]
-    if short:
-        print(f"below {GOAL} of the oracle: {'; '.join(short)}")
-    if wrong:
-        sys.exit(f"answers or the index are wrong: {'; '.join(wrong)}")
+    return Results(measured, setting, tuple(results))
+
+
+def section(kept: Path = KEPT) -> str:
+    """Of docs/performance.md. Raises OSError or ValueError."""
+    return replay_report.section(Results.read(kept))
+
+
+def _publish(path: Path) -> None:
+    Results.read(path).write(KEPT)
+    page.into_page(SECTION, section())
+    print(f"written: {page.PAGE}, {KEPT}")
+
+
+def main() -> None:
+    """Exit status: 0 all is well, 1 with a sentence for each thing that is not."""
+    given = _parser().parse_args()
+    if given.report:
+        _publish(given.out)
+        return
+    measured = measured_now(
+        shlex.join(["python", "-m", "benchmarks.routing.replay", *sys.argv[1:]])
+    )
+    with tempfile.TemporaryDirectory(prefix="baton-routing-") as name:
+        results = _measure(given, measured, Path(name))
+    results.write(given.out)
+    print(f"\n{replay_report.policies(results)}\nwritten: {given.out}")
+    if sentences := faults(results):
+        sys.exit("\n".join(sentences))
 
 
 if __name__ == "__main__":
@@ -185,3 +214,5 @@ if __name__ == "__main__":
         main()
     except BatonError as error:
         sys.exit(error.message)
+    except (OSError, ValueError) as error:
+        sys.exit(f"replay: {error}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,20 +12,13 @@ class Row:
 
     policy: str
     num_cached: int
-    oracle: int
-    """Tokens that one endless cache would have had."""
+    ratio: float
+    """Of the tokens that one endless cache would have had."""
     ttft_p50_ms: float
     ttft_p90_ms: float
     handoff: str
     by_worker: Mapping[str, int]
     remarks: str = ""
-
-    @property
-    def ratio(self) -> float:
-        return self.num_cached / self.oracle if self.oracle else 1.0
-
-    def as_json(self) -> dict[str, object]:
-        return {**asdict(self), "by_worker": dict(self.by_worker), "ratio": self.ratio}
 
 
 def percentile(values: Sequence[float], share: float) -> float:

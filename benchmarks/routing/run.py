@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.metrics_page import MetricsPage
 from benchmarks.routing.chat_users import Answered, replay
 from benchmarks.routing.trace import Chat
 from benchmarks.routing.truth import Follower, WorkerBlocks, at_rest
@@ -67,15 +67,19 @@ async def run_trace(url: str, chats: Sequence[Chat], *, secret: str, time_scale:
             duration_s = time.monotonic() - began
             status = await _wait_rest(client)
             blocks = await at_rest(follower, status, secret=secret)
-        page = (await client.get("/metrics")).text
+        page = MetricsPage((await client.get("/metrics")).text)
+
+    def total(name: str, **labels: str) -> int:
+        return int(page.metric(name, **labels))
+
     ids = [worker["worker_id"] for worker in workers]
     return Run(
         answered=answered,
         blocks=blocks,
-        num_handoff_bytes=_total(page, "baton_kv_handoff_bytes_total", direction="received"),
-        input_tokens={name: _total(page, "baton_prompt_tokens_total", worker=name) for name in ids},
-        num_computed=_total(page, "baton_prompt_tokens_total", source="computed"),
-        num_preemptions=_total(page, "baton_preemptions_total"),
+        num_handoff_bytes=total("baton_kv_handoff_bytes_total", direction="received"),
+        input_tokens={name: total("baton_prompt_tokens_total", worker=name) for name in ids},
+        num_computed=total("baton_prompt_tokens_total", source="computed"),
+        num_preemptions=total("baton_preemptions_total"),
         duration_s=duration_s,
     )
 
@@ -95,14 +99,3 @@ async def _wait_rest(client: httpx.AsyncClient) -> dict[str, Any]:
             elif now - still_since > _STILL_S:
                 return status
             await asyncio.sleep(_POLL_S)
-
-
-def _total(page: str, name: str, **labels: str) -> int:
-    return int(
-        sum(
-            sample.value
-            for family in text_string_to_metric_families(page)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
-    )

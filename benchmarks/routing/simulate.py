@@ -60,11 +60,11 @@ def _row(label: str, load: Load, served: Sequence[Served], num_preemptions: int)
     workers = Counter(each.decode for each in served)
     workers.update(each.prefill for each in served if each.prefill is not None)
     num_local = sum(each.prefill is None for each in served)
+    num_cached = sum(each.num_cached for each in served)
     return Row(
         policy=label,
-        num_cached=sum(each.num_cached for each in served) * load.token_scale,
-        oracle=oracle.infinite_cache([each.asked for each in served], BLOCK_SIZE)
-        * load.token_scale,
+        num_cached=num_cached * load.token_scale,
+        ratio=num_cached / (_endless([each.asked for each in served]) or 1),
         ttft_p50_ms=percentile(ttft_ms, 0.5),
         ttft_p90_ms=percentile(ttft_ms, 0.9),
         handoff=f"{sum(each.num_moved for each in served) * load.token_scale:,} tokens",
@@ -72,6 +72,10 @@ def _row(label: str, load: Load, served: Sequence[Served], num_preemptions: int)
         remarks=f"ITL p99 {percentile(gaps_ms, 0.99):.0f} ms, {num_local} local, "
         f"{num_preemptions} preemptions",
     )
+
+
+def _endless(asked: Sequence[Asked]) -> int:
+    return oracle.infinite_cache(asked, BLOCK_SIZE)
 
 
 def _plans(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
@@ -135,11 +139,11 @@ def main() -> None:
         rows.append(_row(label, load, served, num_preemptions))
         if label.startswith("kv_aware"):
             asked = [each.asked for each in served]
-    best = oracle.optimal_replacement(asked, BLOCK_SIZE, 2 * num_blocks) * load.token_scale
+    best = oracle.optimal_replacement(asked, BLOCK_SIZE, 2 * num_blocks)
     print(
         f"{len(load.asked)} requests; {num_blocks} blocks a worker, {share:g} of the working set "
         f"in each pool. One pool of that size with optimal replacement has at most "
-        f"{min(1.0, best / rows[0].oracle):.3f} of the oracle's tokens."
+        f"{min(1.0, best / (_endless(asked) or 1)):.3f} of the oracle's tokens."
     )
     print("\n" + table(rows, by_worker="requests by worker"))
 

@@ -234,6 +234,8 @@ class Simulation:
         self._running[key] = run = _Running(served, decode, prefill, stream, job)
         for worker in run.workers():
             worker.session.num_open += 1
+        if prefill is not None and job is not None:
+            prefill.prefill.add(job)
         decode.decode.enqueue(stream)
         decode.wake()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class ChoiceStream:
 
         Raises BatonError: the choice failed. Cancelling this cancels the choice.
         """
-        submitted_at = asyncio.get_running_loop().time()
+        submitted_at = time.perf_counter()
         finished = False
         async with aclosing(orchestrator.generate(self.choice)) as outputs:
             async for output in outputs:
@@ -76,16 +76,15 @@ class ChoiceStream:
             raise InternalError("a choice ended without a finish reason")
 
     def _measure(self, output: ChoiceOutput, submitted_at: float) -> None:
-        if not output.token_ids:
-            return
-        now = asyncio.get_running_loop().time()
-        if self._last_token_at is None:
-            self._metrics.time_to_first_token.observe(now - submitted_at)
-        else:
-            gap = (now - self._last_token_at) / len(output.token_ids)
-            for _ in output.token_ids:
-                self._metrics.inter_token_latency.observe(gap)
-        self._last_token_at = now
+        """By when tokens came from the workers: how fast the client reads is its own affair."""
+        for arrival in output.arrivals:
+            if self._last_token_at is None:
+                self._metrics.time_to_first_token.observe(arrival.at - submitted_at)
+            else:
+                gap = (arrival.at - self._last_token_at) / arrival.num_tokens
+                for _ in range(arrival.num_tokens):
+                    self._metrics.inter_token_latency.observe(gap)
+            self._last_token_at = arrival.at
 
     def _apply(self, output: ChoiceOutput) -> Delta:
         first, self._begun = not self._begun, True

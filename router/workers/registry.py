@@ -24,7 +24,7 @@ from baton.records import (
     Role,
     WorkerRecord,
     gateway_key,
-    keys_pattern,
+    index_key,
     pools_key,
     worker_key,
 )
@@ -33,7 +33,23 @@ from router.redis_client import redis_client
 
 logger = logging.getLogger(__name__)
 
-SCAN_COUNT = 1000
+_READ_LISTED = """
+local names = redis.call('smembers', KEYS[1])
+names[#names + 1] = KEYS[2]
+local found, values = {}, redis.call('mget', unpack(names))
+for number, name in ipairs(names) do
+  if values[number] then
+    found[#found + 1] = name
+    found[#found + 1] = values[number]
+  else
+    redis.call('srem', KEYS[1], name)
+  end
+end
+return found
+"""
+"""Every listed key that there is, and the one that needs no listing, each with its value;
+what has expired is listed no more. In one script: nothing is taken out that is renewed
+meanwhile."""
 
 
 def _faults(error: ValueError) -> str:
@@ -61,6 +77,7 @@ class Registry:
         self.wishes: PoolWishes | None = None
         """The pools' desired sizes as last read; None while nobody has ever wished."""
         self._redis = redis_client(redis_url)
+        self._read_listed = self._redis.register_script(_READ_LISTED)
         self._config = config
         self._gateway_id = gateway_id
         self._presence_key = gateway_key(config.cluster, gateway_id)
@@ -90,7 +107,10 @@ class Registry:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         try:
-            await self._redis.delete(self._presence_key)
+            async with self._redis.pipeline() as pipe:
+                pipe.delete(self._presence_key)
+                pipe.srem(index_key(self._config.cluster), self._presence_key)
+                await pipe.execute()
         except (RedisError, OSError) as error:
             logger.info("could not take the gateway's presence back: %s", error)
         await self._redis.aclose()
@@ -128,23 +148,20 @@ class Registry:
     async def _read(self) -> dict[str, WorkerRecord]:
         """All well-formed records by worker id; takes over who else there is to know."""
         cluster = self._config.cluster
-        pattern, pools = keys_pattern(cluster), pools_key(cluster)
-        # SCAN may return a key twice.
-        found = {key async for key in self._redis.scan_iter(match=pattern, count=SCAN_COUNT)}
-        names = {key.decode(errors="replace"): key for key in found}
+        pools = pools_key(cluster)
+        found = cast(list[bytes], await self._read_listed(keys=[index_key(cluster), pools]))
+        names = [name.decode(errors="replace") for name in found[::2]]
+        values = dict(zip(names, found[1::2], strict=True))
         beginning = gateway_key(cluster, "")
         ids = {name.removeprefix(beginning) for name in names if name.startswith(beginning)}
         self.gateways = tuple(sorted({self._gateway_id, *ids}))
         self._metrics.gateways.set(len(self.gateways))
         beginning = worker_key(cluster, "")
         wanted = sorted(name for name in names if name.startswith(beginning) or name == pools)
-        keys = [names[name] for name in wanted]
-        values = cast(list[bytes | None], await self._redis.mget(keys)) if keys else []
         records: dict[str, WorkerRecord] = {}
         malformed: dict[str, bytes] = {}
-        for name, value in zip(wanted, values, strict=True):
-            if value is None:
-                continue
+        for name in wanted:
+            value = values[name]
             try:
                 if name == pools:
                     self.wishes = PoolWishes.model_validate_json(value)
@@ -172,4 +189,7 @@ class Registry:
         """Renews the gateway's presence."""
         presence = json.dumps({"gateway_id": self._gateway_id, "pid": os.getpid()})
         ttl_ms = int(self._config.ttl_s * 1000)
-        await self._redis.set(self._presence_key, presence, px=ttl_ms)
+        async with self._redis.pipeline() as pipe:
+            pipe.set(self._presence_key, presence, px=ttl_ms)
+            pipe.sadd(index_key(self._config.cluster), self._presence_key)
+            await pipe.execute()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Protocol
 
 from baton.config import SessionConfig
@@ -32,7 +33,11 @@ class StreamSink(Protocol):
 
     def on_reserved(self, num_held_tokens: int) -> None: ...
 
-    def on_token(self, position: int, token_id: int, logprobs: TokenLogprobs | None) -> None: ...
+    def on_token(
+        self, position: int, token_id: int, at: float, logprobs: TokenLogprobs | None
+    ) -> None:
+        """``at``, by ``time.perf_counter``, is the same for all tokens of a message."""
+        ...
 
     def on_closed(self, closed: pb.Closed) -> None:
         """The worker's last word on the stream."""
@@ -204,13 +209,13 @@ class WorkerSession:
         for reserved in events.reserved:
             if (sink := self._sinks.get(reserved.stream_id)) is not None:
                 sink.on_reserved(reserved.num_held_tokens)
-        batch = events.tokens
+        batch, at = events.tokens, time.perf_counter()
         logprobs = {each.index: TokenLogprobs.from_proto(each) for each in batch.logprobs}
         for index, (stream_id, position, token_id) in enumerate(
             zip(batch.stream_ids, batch.positions, batch.token_ids, strict=True)
         ):
             if (sink := self._sinks.get(stream_id)) is not None:
-                sink.on_token(position, token_id, logprobs.get(index))
+                sink.on_token(position, token_id, at, logprobs.get(index))
         for closed in events.closed:
             if (sink := self._sinks.pop(closed.stream_id, None)) is not None:
                 sink.on_closed(closed)

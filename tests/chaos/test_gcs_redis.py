@@ -55,7 +55,14 @@ class GcsRedis:
             *(find_redis_server(), "--bind", "127.0.0.1", "--port", str(self.port)),
             *("--dir", str(folder), "--appendonly", "yes", "--appendfsync", "always"),
         ]
+        self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
+
+    def holds(self, secret: str) -> bool:
+        """Whether it was ever told that."""
+        files = list(self._folder.rglob("*.aof"))  # of Redis 7, in a folder of their own
+        assert files, "it writes down what it is told"
+        return any(secret.encode() in file.read_bytes() for file in files)
 
     def start(self) -> None:
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
@@ -182,9 +189,11 @@ class Site:
             "RAY_REDIS_ADDRESS": f"127.0.0.1:{gcs_redis_port}",
             "RAY_external_storage_namespace": "baton",
         }
+        cluster_secret = secrets.token_hex(32)
+        self.secrets = (cluster_secret, self._redis.url)
         baton = {
             **token,
-            "BATON_SECRET": secrets.token_hex(32),
+            "BATON_SECRET": cluster_secret,
             "REDIS_URL": self._redis.url,
             "BATON_CONTROLLER_TOKEN": self._controller_token,
         }
@@ -266,6 +275,8 @@ def test_redis_of_the_gcs_away(outage_s: int) -> None:
     try:
         site = Site(folder, redis.port)
         wait_until(lambda: len(site.ready()) == 2, timeout_s=120, what="both workers")
+        assert redis.holds("prefill-0"), "the workers are written down there"
+        assert not any(redis.holds(secret) for secret in site.secrets)
         _outage(site, redis, outage_s)
     except BaseException:
         for log in sorted(folder.glob("*.log")):

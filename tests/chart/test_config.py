@@ -107,7 +107,7 @@ def test_each_source_of_the_model_is_where_baton_looks(model: Json, expected: st
 def test_configuration_of_the_user_wins(tmp_path: Path) -> None:
     values = {
         "config": {
-            "gateway": {"host": "127.0.0.1", "port": 9000},
+            "gateway": {"host": "::", "port": 9000},
             "cluster": {"ray_address": "ray://127.0.0.1:9001"},
             "registry": {"cluster": "other", "ttl_s": 9},
             "routing": {"policy": "random"},
@@ -115,7 +115,7 @@ def test_configuration_of_the_user_wins(tmp_path: Path) -> None:
         }
     }
     config = _load(render(GIVEN, values), tmp_path)
-    assert (config.gateway.host, config.gateway.port) == ("127.0.0.1", 9000)
+    assert (config.gateway.host, config.gateway.port) == ("::", 9000)
     assert config.cluster.ray_address == "ray://127.0.0.1:9001"
     assert (config.registry.cluster, config.registry.ttl_s) == ("other", 9)
     assert config.routing.policy == "random"

@@ -93,10 +93,25 @@ def test_labels_annotations_and_environment() -> None:
     assert "team" not in rendered.group("prefill")["template"]["metadata"]["labels"]
 
 
-def test_an_image_of_its_own() -> None:
-    rendered = _decode(image={"repository": "special"})
-    assert rendered.worker("decode")["image"] == "special:0.1.0-cuda"
-    assert rendered.worker("prefill")["image"] == "baton-worker:0.1.0-cuda"
+DIGEST = "sha256:" + "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ({}, f"baton-worker:0.1.0-cuda@{DIGEST}"),
+        ({"repository": "special"}, "special:0.1.0"),
+        ({"repository": "special", "suffix": "-x"}, "special:0.1.0-x"),
+        ({"tag": "0.1.0"}, "baton-worker:0.1.0"),
+        ({"digest": ""}, "baton-worker:0.1.0-cuda"),
+        ({"suffix": "", "digest": ""}, "baton-worker:0.1.0"),
+    ],
+)
+def test_an_image_of_its_own(image: Json, expected: str) -> None:
+    all_workers = {"images": {"worker": {"digest": DIGEST}}}
+    rendered = render(GIVEN, all_workers, {"pools": {"decode": {"image": image}}})
+    assert rendered.worker("decode")["image"] == expected
+    assert rendered.worker("prefill")["image"] == f"baton-worker:0.1.0-cuda@{DIGEST}"
 
 
 def test_replicas_of_a_group() -> None:

@@ -41,6 +41,14 @@ NOT_IN_THE_SCHEMA: dict[str, Json] = {
     "generation as a number": {"config": {"generation": 7}},
     "pull policy": {"images": {"pullPolicy": "Sometimes"}},
     "digest": {"images": {"worker": {"digest": "abc"}}},
+    "unknown section of the configuration": {"config": {"engin": {}}},
+    "unknown setting of the configuration": {"config": {"engine": {"max_num_seq": 8}}},
+    "unknown setting of a pool's engine": _pool(engine={"max_num_seq": 8}),
+    "unknown setting of a pool's worker": _pool(worker={"prot": 7100}),
+    "unknown setting of all engines": {"poolDefaults": {"engine": {"max_num_seq": 8}}},
+    "a setting out of its bounds": {"config": {"engine": {"block_size": 0}}},
+    "a setting of another type": {"config": {"kv_transfer": {"verify": "yes"}}},
+    "a socket that pods do not share": {"redis": {"url": "unix:///run/redis.sock"}},
 }
 
 
@@ -48,6 +56,20 @@ NOT_IN_THE_SCHEMA: dict[str, Json] = {
 def test_the_schema_refuses(name: str) -> None:
     with pytest.raises(helm.HelmError, match="values don't meet the specifications"):
         render(GIVEN, NOT_IN_THE_SCHEMA[name])
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ({"config": {"engine": {"max_num_seq": 8}}}, "/config/engine"),
+        (_pool(engine={"max_num_seq": 8}), "/pools/decode/engine"),
+    ],
+)
+def test_an_unknown_setting_of_batons_is_named(values: Json, place: str) -> None:
+    with pytest.raises(helm.HelmError) as refused:
+        render(GIVEN, values)
+    assert place in str(refused.value)
+    assert "max_num_seq" in str(refused.value)
 
 
 GPUS = {"limits": {"nvidia.com/gpu": 2}}
@@ -93,6 +115,46 @@ MISFITS: dict[str, tuple[Json, str]] = {
             "rayRedis": {"address": "redis://redis.example"},
         },
         "are one Redis",
+    ),
+    "one Redis for both, by two names": (
+        {
+            "redis": {"url": "redis://:p@Redis.llm.svc.cluster.local/0"},
+            "rayRedis": {"address": "redis://redis:6379"},
+        },
+        "are one Redis",
+    ),
+    "Baton's embedded Redis for Ray": (
+        {
+            "redis": {"url": "", "embedded": {"enabled": True, "password": {"value": "p"}}},
+            "rayRedis": {"address": "redis://chat-baton-redis.llm.svc:6379"},
+        },
+        "are one Redis",
+    ),
+    "Ray's embedded Redis for Baton": (
+        {
+            "redis": {"url": "redis://:q@chat-baton-ray-redis:6379/0"},
+            "rayRedis": {
+                "address": "",
+                "password": {"value": "q"},
+                "embedded": {"enabled": True},
+            },
+        },
+        "are one Redis",
+    ),
+    "one key of one Secret for both": (
+        {
+            "redis": {"url": "", "existingSecret": "s", "key": "k"},
+            "rayRedis": {"password": {"existingSecret": "s", "key": "k"}},
+        },
+        "are both the key k of the Secret s",
+    ),
+    "a Redis in every pod": (
+        {"redis": {"url": "redis://:p@localhost:6379/0"}},
+        "redis.url is on localhost:6379, which is another place in every pod",
+    ),
+    "a Redis of Ray's in every pod": (
+        {"rayRedis": {"address": "redis://127.0.0.1"}},
+        "rayRedis.address is on 127.0.0.1:6379",
     ),
     "a password for everybody to read": (
         {"rayRedis": {"address": "redis://:p@ray-redis.example:6379"}},
@@ -194,7 +256,99 @@ MISFITS: dict[str, tuple[Json, str]] = {
     "a port of the moment": ({"config": {"worker": {"port": 0}}}, "has to be a fixed port"),
     "one port for two": (
         {"config": {"worker": {"metrics_port": 7100}}},
-        "worker.port and config.worker.metrics_port are the same",
+        "pools.decode: worker.metrics_port and worker.port are both on port 7100",
+    ),
+    "one port for two in one pool": (
+        {"pools": {"prefill": {"worker": {"metrics_port": 7100}}}},
+        "pools.prefill: worker.metrics_port and worker.port are both on port 7100",
+    ),
+    "a port of the moment in one pool": (
+        _pool(worker={"port": 0}),
+        "worker.port of pools.decode has to be a fixed port",
+    ),
+    "a worker on a port of its Ray node": (
+        _pool(worker={"port": 6380}),
+        "pools.decode: node-manager-port and worker.port are both on port 6380",
+    ),
+    "a worker on a port that its Ray node is given": (
+        _pool(rayStartParams={"metrics-export-port": "7101"}),
+        "pools.decode: metrics-export-port and worker.metrics_port",
+    ),
+    "one port for two of Ray's head": (
+        {"ray": {"ports": {"gcs": 6380}}},
+        "ray.ports: node-manager-port and port are both on port 6380",
+    ),
+    "workers that nobody reaches": (
+        {"config": {"worker": {"host": "127.0.0.1"}}},
+        "worker.host of pools.decode is 127.0.0.1, where nobody outside of the pod is heard",
+    ),
+    "workers of one pool that nobody reaches": (
+        {"pools": {"prefill": {"worker": {"host": "localhost"}}}},
+        "worker.host of pools.prefill is localhost",
+    ),
+    "a controller that nobody reaches": (
+        {"config": {"controller": {"host": "127.0.0.2"}}},
+        "config.controller.host is 127.0.0.2",
+    ),
+    "a gateway that nobody reaches": (
+        {"config": {"gateway": {"host": "::1"}}},
+        "config.gateway.host is ::1",
+    ),
+    "a host left to Baton's default": (
+        {"config": {"gateway": {"host": None}}},
+        "config.gateway.host is 127.0.0.1",
+    ),
+    "gateways of baton serve": (
+        {"config": {"gateway": {"replicas": 2}}},
+        "set gateway.replicas",
+    ),
+    "a head that the controller does not find": (
+        {"ray": {"head": {"rayStartParams": {"ray-client-server-port": "10002"}}}},
+        r"go by ray.ports.client \(10001\); set that",
+    ),
+    "an address at which the head does not listen": (
+        {"ray": {"clientAddress": "ray://chat-baton-head-svc.llm:10002"}},
+        "told ray://chat-baton-head-svc.llm:10002, but the head listens on port 10001",
+    ),
+    "a head that computes": (
+        {"ray": {"head": {"rayStartParams": {"num-cpus": "4"}}}},
+        "and the head would run them; leave it out",
+    ),
+    "a head that is one of a pool's nodes": (
+        {"ray": {"head": {"rayStartParams": {"resources": "'{\"baton-pool-decode\": 1}'"}}}},
+        "and the head would run them; leave it out",
+    ),
+    "pods without their pool's resource": (
+        _pool(rayStartParams={"resources": "'{}'"}),
+        "pools.decode.rayStartParams.resources follows from the pool's name",
+    ),
+    "pods with too few CPUs": (
+        _pool(numCpus=2, rayStartParams={"num-cpus": "1"}),
+        "pools.decode.rayStartParams.num-cpus follows from the pool's numCpus",
+    ),
+    "pods with too few GPUs": (
+        _pool(resources=GPUS, rayStartParams={"num-gpus": "1"}),
+        "pools.decode.rayStartParams.num-gpus follows from the pool's resources.limits",
+    ),
+    "a label of everything that selects": (
+        {"commonLabels": {"app.kubernetes.io/component": "llm"}},
+        "commonLabels has app.kubernetes.io/component, by which",
+    ),
+    "a label of gateways that selects": (
+        {"gateway": {"labels": {"app.kubernetes.io/instance": "llm"}}},
+        "gateway.labels has app.kubernetes.io/instance",
+    ),
+    "a label of a pool that selects": (
+        _pool(labels={"baton.dev/pool": "llm"}),
+        "pools.decode.labels has baton.dev/pool",
+    ),
+    "a label that KubeRay sets": (
+        {"ray": {"head": {"labels": {"ray.io/node-type": "worker"}}}},
+        "ray.head.labels has ray.io/node-type",
+    ),
+    "rights for the default account": (
+        {"serviceAccount": {"create": False}, "ray": {"autoscaling": {"enabled": True}}},
+        "set serviceAccount.names.head",
     ),
     "no claim": ({"model": {"source": "pvc"}}, "set model.pvc.claimName"),
     "no folder": ({"model": {"source": "hostPath"}}, "set model.hostPath.path"),

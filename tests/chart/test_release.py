@@ -100,8 +100,6 @@ def test_an_upgrade_keeps_the_sizes_of_the_autoscaler(
     ray = chat.cluster.find("RayCluster", "chat-baton")["spec"]
     (prefill,) = (g for g in ray["workerGroupSpecs"] if g["groupName"] == "prefill")
     assert prefill["scaleStrategy"] == {"workersToDelete": ["pod-1"]}
-    budget = chat.cluster.find("PodDisruptionBudget", "chat-baton-pool-prefill")["spec"]
-    assert budget["minAvailable"] == max(0, size - 1)
     assert chat.cluster.find("Deployment", "chat-baton-gateway")["spec"]["replicas"] == 4
 
 

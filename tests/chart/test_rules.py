@@ -221,14 +221,32 @@ def test_there_is_one_controller_at_a_time() -> None:
     assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
 
 
-@pytest.mark.parametrize(("replicas", "expected"), [(0, 0), (1, 0), (2, 1), (5, 4)])
-def test_a_drained_node_takes_one_worker_of_a_pool_at_a_time(replicas: int, expected: int) -> None:
+def _budgets(*over: Json) -> dict[str, Json]:
+    """The disruption budget of each pool that has one."""
+    return {
+        each["spec"]["selector"]["matchLabels"]["baton.dev/pool"]: each["spec"]
+        for each in render(GIVEN, *over).all("PodDisruptionBudget")
+        if "pool" in each["metadata"]["name"]
+    }
+
+
+@pytest.mark.parametrize(("replicas", "least"), [(0, None), (1, None), (2, 1), (5, 4)])
+def test_a_drained_node_takes_one_worker_of_a_pool_at_a_time(
+    replicas: int, least: int | None
+) -> None:
     """minAvailable: with maxUnavailable Kubernetes would ask the RayCluster for its scale."""
-    over = {"pools": {"prefill": {"replicas": replicas}}}
-    budget = render(GIVEN, over).one("PodDisruptionBudget", "pool-prefill")["spec"]
-    assert budget["minAvailable"] == expected
-    assert "maxUnavailable" not in budget
-    assert budget["selector"]["matchLabels"]["baton.dev/pool"] == "prefill"
+    budgets = _budgets({"pools": {"prefill": {"replicas": replicas}}})
+    assert budgets.keys() == ({"prefill"} if least else set())
+    for budget in budgets.values():
+        assert budget["minAvailable"] == least
+        assert "maxUnavailable" not in budget
+
+
+def test_the_autoscalers_budget_is_right_for_every_size_that_it_may_choose() -> None:
+    """A share of the size at some time would forbid all evictions once the pool is smaller."""
+    pools = {"decode": {"replicas": 6, "minReplicas": 3}, "prefill": {"replicas": 4}}
+    budgets = _budgets(AUTOSCALED, {"pools": pools})
+    assert {name: budget["minAvailable"] for name, budget in budgets.items()} == {"decode": 2}
 
 
 def _environment(rendered: Rendered, pod: str) -> dict[str, Json]:

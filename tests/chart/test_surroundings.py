@@ -286,6 +286,27 @@ def test_a_download_of_the_model_may_leave_the_cluster() -> None:
     assert not _may(rendered, "controller", "stranger", 443)
 
 
+RELEASE = {"targetLabel": "release"}
+
+
+def test_monitors_tell_releases_apart() -> None:
+    """By the label that the alerts and the dashboard ask for."""
+    on = {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}
+    rendered = render(COMPLETE["values-cpu.yaml"], {"monitoring": on})
+    source = "label_app_kubernetes_io_instance"
+    for component in ("gateway", "controller"):
+        (endpoint,) = rendered.one("ServiceMonitor", component)["spec"]["endpoints"]
+        (rule,) = endpoint["relabelings"]
+        assert rule == {"sourceLabels": [f"__meta_kubernetes_service_{source}"], **RELEASE}
+        service = rendered.one("Service", f"baton-{component}")
+        assert service["metadata"]["labels"]["app.kubernetes.io/instance"] == "chat"
+    (endpoint,) = rendered.one("PodMonitor")["spec"]["podMetricsEndpoints"]
+    (rule,) = endpoint["relabelings"]
+    assert rule == {"sourceLabels": [f"__meta_kubernetes_pod_{source}"], **RELEASE}
+    pod = rendered.group("decode")["template"]["metadata"]
+    assert pod["labels"]["app.kubernetes.io/instance"] == "chat"
+
+
 def test_monitors_find_ports_that_there_are() -> None:
     over = {
         "monitoring": {
@@ -311,6 +332,59 @@ def test_monitors_find_ports_that_there_are() -> None:
     assert plain.all("ServiceMonitor") == plain.all("PodMonitor") == []
 
 
+def test_labels_of_the_user_are_on_everything() -> None:
+    rendered = render(COMPLETE["values-cpu.yaml"], {"commonLabels": {"team": "a"}})
+    groups = (rendered.ray["headGroupSpec"], *rendered.ray["workerGroupSpecs"])
+    pods = [each["template"]["metadata"] for each in groups]
+    pods += [each["spec"]["template"]["metadata"] for each in rendered.all("Deployment")]
+    for metadata in [*pods, *(document["metadata"] for document in rendered.documents)]:
+        assert metadata["labels"]["team"] == "a"
+
+
+def _given_anew(over: Json) -> set[str]:
+    """Whose pods are others when ``over`` is given."""
+
+    def checksums(*over: Json) -> dict[str, str]:
+        rendered = render(COMPLETE["values-cpu.yaml"], *over)
+        groups = {"head": rendered.ray["headGroupSpec"], "workers": rendered.group("decode")}
+        found = {
+            name: rendered.one(kind, name)["spec"]
+            for kind, name in (
+                ("Deployment", "gateway"),
+                ("Deployment", "controller"),
+                ("StatefulSet", "baton-redis"),
+                ("StatefulSet", "ray-redis"),
+            )
+        }
+        return {
+            name: each["template"]["metadata"]["annotations"]["checksum/secrets"]
+            for name, each in {**found, **groups}.items()
+        }
+
+    before, after = checksums(), checksums(over)
+    return {name for name in before if before[name] != after[name]}
+
+
+@pytest.mark.parametrize(
+    ("over", "whose"),
+    [
+        ({"secrets": {"apiKey": {"value": "n"}}}, {"gateway"}),
+        ({"secrets": {"controllerToken": {"value": "n"}}}, {"controller"}),
+        ({"secrets": {"cluster": {"value": "n"}}}, {"gateway", "controller", "workers"}),
+        ({"secrets": {"rayToken": {"value": "n"}}}, {"controller", "head", "workers"}),
+        ({"rayRedis": {"password": {"value": "n"}}}, {"head", "ray-redis"}),
+        (
+            {"redis": {"embedded": {"password": {"value": "n"}}}},
+            {"gateway", "controller", "workers", "baton-redis"},
+        ),
+        ({"secrets": {"generate": True}}, set()),
+        ({"redis": {"embedded": {"resources": {"limits": {"memory": "1Gi"}}}}}, set()),
+    ],
+)
+def test_a_secret_given_anew_restarts_those_who_read_it(over: Json, whose: set[str]) -> None:
+    assert _given_anew(over) == whose
+
+
 def test_accounts_of_the_user_are_used() -> None:
     over = {"serviceAccount": {"create": False, "names": {"worker": "mine"}}}
     rendered = render(GIVEN, over)
@@ -318,6 +392,9 @@ def test_accounts_of_the_user_are_used() -> None:
     accounts = {name: spec["serviceAccountName"] for name, spec in rendered.pod_specs()}
     assert accounts["decode"] == "mine"
     assert accounts["chat-baton-gateway"] == "default"
+    over = {"serviceAccount": {"create": False, "names": {"head": "scaler"}}}
+    scaled = render(GIVEN, over, {"ray": {"autoscaling": {"enabled": True}}})
+    assert dict(scaled.pod_specs())["head"]["serviceAccountName"] == "scaler"
 
 
 def test_names_follow_the_release() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import httpx
 import pytest
 from e2e.conftest import Serving
 from support.server import BatonServer, wait_until
 from support.streams import streaming
+
+from router.routing.peer_ledger import EXPIRE_S, MAX_TRANSIT_S
 
 NUM_TOKENS = 70
 PROMPTS = [f"Chapter {number}. It was a dark night, and" for number in range(4)]
@@ -46,7 +49,17 @@ def test_killed_gateway_takes_its_own_streams_along_and_nothing_else(server: Bat
     ):
         kept.wait_all_flow(5)
         lost.wait_all_flow(5)
-        os.kill(victim, signal.SIGKILL)
+        # Its last decisions are news to the survivor when it dies.
+        with streaming(server, PROMPTS, max_tokens=NUM_TOKENS, url=other, cache_salt="last"):
+            wait_until(
+                lambda: told_by_others(server) > 0,
+                timeout_s=20,
+                what="load of gateway-1 in the view of gateway-0",
+                poll_s=0.005,
+            )
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(EXPIRE_S + 2 * MAX_TRANSIT_S)
+            assert told_by_others(server) == 0
         assert kept.results() == expected
         # Its work is off the workers, and out of the other's view, though it never said so.
         wait_until(
@@ -69,6 +82,12 @@ def test_killed_gateway_takes_its_own_streams_along_and_nothing_else(server: Bat
     with streaming(server, PROMPTS, max_tokens=NUM_TOKENS, url=other) as streams:
         assert streams.results() == expected
     server.wait_at_rest()
+
+
+def told_by_others(server: BatonServer) -> int:
+    """What the first gateway adds to the workers' own reports, on other gateways' word."""
+    kinds = ("num_peer_sequences", "num_peer_tokens", "num_peer_blocks")
+    return sum(worker[kind] for worker in server.status()["workers"] for kind in kinds)
 
 
 def gateway_answers(url: str) -> bool:

@@ -17,11 +17,13 @@ def test_it_is_ready_with_every_worker_and_leaves_nothing(tmp_path: Path) -> Non
     arguments = ("--prefill", "0", "--decode", "2", "--model", str(model))
     settings = {"engine": {"kv_cache_bytes": 2 * 1024 * 1024}}
     with BatonServer(tmp_path / "run", settings=settings, arguments=arguments) as server:
-        assert len(server.status().ready_workers("decode")) == 2
+        workers = server.status()["workers"]
+        assert [(row["role"], row["ready"]) for row in workers] == [("decode", True)] * 2
         assert server.model() == "tiny"
         assert server.metric("baton_kv_blocks", role="decode", state="free") > 0
         processes = descendants(server.pid)
         assert processes
+        assert server.stop() == 0
     assert not [p for p in processes if Path(f"/proc/{p.pid}/cmdline").exists()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -80,7 +81,11 @@ class Rig:
         self.started: list[Controller] = []
 
     def start(self, decode: int = 2) -> Controller:
-        settings = {"pools": {"prefill": {}, "decode": {"replicas": decode}}, "registry": REGISTRY}
+        settings = {
+            "pools": {"prefill": {}, "decode": {"replicas": decode}},
+            "registry": REGISTRY,
+            "cluster": {"ray_address": "ray://head:10001"},
+        }
         controller = Controller(parse_config(settings), self.backend, self.redis_url)
         self.started.append(controller)
         return controller
@@ -170,6 +175,47 @@ async def test_controller_whose_backend_is_lost_ends(rig: Rig) -> None:
     rig.backend.lost.set_result("the connection to Ray was lost")
     with pytest.raises(UnavailableError, match="connection to Ray was lost"):
         await asyncio.wait_for(first.task, 30)
+
+
+async def test_controller_waits_for_ray_says_so_and_leaves_the_lease_to_others(
+    rig: Rig, server: RedisServer
+) -> None:
+    rig.backend.opening = asyncio.Event()
+    rig.backend.closed_doors = ["Ray could not be reached"]
+    first = rig.start()
+    while (said := await first.ask("GET", "/ready")).status_code != 503:
+        await asyncio.sleep(0.02)
+    assert "waiting for Ray at ray://head:10001" in said.text
+    rig.backend.opening.set()
+    while "Ray could not be reached" not in (await first.ask("GET", "/ready")).text:
+        await asyncio.sleep(0.02)
+    assert (await first.ask("GET", "/health")).status_code == 200
+    with redis.Redis.from_url(server.url) as client:
+        assert client.get(lease_key("default")) is None
+    await first.wait_ready()
+    assert rig.backend.num_openings == 2
+
+
+async def test_controller_that_waits_for_ray_ends_at_once(rig: Rig) -> None:
+    rig.backend.opening = asyncio.Event()
+    first = rig.start()
+    while "waiting for Ray" not in (await first.ask("GET", "/ready")).text:
+        await asyncio.sleep(0.02)
+    await first.close()
+    assert first.task.exception() is None
+
+
+async def test_controller_that_waits_for_the_lease_ends_with_its_backend(rig: Rig) -> None:
+    first = rig.start()
+    await first.wait_ready()
+    rig.backend = FakeBackend()
+    second = rig.start()
+    while "another controller" not in (await second.ask("GET", "/ready")).text:
+        await asyncio.sleep(0.02)
+    rig.backend.lost.set_result("the connection to Ray was lost")
+    with pytest.raises(UnavailableError, match="connection to Ray was lost"):
+        await asyncio.wait_for(second.task, 30)
+    assert (await first.ask("GET", "/ready")).status_code == 200
 
 
 async def test_outage_of_redis_does_not_end_a_controller(rig: Rig, server: RedisServer) -> None:
@@ -270,3 +316,28 @@ def test_process_starts_workers_takes_wishes_and_ends_on_a_signal(
     finally:
         process.kill()
         process.communicate()
+
+
+def test_process_waits_for_a_ray_that_does_not_answer_and_ends_at_once_on_a_signal(
+    tmp_path: Path, server: RedisServer
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as dumb:
+        address = f"127.0.0.1:{dumb.getsockname()[1]}"
+        # One of Ray Client's tries takes 30 s, and the process must not wait for it.
+        cluster = {"ray_address": f"ray://{address}", "stop_timeout_s": 3600}
+        settings = {"cluster": cluster, "registry": REGISTRY}
+        process = start_process(tmp_path, settings, {**GIVEN, "REDIS_URL": server.url})
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().split()[-1]
+            dumb.settimeout(60)
+            dumb.accept()[0].close()  # somebody listens: so Ray itself is asked
+            dumb.accept()[0].close()
+            assert f"waiting for Ray at ray://{address}" in httpx.get(f"{url}/ready").text
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=15)
+            assert process.returncode == 0, said
+            assert "Traceback" not in said
+        finally:
+            process.kill()
+            process.communicate()

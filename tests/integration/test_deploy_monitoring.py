@@ -17,7 +17,9 @@ import baton.errors
 import baton.telemetry
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-OF_PROMQL = {"le", "job", "instance"}
+OF_TARGETS = {"namespace", "release"}
+"""Labels that Prometheus adds to every series: by the chart's monitors, or by hand."""
+OF_PROMQL = {"le", "job", "instance", *OF_TARGETS}
 ENDINGS = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 
 
@@ -70,7 +72,7 @@ def test_expression_names_series_and_labels_that_exist(expression: str) -> None:
     labels = set()
     for name, matched in named:
         assert name in known, name
-        assert matched.keys() <= known[name], (name, matched)
+        assert matched.keys() <= known[name] | OF_TARGETS, (name, matched)
         labels |= known[name]
     grouped = re.findall(r"(?:by|on) \(([^)]*)\)", expression)
     for label in {label.strip() for group in grouped for label in group.split(",")}:
@@ -97,8 +99,9 @@ def test_outcomes_that_alerts_name_are_codes_of_errors() -> None:
     for expression in EXPRESSIONS:
         for name, matched in selectors(expression):
             if name in ("baton_requests_total", "baton_attempts_total", "baton_kv_handoffs_total"):
-                for pattern in matched.values():
-                    assert set(pattern.split("|")) <= codes | {"ok", "first", "ready"}, pattern
+                for label in matched.keys() - OF_TARGETS:
+                    known = codes | {"ok", "first", "ready"}
+                    assert set(matched[label].split("|")) <= known, matched[label]
 
 
 def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
@@ -107,9 +110,45 @@ def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
     for rule in rules:
         assert rule["labels"].keys() == {"severity"}  # type: ignore[attr-defined]
         assert rule["annotations"].keys() == {"summary", "action"}  # type: ignore[attr-defined]
-        used = set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))
+        used = set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"]))) - OF_TARGETS
         kept = re.match(r"\w+ by \(([^)]*)\)", str(rule["expr"]))
         assert used <= {label.strip() for label in kept[1].split(",")} if kept else not used
+
+
+@pytest.mark.parametrize("rule", alert_rules(), ids=lambda rule: str(rule["alert"]))
+def test_an_alert_is_one_releases(rule: dict[str, object]) -> None:
+    """Every aggregation keeps the labels that tell releases apart."""
+    expression = str(rule["expr"])
+    groups = re.findall(r"\b(?:sum|max|min|count|avg)\b(?: by \(([^)]*)\))?", expression)
+    assert groups
+    for group in groups:
+        assert {label.strip() for label in group.split(",")} >= OF_TARGETS, expression
+
+
+@pytest.mark.parametrize("expression", dashboard_expressions())
+def test_a_panel_shows_the_chosen_releases(expression: str) -> None:
+    """And takes workers of one name in two releases for two."""
+    for name, matched in selectors(expression):
+        assert matched.items() >= {"namespace": "$namespace", "release": "$release"}.items(), name
+    for group in re.findall(r"(?:max|min) by \(([^)]*)\)", expression):
+        assert {label.strip() for label in group.split(",")} >= OF_TARGETS, group
+
+
+def test_the_dashboard_lets_releases_be_chosen() -> None:
+    board = json.loads((DEPLOY / "grafana" / "baton.json").read_text())
+    variables = {each["name"]: each for each in board["templating"]["list"]}
+    assert list(variables) == ["datasource", "namespace", "release"]
+    known = series()
+    for name in OF_TARGETS:
+        asked = re.fullmatch(
+            r"label_values\((baton_\w+)(?:\{.*\})?, (\w+)\)", variables[name]["query"]
+        )
+        assert asked
+        assert asked[1] in known
+        assert asked[2] == name
+        # All of them, and series without such labels too.
+        assert variables[name]["current"]["value"] == ["$__all"]
+        assert variables[name]["allValue"] == ".*"
 
 
 def test_dashboards_panels_have_a_place_of_their_own() -> None:

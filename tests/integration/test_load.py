@@ -161,7 +161,7 @@ def test_without_a_server_the_run_ends_with_a_sentence(
 
 def test_a_plan_is_replayed_to_the_moment_and_slow_requests_are_overdue(tmp_path: Path) -> None:
     load = Load(long_share=0.25, long_tokens=60, answer_tokens=NUM_TOKENS, bound_s=4.0)
-    plan = make_plan("seed", load, rates=[8.0], window_s=1.0)
+    plan = make_plan("seed", load, rates=[8.0], num_requests=8)
     plan.write(tmp_path / "plan.json")
     arrivals = plan.phases[0].arrivals
     met = ["whole", "stall", "refuse", "cut"] * 2
@@ -195,7 +195,7 @@ def test_a_plan_is_replayed_to_the_moment_and_slow_requests_are_overdue(tmp_path
 
 def test_a_plan_without_a_server_leaves_no_records(tmp_path: Path) -> None:
     load = Load(long_share=0.25, long_tokens=60, answer_tokens=4, bound_s=1.0)
-    make_plan("seed", load, rates=[8.0], window_s=1.0).write(tmp_path / "plan.json")
+    make_plan("seed", load, rates=[8.0], num_requests=8).write(tmp_path / "plan.json")
     ended = run_locust(
         "open_loop.py",
         *("--users", "1", "--host", "http://127.0.0.1:1", "--plan", str(tmp_path / "plan.json")),

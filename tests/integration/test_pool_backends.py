@@ -29,6 +29,7 @@ from cluster.backend import PoolBackend, Started
 from cluster.processes_backend import Command, ProcessesBackend
 from cluster.procfs import ProcessName, is_alive, name_of
 from cluster.ray_backend import RayBackend
+from cluster.ray_worker import RayWorker
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -234,6 +235,8 @@ async def test_worker_without_room_waits_says_so_once_and_can_be_cancelled(
         await getattr(process, end_it)()
         end = await asyncio.wait_for(waiting, 10)
         assert end.reason == "was ended before it had a place"
+        assert isinstance(process, RayWorker)
+        await asyncio.wait_for(process.wait_cleared(), 10)
         assert await groups_left() == []
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -146,6 +147,10 @@ class Ground:
         self._controllers: list[Controller] = []
 
     @property
+    def plain(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
     def by_client(self) -> str:
         return f"ray://127.0.0.1:{self.client_port}"
 
@@ -214,7 +219,7 @@ def is_gone(process: ProcessName) -> Callable[[], bool]:
 def test_worker_outlives_a_killed_controller_and_the_next_one_adopts_it(
     ground: Ground, how: str
 ) -> None:
-    address = ground.by_client if how == "client" else f"127.0.0.1:{ground.port}"
+    address = ground.by_client if how == "client" else ground.plain
     worker_id = f"prefill-{how}"
     first = ground.controller(address=address)
     assert first.heard("adopted") == {"adopted": []}
@@ -235,6 +240,58 @@ def test_worker_outlives_a_killed_controller_and_the_next_one_adopts_it(
     assert (ground.folder / f"{worker_id}.asked").exists()
     fourth = ground.controller(address=address)
     assert fourth.heard("adopted") == {"adopted": []}
+
+
+def test_worker_that_was_placed_between_two_controllers_is_begun_by_the_next(
+    ground: Ground,
+) -> None:
+    first = ground.controller("idle")
+    assert first.heard("adopted") == {"adopted": []}
+    first.order("start", "prefill", "prefill-idle")
+    assert first.process.wait(60) == -signal.SIGKILL, first
+    assert noted(ground.folder, "prefill-idle") is None, "nobody has begun it"
+    second = ground.controller()
+    assert second.heard("adopted") == {"adopted": ["prefill-idle"]}
+    ground.worker("prefill-idle")
+    facts = noted(ground.folder, "prefill-idle")
+    assert facts is not None
+    assert facts["secret"] == "of this test"
+    second.order("stop", "prefill-idle")
+    assert second.heard("ended")["code"] == 0
+
+
+def test_launcher_ends_what_a_dead_one_has_left_and_nothing_of_a_living_one(
+    ground: Ground,
+) -> None:
+    first = ground.controller("owner")
+    assert first.heard("adopted") == {"adopted": []}
+    first.order("start", "prefill", "prefill-own")
+    process = ground.worker("prefill-own")
+    second = ground.controller("owner", address=ground.plain)
+    refused = second.heard("refused")["refused"]
+    assert f"prefill-own (its launcher runs here, pid {first.process.pid})" in refused
+    assert second.process.wait(60) == 0
+    assert is_alive(process)
+    os.kill(process.pid, signal.SIGSTOP)  # else it would die with its launcher
+    first.end(hard=True)
+    assert is_alive(process)
+    third = ground.controller("owner", address=ground.plain)
+    assert third.heard("adopted") == {"adopted": []}
+    assert not is_alive(process)
+
+
+def test_launcher_refuses_a_controllers_workers_and_says_how_to_end_them(ground: Ground) -> None:
+    first = ground.controller(address=ground.plain)
+    first.order("start", "prefill", "prefill-kept")
+    process = ground.worker("prefill-kept")
+    first.end(hard=True)
+    second = ground.controller("owner", address=ground.plain)
+    refused = second.heard("refused")["refused"]
+    assert "prefill-kept (of a controller that stands apart)" in refused
+    assert is_alive(process)
+    command = refused[refused.index("python -c") :].replace("python", sys.executable, 1)
+    subprocess.run(shlex.split(command), env=ground.environment, check=True, timeout=60)
+    wait_until(is_gone(process), timeout_s=30, what="the worker is ended")
 
 
 def test_node_has_its_own_address_and_no_secret_of_the_controller(ground: Ground) -> None:

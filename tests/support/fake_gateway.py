@@ -7,8 +7,9 @@ import contextlib
 import functools
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -22,7 +23,7 @@ from baton.config import DEFAULT_MODEL, BatonConfig, parse_config
 from baton.telemetry import GatewayMetrics
 from router.gateway.app import create_app
 from router.gateway.lifecycle import Lifecycle
-from router.request import ChoiceOutput, ChoiceRequest
+from router.request import Arrival, ChoiceOutput, ChoiceRequest
 from router.status import ClusterStatus, WorkerStatus
 
 Step = ChoiceOutput | BaseException | asyncio.Event
@@ -70,6 +71,13 @@ def worker_status(worker_id: str = "decode-0", **changes: Any) -> WorkerStatus:
     return WorkerStatus(**(values | changes))
 
 
+def _arrived(step: ChoiceOutput) -> ChoiceOutput:
+    """Its tokens have come in one message, unless the script says how."""
+    if step.arrivals or not step.token_ids:
+        return step
+    return replace(step, arrivals=(Arrival(time.perf_counter(), len(step.token_ids)),))
+
+
 @dataclass(eq=False)
 class ScriptedOrchestrator:
     """Plays ``script(choice)``; an Event among the steps is waited for."""
@@ -100,7 +108,7 @@ class ScriptedOrchestrator:
                     raise step
                 else:
                     ended = step.finish_reason is not None
-                    yield step
+                    yield _arrived(step)
                 if self.paced:
                     await asyncio.sleep(0)
             ended = True

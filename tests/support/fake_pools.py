@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
+from baton.errors import UnavailableError
 from cluster.backend import Exit
 
 
@@ -15,9 +17,13 @@ class FakeClock:
         return self.now
 
 
+_numbers = itertools.count()
+
+
 class FakeProcess:
     def __init__(self, worker_id: str, *, heeds_stop: bool = True, heeds_kill: bool = True) -> None:
         self.worker_id = worker_id
+        self.name = f"{worker_id}/{next(_numbers)}"
         self.heeds_stop = heeds_stop
         self.heeds_kill = heeds_kill
         self.stop_asked = False
@@ -54,6 +60,10 @@ class FakeBackend:
         self.heeds_stop = self.heeds_kill = True
         self.adoptable: dict[str, FakeProcess] = {}
         self.gate: asyncio.Event | None = None
+        self.opening: asyncio.Event | None = None
+        self.closed_doors: list[str] = []
+        """What the next openings fail with."""
+        self.num_openings = 0
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def start(self, pool: str, worker_id: str) -> FakeProcess:
@@ -64,6 +74,13 @@ class FakeBackend:
         process = FakeProcess(worker_id, heeds_stop=self.heeds_stop, heeds_kill=self.heeds_kill)
         self.started.append(process)
         return process
+
+    async def open(self) -> None:
+        self.num_openings += 1
+        if self.opening is not None:
+            await self.opening.wait()
+        if self.closed_doors:
+            raise UnavailableError(self.closed_doors.pop(0))
 
     async def adopt(self) -> dict[str, FakeProcess]:
         return dict(self.adoptable)

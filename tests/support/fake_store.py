@@ -17,6 +17,7 @@ class FakeStore:
         self.server = "redis-1"
         self.workers: dict[str, Registered] = {}
         self.wishes: bytes | None = None
+        self.served: frozenset[str] = frozenset()
 
     def _ask(self) -> None:
         if not self.up:
@@ -25,7 +26,11 @@ class FakeStore:
     async def read(self, worker_ids: Sequence[str]) -> RegistryRead:
         self._ask()
         found = {name: self.workers[name] for name in worker_ids if name in self.workers}
-        return RegistryRead(self.server, found, self.wishes)
+        return RegistryRead(self.server, found, self.wishes, self.served)
+
+    async def write_served(self, names: frozenset[str]) -> None:
+        self._ask()
+        self.served = names
 
     async def read_wishes(self) -> PoolWishes | None:
         self._ask()
@@ -35,5 +40,5 @@ class FakeStore:
         self._ask()
         self.wishes = wishes
 
-    def register(self, worker_id: str, epoch: str = "a") -> None:
-        self.workers[worker_id] = Registered(epoch, 5.0)
+    def register(self, worker_id: str, epoch: str = "a", generation: str = "0") -> None:
+        self.workers[worker_id] = Registered(epoch, 5.0, generation)

@@ -1,10 +1,13 @@
 """A controller that stands apart, driven line by line, to be killed.
 
-Run as ``python ray_controller.py CONFIG ADDRESS [remote]``. It connects, prints
+Run as ``python ray_controller.py CONFIG ADDRESS [OPTION]``. It connects, prints
 ``{"adopted": [...]}`` and obeys lines like ``start prefill prefill-0``, ``stop ID``,
 ``kill ID``; each is answered by one line of JSON, and the end of a worker says so by itself
-(``{"ended": ID, "code": ..., "reason": ...}``). With ``remote`` it takes every process for
-one of another machine. ``close`` ends it as a controller ends.
+(``{"ended": ID, "code": ..., "reason": ...}``). ``close`` ends it as a controller ends.
+
+Options: with ``remote`` it takes every process for one of another machine; with ``idle`` it
+dies before it has begun a worker; with ``owner`` its workers are its own, as a launcher's
+are, and where it may not start it prints ``{"refused": ...}``.
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from baton.config import load_config
-from cluster import ray_actor
+from baton.errors import ConfigurationError
+from cluster import ray_actor, ray_calls
 from cluster.backend import Started
 from cluster.ray_backend import RayBackend
 
@@ -41,11 +47,21 @@ async def obey(backend: RayBackend, workers: dict[str, Started], words: list[str
 
 async def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    if sys.argv[3:] == ["remote"]:
+    option = sys.argv[3] if len(sys.argv) > 3 else None
+    if option == "remote":
         ray_actor.Place.is_local = property(lambda _: False)  # type: ignore[assignment,method-assign]
+    if option == "idle":
+        ray_calls.Actor.begin = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment,return-value]
     config = load_config(Path(sys.argv[1]), {"cluster": {"ray_address": sys.argv[2]}})
-    backend = RayBackend(config, secret="of this test", redis_url="redis://none", keep=True)
-    workers: dict[str, Started] = dict(await backend.adopt())
+    backend = RayBackend(
+        config, secret="of this test", redis_url="redis://none", keep=option != "owner"
+    )
+    try:
+        workers: dict[str, Started] = dict(await backend.adopt())
+    except ConfigurationError as error:
+        say(refused=error.message)
+        await backend.close()
+        return
     say(adopted=sorted(workers))
     tasks = [asyncio.create_task(report(*each)) for each in workers.items()]
     loop = asyncio.get_running_loop()

@@ -60,9 +60,8 @@ def loopback_values() -> dict[str, Any]:
 
     return {
         "config": {
-            "gateway": {"host": "127.0.0.1", "port": next(ports)},
-            "controller": {"host": "127.0.0.1", "port": next(ports)},
-            "worker": {"host": "127.0.0.1"},
+            "gateway": {"port": next(ports)},
+            "controller": {"port": next(ports)},
             "engine": {"threads": 1, "kv_cache_bytes": 128 * 1024 * 1024, "dtype": "float32"},
         },
         "pools": {name: pool() for name in POOLS},
@@ -105,7 +104,8 @@ class Release:
             images[component] = redis_image(self.folder / f"{component}-image", port)
         client = self.cluster["spec"]["headGroupSpec"]["rayStartParams"]["ray-client-server-port"]
         head = f"{self.cluster['metadata']['name']}-head-svc:{client}"  # KubeRay's name for it
-        return {**services, head: f"127.0.0.1:{client}"}, images
+        # Nothing here listens for other machines.
+        return {**services, head: f"127.0.0.1:{client}", "0.0.0.0": "127.0.0.1"}, images
 
     def _templates(self) -> dict[str, Mapping[str, Any]]:
         found: dict[str, Mapping[str, Any]] = {}

@@ -1,27 +1,21 @@
-"""A whole Baton as its user starts it: ``baton serve`` in a process of its own."""
+"""A whole Baton as its user starts it, with faults to inject, pids to kill and pages to read."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks import server
+from benchmarks.metrics_page import MetricsPage
+from cluster.procfs import descendants
 from cluster.redis_server import free_port
-
-START_S = 110.0
-STOP_S = 40.0
 
 
 def wait_until(
@@ -44,21 +38,8 @@ def _free_pair() -> int:
     raise AssertionError("no two free ports side by side")
 
 
-class Page:
-    """A metrics page, parsed."""
-
-    def __init__(self, text: str) -> None:
-        self._samples = [
-            sample for family in text_string_to_metric_families(text) for sample in family.samples
-        ]
-
-    def metric(self, name: str, **labels: str) -> float:
-        """Sum over the series of ``name`` whose labels include ``labels``."""
-        return sum(
-            sample.value
-            for sample in self._samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
+class Page(MetricsPage):
+    """A gateway's page, and what it says of the pools."""
 
     def blocks(self) -> dict[tuple[str, str], float]:
         """(role, state) → blocks."""
@@ -85,8 +66,11 @@ class Page:
         return held == 0 and work == 0
 
 
-class BatonServer:
-    """One running ``baton serve``; ``settings`` is the configuration file's content."""
+class BatonServer(server.BatonServer):
+    """One running ``baton serve`` for tests."""
+
+    START_S = 110.0
+    STOP_S = 40.0
 
     def __init__(
         self,
@@ -97,73 +81,21 @@ class BatonServer:
         backend: str = "processes",
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.port = _free_pair()
-        self.url = f"http://127.0.0.1:{self.port}"
         self.faults_file = folder / "faults.json"
-        configuration = folder / "baton.yaml"
-        configuration.write_text(yaml.safe_dump(dict(settings or {})))
-        self._log_path = folder / "serve.log"
-        self._command = [
-            *(sys.executable, "-m", "cluster.cli", "serve"),
-            *("--port", str(self.port), "--backend", backend, "--config", str(configuration)),
-            *arguments,
-        ]
-        self.environment = {
-            **os.environ,
-            "BATON_STATE_DIR": str(folder / "state"),
-            "BATON_FAULTS_FILE": str(self.faults_file),
-            **(environment or {}),
-        }
-        self.environment.pop("REDIS_URL", None)
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__(
+            folder,
+            settings=settings,
+            arguments=arguments,
+            backend=backend,
+            environment={"BATON_FAULTS_FILE": str(self.faults_file), **(environment or {})},
+            port=_free_pair(),
+        )
         self.rest_s = 0.0
         """How long the last ``wait_at_rest`` waited until rest began."""
 
-    def start(self) -> BatonServer:
-        """Returns once every pool is whole; AssertionError with the log otherwise."""
-        with self._log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                env=self.environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        ends_at = time.monotonic() + START_S
-        while "curl" not in self.log:
-            assert self._process.poll() is None, f"baton serve ended:\n{self.log}"
-            assert time.monotonic() < ends_at, f"baton serve is not ready:\n{self.log}"
-            time.sleep(0.05)
-        return self
-
-    @property
-    def log(self) -> str:
-        return self._log_path.read_text(errors="replace")
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
     def descendants(self) -> list[int]:
-        """Processes that descend from the launcher, found through /proc."""
-        parents: dict[int, int] = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                except OSError:
-                    continue
-                parents[int(entry.name)] = int(fields[1])
-        found: list[int] = []
-        frontier = [self.pid]
-        while frontier:
-            frontier = [pid for pid, parent in parents.items() if parent in frontier]
-            found += frontier
-        return found
+        """Processes that descend from the launcher."""
+        return [process.pid for process in descendants(self.pid)]
 
     def worker_pid(self, worker_id: str) -> int:
         """Of the process that writes the worker's log: whichever backend has started it."""
@@ -177,22 +109,6 @@ class BatonServer:
                 return pid
         raise AssertionError(f"no process is {worker_id}")
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Signals the launcher and waits for it; returns its exit status."""
-        if self._process is None:
-            return 0
-        if self._process.poll() is None:
-            self._process.send_signal(number)
-        try:
-            return self._process.wait(STOP_S)
-        finally:
-            if self._process.poll() is None:
-                self._process.kill()
-                self._process.wait()
-            self._process = None
-
-    # ------------------------------------------------------------------ asking
-
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=options.pop("timeout", 120.0), **options)
 
@@ -205,24 +121,8 @@ class BatonServer:
             result: dict[str, Any] = response.json()
             return result
 
-    def model(self) -> str:
-        with self.client() as client:
-            name: str = client.get("/v1/models").json()["data"][0]["id"]
-            return name
-
-    def status(self) -> dict[str, Any]:
-        with self.client() as client:
-            result: dict[str, Any] = client.get("/status").json()
-            return result
-
     def page(self) -> Page:
-        """The gateway's metrics page, read once."""
-        with self.client() as client:
-            return Page(client.get("/metrics").text)
-
-    def metric(self, name: str, **labels: str) -> float:
-        """Sum over the series of ``name`` whose labels include ``labels``."""
-        return self.page().metric(name, **labels)
+        return Page(self.metrics_text())
 
     def wait_at_rest(self, *, timeout_s: float = 15.0, still_s: float = 0.7) -> Page:
         """Until no block is referenced or quarantined and nothing is in flight.

@@ -2,14 +2,20 @@
 {{- define "baton.check" -}}
 {{- include "baton.checkNames" . -}}
 {{- include "baton.checkModel" . -}}
-{{- include "baton.checkConfig" . -}}
-{{- range $name, $pool := include "baton.pools" . | fromJson -}}
-{{- include "baton.checkPool" (dict "root" $ "name" $name "pool" $pool) -}}
+{{- $config := include "baton.bareConfig" . | fromJson -}}
+{{- $pools := include "baton.pools" . | fromJson -}}
+{{- include "baton.checkAllLabels" (dict "root" . "pools" $pools) -}}
+{{- include "baton.checkConfig" (dict "root" . "config" $config) -}}
+{{- range $name, $pool := $pools -}}
+{{- include "baton.checkPool" (dict "root" $ "name" $name "pool" $pool "config" $config) -}}
 {{- end -}}
-{{- include "baton.checkDecode" . -}}
+{{- include "baton.checkDecode" $pools -}}
 {{- include "baton.checkGateway" . -}}
+{{- include "baton.checkHead" (dict "root" . "config" $config) -}}
+{{- include "baton.checkAccounts" . -}}
 {{- include "baton.checkRedis" . -}}
 {{- include "baton.checkRayRedis" . -}}
+{{- include "baton.checkOneRedis" . -}}
 {{- end -}}
 
 {{- define "baton.checkNames" -}}
@@ -35,69 +41,101 @@
 {{- end -}}
 {{- end -}}
 
-{{- define "baton.checkConfig" -}}
-{{- range $key := list "pools" "model" -}}
-{{- if hasKey $.Values.config $key -}}
-{{- fail (printf "config.%s has a place of its own: set %s at the top of the values" $key $key) -}}
+{{/* Labels of the user's beside the chart's own. (dict "root" $ "pools" …) */}}
+{{- define "baton.checkAllLabels" -}}
+{{- $values := .root.Values -}}
+{{- $all := dict "commonLabels" $values.commonLabels "gateway.labels" $values.gateway.labels "controller.labels" $values.controller.labels "ray.head.labels" $values.ray.head.labels "monitoring.labels" $values.monitoring.labels -}}
+{{- range $name, $pool := .pools -}}{{- $_ := set $all (printf "pools.%s.labels" $name) $pool.labels -}}{{- end -}}
+{{- range $what, $labels := $all -}}
+{{- range $key, $_ := $labels -}}
+{{- if regexMatch "^(helm[.]sh/chart|app[.]kubernetes[.]io/(name|instance|component|part-of|version|managed-by)|(baton[.]dev|ray[.]io)/.*)$" $key -}}
+{{- fail (printf "%s has %s, by which the chart or KubeRay tells its own pods from others; choose another name" $what $key) -}}
 {{- end -}}
 {{- end -}}
-{{- $config := include "baton.bareConfig" . | fromJson -}}
-{{- if ne $config.cluster.backend "ray" -}}
-{{- fail (printf "config.cluster.backend is %q, but in this chart Ray starts the workers; leave it out" $config.cluster.backend) -}}
-{{- end -}}
-{{- range $section, $settings := dict "gateway" (list "port") "controller" (list "port") "worker" (list "port" "metrics_port") -}}
-{{- range $setting := $settings -}}
-{{- if not (int (index $config $section $setting)) -}}
-{{- fail (printf "config.%s.%s has to be a fixed port: Services, probes and network policies name it" $section $setting) -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- if eq (int $config.worker.port) (int $config.worker.metrics_port) -}}
-{{- fail "config.worker.port and config.worker.metrics_port are the same; choose two" -}}
 {{- end -}}
 {{- end -}}
 
-{{- define "baton.checkPool" -}}
-{{- $name := .name -}}
-{{- $pool := .pool -}}
-{{- $transport := (default (dict) .root.Values.config.kv_transfer).transport | default "auto" -}}
-{{- $degree := mul (int $pool.tensorParallelSize) (int $pool.expertParallelSize) -}}
-{{- if and (gt (int $degree) 1) (lt (int $pool.numGpus) (int $degree)) -}}
-{{- fail (printf "pools.%s has %d GPUs in resources.limits (%s), but tensorParallelSize x expertParallelSize is %d; give it that many or lower the degrees" $name (int $pool.numGpus) .root.Values.gpuResourceName (int $degree)) -}}
-{{- end -}}
-{{- if lt (int $pool.maxReplicas) (int $pool.replicas) -}}
-{{- fail (printf "pools.%s.replicas (%d) is over maxReplicas (%d); raise the maximum" $name (int $pool.replicas) (int $pool.maxReplicas)) -}}
-{{- end -}}
-{{- if lt (int $pool.replicas) (int $pool.minReplicas) -}}
-{{- fail (printf "pools.%s.replicas (%d) is below minReplicas (%d); raise one or lower the other" $name (int $pool.replicas) (int $pool.minReplicas)) -}}
-{{- end -}}
-{{- if hasKey $pool.worker "drain_s" -}}
-{{- fail (printf "pools.%s.worker.drain_s is set by drainSeconds, which the pod's grace period follows; use that" $name) -}}
-{{- end -}}
-{{- if $pool.rdma.enabled -}}
-{{- if not (and $pool.rdma.resourceName (gt (int $pool.rdma.count) 0)) -}}
-{{- fail (printf "pools.%s asks for RDMA; name the device's resource in rdma.resourceName, with a count of 1 or more: without it pods would run on nodes that have none" $name) -}}
-{{- end -}}
-{{- if ne $transport "nixl" -}}
-{{- fail (printf "pools.%s asks for RDMA, but config.kv_transfer.transport is %q, which cannot use it; Baton does not fall back to TCP behind your back: set nixl, or rdma.enabled=false" $name $transport) -}}
+{{/* (dict "root" $ "config" <baton.bareConfig>) */}}
+{{- define "baton.checkConfig" -}}
+{{- range $key := list "pools" "model" -}}
+{{- if hasKey $.root.Values.config $key -}}
+{{- fail (printf "config.%s has a place of its own: set %s at the top of the values" $key $key) -}}
 {{- end -}}
 {{- end -}}
-{{- if and (eq $transport "nixl") (not $pool.rdma.enabled) -}}
-{{- fail (printf "config.kv_transfer.transport is nixl, but pools.%s has no RDMA, and UCX would take TCP there without a word; set rdma.enabled=true with its resource for every pool" $name) -}}
+{{- $config := .config -}}
+{{- if ne $config.cluster.backend "ray" -}}
+{{- fail (printf "config.cluster.backend is %q, but in this chart Ray starts the workers; leave it out" $config.cluster.backend) -}}
 {{- end -}}
-{{- if and (eq $transport "shared_memory") (eq $pool.role "prefill") (gt (int $pool.replicas) 0) -}}
-{{- fail (printf "config.kv_transfer.transport is shared_memory, but workers of pools.%s are in other pods than those of decode pools; use auto or gloo" $name) -}}
+{{- if hasKey $config.gateway "replicas" -}}
+{{- fail "config.gateway.replicas is of `baton serve`, which starts no gateways here; set gateway.replicas" -}}
 {{- end -}}
-{{- $_ := include "baton.workerGrace" . -}}
+{{- range $section := list "gateway" "controller" -}}
+{{- $settings := index $config $section -}}
+{{- if not (int $settings.port) -}}
+{{- fail (printf "config.%s.port has to be a fixed port: Services, probes and network policies name it" $section) -}}
+{{- end -}}
+{{- include "baton.checkHost" (dict "what" (printf "config.%s.host" $section) "host" $settings.host) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A loopback address is Baton's default, and in a pod nobody else's. (dict "what" … "host" …) */}}
+{{- define "baton.checkHost" -}}
+{{- $host := default "127.0.0.1" .host -}}
+{{- if eq (include "baton.isLoopback" $host) "true" -}}
+{{- fail (printf "%s is %s, where nobody outside of the pod is heard, its probes included; use 0.0.0.0 or \"::\"" .what $host) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "baton.isLoopback" -}}
+{{- regexMatch "^(localhost|127[.][0-9.]+|\\[?::1\\]?)$" (lower .) -}}
+{{- end -}}
+
+{{/* No two on one port. (dict "what" <values' path> "ports" {name: port}) */}}
+{{- define "baton.checkPorts" -}}
+{{- $taken := dict -}}
+{{- range $name, $port := .ports -}}
+{{- $port = toString (int $port) -}}
+{{- if hasKey $taken $port -}}
+{{- fail (printf "%s: %s and %s are both on port %s of one pod; choose two" $.what (index $taken $port) $name $port) -}}
+{{- end -}}
+{{- $_ := set $taken $port $name -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "baton.checkDecode" -}}
 {{- $decoding := 0 -}}
-{{- range $name, $pool := include "baton.pools" . | fromJson -}}
+{{- range $name, $pool := . -}}
 {{- if eq $pool.role "decode" -}}{{- $decoding = add $decoding (int $pool.replicas) -}}{{- end -}}
 {{- end -}}
 {{- if not (int $decoding) -}}
 {{- fail "no pool of role decode has replicas: every answer is decoded there; give one of them 1 or more" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* (dict "root" $ "config" <baton.bareConfig>) */}}
+{{- define "baton.checkHead" -}}
+{{- $values := .root.Values -}}
+{{- $params := include "baton.headStartParams" .root | fromJson -}}
+{{- $client := index $params "ray-client-server-port" -}}
+{{- if ne (int $client) (int $values.ray.ports.client) -}}
+{{- fail (printf "ray.head.rayStartParams has ray-client-server-port %s, but the controller and the network policies go by ray.ports.client (%d); set that" $client (int $values.ray.ports.client)) -}}
+{{- end -}}
+{{- $address := .config.cluster.ray_address -}}
+{{- if and (hasPrefix (printf "ray://%s" (include "baton.headService" .root)) $address) (ne (regexFind "[0-9]+$" $address) $client) -}}
+{{- fail (printf "the controller is told %s, but the head listens on port %s (ray.ports.client)" $address $client) -}}
+{{- end -}}
+{{- if or (ne (index $params "num-cpus") "0") (contains "baton-pool-" (index $params "resources" | default "")) -}}
+{{- fail "ray.head.rayStartParams offers what workers ask for (num-cpus over 0, or a pool's resource), and the head would run them; leave it out" -}}
+{{- end -}}
+{{- $ports := pick $params "port" "ray-client-server-port" "node-manager-port" "object-manager-port" "metrics-export-port" -}}
+{{- if $values.ray.head.dashboard -}}{{- $_ := set $ports "the dashboard" "8265" -}}{{- end -}}
+{{- include "baton.checkPorts" (dict "what" "ray.ports" "ports" $ports) -}}
+{{- end -}}
+
+{{- define "baton.checkAccounts" -}}
+{{- $account := .Values.serviceAccount -}}
+{{- if and .Values.ray.autoscaling.enabled (not $account.create) (not $account.names.head) -}}
+{{- fail "serviceAccount.create is false and ray.autoscaling is enabled: KubeRay would give the autoscaler's rights over pods to the namespace's default account; set serviceAccount.names.head" -}}
 {{- end -}}
 {{- end -}}
 
@@ -120,77 +158,4 @@
 {{- fail "gateway.autoscaling.maxReplicas is below minReplicas; raise it" -}}
 {{- end -}}
 {{- $_ := include "baton.gatewayGrace" . -}}
-{{- end -}}
-
-{{- define "baton.checkRedis" -}}
-{{- $redis := .Values.redis -}}
-{{- $given := or $redis.url $redis.existingSecret -}}
-{{- if and $redis.embedded.enabled $given -}}
-{{- fail "redis.embedded.enabled and a Redis of your own (redis.url or redis.existingSecret) are both set; choose one" -}}
-{{- end -}}
-{{- if and $redis.url $redis.existingSecret -}}
-{{- fail "redis.url and redis.existingSecret are both set; choose one" -}}
-{{- end -}}
-{{- if not (or $redis.embedded.enabled $given) -}}
-{{- fail "Baton needs a Redis: set redis.existingSecret (a Secret with its URL) or redis.url, or redis.embedded.enabled=true for a trial" -}}
-{{- end -}}
-{{- if not (regexMatch "^[A-Za-z0-9._~-]*$" $redis.embedded.password.value) -}}
-{{- fail "redis.embedded.password.value becomes part of a URL; use letters, digits and . _ ~ - alone" -}}
-{{- end -}}
-{{- include "baton.checkRedisPort" (dict "policy" .Values.networkPolicy "name" "redis" "setting" "redis.url" "url" $redis.url) -}}
-{{- end -}}
-
-{{- define "baton.checkRayRedis" -}}
-{{- $redis := .Values.rayRedis -}}
-{{- if .Values.ray.gcsFaultTolerance.enabled -}}
-{{- if and $redis.address $redis.embedded.enabled -}}
-{{- fail "rayRedis.address and rayRedis.embedded.enabled are both set; choose one" -}}
-{{- end -}}
-{{- if not (or $redis.address $redis.embedded.enabled) -}}
-{{- fail "Ray's GCS needs a Redis of its own to outlive its head: set rayRedis.address, or rayRedis.embedded.enabled=true for a trial, or ray.gcsFaultTolerance.enabled=false (then all workers die with the head)" -}}
-{{- end -}}
-{{- else if $redis.embedded.enabled -}}
-{{- fail "rayRedis.embedded.enabled is of no use without ray.gcsFaultTolerance.enabled" -}}
-{{- end -}}
-{{- include "baton.checkRedisPort" (dict "policy" .Values.networkPolicy "name" "rayRedis" "setting" "rayRedis.address" "url" .Values.rayRedis.address) -}}
-{{- if and .Values.rayRedis.address .Values.redis.url -}}
-{{- if eq (include "baton.hostPort" .Values.rayRedis.address) (include "baton.hostPort" .Values.redis.url) -}}
-{{- fail "rayRedis.address and redis.url are one Redis; Ray gives up when its own is away, so give it one that nobody else fills or restarts" -}}
-{{- end -}}
-{{- end -}}
-{{- if contains "@" .Values.rayRedis.address -}}
-{{- fail "rayRedis.address holds a password, which everybody who may read the RayCluster could read; set rayRedis.password" -}}
-{{- end -}}
-{{- end -}}
-
-{{- define "baton.rayRedisAddress" -}}
-{{- default (printf "redis://%s-ray-redis:6379" (include "baton.fullname" .)) .Values.rayRedis.address -}}
-{{- end -}}
-
-{{/* Where the password of Ray's Redis is; the embedded one always has one. */}}
-{{- define "baton.rayRedisPassword" -}}
-{{- $password := .Values.rayRedis.password -}}
-{{- if or .Values.rayRedis.embedded.enabled $password.value $password.existingSecret -}}
-valueFrom:
-  secretKeyRef:
-    name: {{ default (include "baton.secretName" .) $password.existingSecret }}
-    key: {{ $password.key }}
-{{- end -}}
-{{- end -}}
-
-{{/* host:port of a Redis's URL, without its password. */}}
-{{- define "baton.hostPort" -}}
-{{- $host := (urlParse .).host -}}
-{{- ternary $host (printf "%s:6379" $host) (regexMatch ":[0-9]+$" $host) -}}
-{{- end -}}
-
-{{/* The policy lets nobody through to another port than its own. */}}
-{{- define "baton.checkRedisPort" -}}
-{{- if and .policy.enabled .url -}}
-{{- $port := regexFind "[0-9]+$" (include "baton.hostPort" .url) | int -}}
-{{- $open := int (index .policy .name).port -}}
-{{- if ne $port $open -}}
-{{- fail (printf "%s is on port %d, but networkPolicy.%s.port is %d; set it to %d" .setting $port .name $open $port) -}}
-{{- end -}}
-{{- end -}}
 {{- end -}}

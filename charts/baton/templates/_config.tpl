@@ -66,6 +66,13 @@
 {{- toJson $config -}}
 {{- end -}}
 
+{{/* What a pool's workers listen on and go by. (dict "config" <baton.bareConfig> "pool" …) JSON. */}}
+{{- define "baton.poolWorker" -}}
+{{- $worker := deepCopy .config.worker -}}
+{{- range $setting, $value := .pool.worker -}}{{- $_ := set $worker $setting $value -}}{{- end -}}
+{{- toJson $worker -}}
+{{- end -}}
+
 {{/* The configuration but for its generation. JSON. */}}
 {{- define "baton.bareConfig" -}}
 {{- $pools := dict -}}
@@ -119,7 +126,19 @@
 {{- printf "%s %s %s" (include "baton.generation" .root) (include "baton.commonConfig" .root) (toJson $pool) | sha256sum -}}
 {{- end -}}
 
-{{/* Changes when given secrets change; generated ones never do. */}}
+{{/* Changes when one of these is given anew in the values: a generated one never is, and
+     what is in a Secret of the user's is not known here. (dict "root" $ "of" (list "apiKey")) */}}
 {{- define "baton.secretsChecksum" -}}
-{{- toJson (list .Values.secrets .Values.redis) | sha256sum -}}
+{{- $values := .root.Values -}}
+{{- $found := dict -}}
+{{- range $name := .of -}}
+{{- if eq $name "redis" -}}
+{{- $_ := set $found $name (list (pick $values.redis "url" "existingSecret" "key") $values.redis.embedded.password) -}}
+{{- else if eq $name "rayRedis" -}}
+{{- $_ := set $found $name $values.rayRedis.password -}}
+{{- else -}}
+{{- $_ := set $found $name (index $values.secrets $name) -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $found | sha256sum -}}
 {{- end -}}

@@ -57,7 +57,7 @@ app.kubernetes.io/part-of: baton
 {{- $expected := printf "%s%s" .root.Chart.AppVersion (default "" .image.suffix) -}}
 {{- $tag := default $expected .image.tag -}}
 {{- if and (ne $tag $expected) (not .root.Values.images.allowVersionSkew) -}}
-{{- fail (printf "%s.tag is %q, but this chart is made for %q: gateway, controller and workers have to be of one version; leave the tag empty, or set images.allowVersionSkew=true if you know that they are" .what $tag $expected) -}}
+{{- fail (printf "%s.tag is %q, but this chart is made for %q: gateway, controller and workers have to be of one version; leave the tag empty (what follows the version, such as -cpu, is the suffix), or set images.allowVersionSkew=true if you know that they are" .what $tag $expected) -}}
 {{- end -}}
 {{- .image.repository }}:{{ $tag }}{{ with .image.digest }}@{{ . }}{{ end -}}
 {{- end -}}

@@ -102,9 +102,12 @@ volumes:
 {{- default $least $given -}}
 {{- end -}}
 
-{{/* The image of a pool: the workers', with what the pool sets of its own. */}}
+{{/* The image of a pool: the workers', with what the pool sets of its own. A digest and a suffix
+     belong to a repository and a tag, so a pool that has one of these inherits neither. */}}
 {{- define "baton.poolImage" -}}
-{{- $image := merge (deepCopy .pool.image) .root.Values.images.worker -}}
+{{- $image := deepCopy .root.Values.images.worker -}}
+{{- if or .pool.image.repository .pool.image.tag -}}{{- $image = pick $image "repository" -}}{{- end -}}
+{{- range $key, $value := .pool.image -}}{{- $_ := set $image $key $value -}}{{- end -}}
 {{- include "baton.image" (dict "root" .root "image" $image "what" (printf "pools.%s.image" .name)) -}}
 {{- end -}}
 
@@ -122,7 +125,8 @@ volumes:
 {{- define "baton.workerSecurityContext" -}}
 {{- $context := deepCopy .root.Values.securityContext -}}
 {{- if .pool.rdma.enabled -}}
-{{- /* Memory that a network card reads has to stay where it is. */ -}}
+{{- /* Memory that a network card reads has to stay where it is. This lets root alone pin it:
+Kubernetes knows no ambient capabilities. Other users need the nodes' limit (docs/deploy.md). */ -}}
 {{- $capabilities := default (dict) $context.capabilities -}}
 {{- $added := append (default (list) $capabilities.add) "IPC_LOCK" | uniq -}}
 {{- $_ := set $context "capabilities" (merge (dict "add" $added) $capabilities) -}}
@@ -133,7 +137,7 @@ volumes:
 {{- define "baton.workerPodSpec" -}}
 {{- $params := include "baton.workerStartParams" . | fromJson -}}
 {{- $config := include "baton.config" .root | fromJson -}}
-{{- $worker := merge (dict) (index $config.pools .name).worker $config.worker -}}
+{{- $worker := include "baton.poolWorker" (dict "config" $config "pool" .pool) | fromJson -}}
 {{- $image := include "baton.poolImage" . -}}
 {{- include "baton.podBasics" (dict "root" .root "part" .pool "for" "worker") }}
 # A pod that has ended is replaced by a new one (the autoscaler wants it so). A container that

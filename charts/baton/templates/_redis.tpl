@@ -19,6 +19,8 @@ spec:
   template:
     metadata:
       labels: {{- include "baton.podLabels" $labels | nindent 8 }}
+      annotations:
+        checksum/secrets: {{ toJson .password | sha256sum }}
     spec:
       {{- include "baton.podBasics" (dict "root" $root "part" dict "for" "redis") | nindent 6 }}
       terminationGracePeriodSeconds: 30
@@ -82,4 +84,19 @@ spec:
   selector: {{- include "baton.selectorLabels" $labels | nindent 4 }}
   ports:
     - {name: redis, port: 6379, targetPort: redis, protocol: TCP}
+{{- end -}}
+
+{{- define "baton.rayRedisAddress" -}}
+{{- default (printf "redis://%s-ray-redis:6379" (include "baton.fullname" .)) .Values.rayRedis.address -}}
+{{- end -}}
+
+{{/* Where the password of Ray's Redis is; the embedded one always has one. */}}
+{{- define "baton.rayRedisPassword" -}}
+{{- $password := .Values.rayRedis.password -}}
+{{- if or .Values.rayRedis.embedded.enabled $password.value $password.existingSecret -}}
+valueFrom:
+  secretKeyRef:
+    name: {{ default (include "baton.secretName" .) $password.existingSecret }}
+    key: {{ $password.key }}
+{{- end -}}
 {{- end -}}

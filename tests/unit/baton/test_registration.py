@@ -108,6 +108,32 @@ async def test_redis_that_restarts_empty_gets_the_record_again(tmp_path: Path) -
         await registration.close()
 
 
+async def test_redis_that_is_away_at_the_start_is_waited_for(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as server:
+        server.stop()
+        registration = Registration(server.url, record("a"), CONFIG)
+        starting = asyncio.create_task(registration.start(within_s=60))
+        await asyncio.sleep(3 * CONFIG.heartbeat_s)
+        assert not starting.done()
+        server.start()
+        await asyncio.wait_for(starting, 30)
+        await asyncio.sleep(2 * CONFIG.ttl_s)
+        assert stored(server) == record("a"), "it is renewed too"
+        await registration.close()
+
+
+async def test_redis_that_does_not_come_is_not_waited_for_longer_than_the_bound(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    registration = Registration("redis://127.0.0.1:1", record("a"), CONFIG)
+    with pytest.raises(redis.exceptions.ConnectionError):
+        await asyncio.wait_for(registration.start(within_s=0.3), 30)
+    told = [r.getMessage() for r in caplog.records if "cannot register" in r.getMessage()]
+    assert len(told) == 1, "it is told, and once"
+    assert told[0].startswith("decode-0 cannot register, trying for 0.3 s")
+    await registration.close()
+
+
 async def test_no_redis_at_the_start_is_an_error() -> None:
     registration = Registration("redis://127.0.0.1:1", record("a"), CONFIG)
     refused: Callable[[], Awaitable[None]] = registration.start

@@ -37,7 +37,7 @@ class Rig:
         """After so many seconds, so many tokens."""
         for after_s, num_tokens in arrivals:
             self.now += after_s
-            self.timeline.arrived(num_tokens)
+            self.timeline.arrived(num_tokens, self.now)
 
     def fail(self, after_s: float, code: str = "worker_lost") -> None:
         self.now += after_s

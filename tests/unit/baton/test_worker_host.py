@@ -134,6 +134,36 @@ async def test_port_that_is_taken_is_named(redis_url: str) -> None:
         await server.stop(None)
 
 
+def host_of(config: BatonConfig, redis_url: str) -> WorkerHost:
+    worker = Worker()
+    worker.idle = True
+    return WorkerHost(
+        config=config,
+        identity=IDENTITY,
+        worker=worker,
+        inbox=Inbox(asyncio.get_running_loop()),
+        registry=CollectorRegistry(),
+        redis_url=redis_url,
+    )
+
+
+async def test_worker_that_waits_for_redis_to_register_ends_when_it_is_asked_to() -> None:
+    stop = asyncio.Event()
+    host = host_of(parse_config({"cluster": {"start_timeout_s": 3600}}), "redis://127.0.0.1:1")
+    run = host.run(grpc.aio.server(), advertise_host="h", stop=stop)
+    life = asyncio.create_task(run)
+    await asyncio.sleep(0.5)
+    assert not life.done(), "it gave up"
+    stop.set()
+    await asyncio.wait_for(life, 20)
+
+
+async def test_worker_that_cannot_register_in_the_time_of_a_start_says_so() -> None:
+    host = host_of(parse_config({"cluster": {"start_timeout_s": 0.1}}), "redis://127.0.0.1:1")
+    with pytest.raises(ConfigurationError, match=r"cannot register.* 0\.1 s"):
+        await host.run(grpc.aio.server(), advertise_host="h", stop=asyncio.Event())
+
+
 async def test_drain_lasts_as_the_workers_own_bound_says_and_ends_when_it_is_idle(
     redis_url: str,
 ) -> None:

@@ -15,21 +15,23 @@ LOAD = Load(long_share=0.25, long_tokens=60, answer_tokens=8, bound_s=5.0)
 
 def test_a_plan_is_a_function_of_its_seed() -> None:
     one, again, other = (
-        make_plan(seed, LOAD, rates=[0.5, 2.0], window_s=20.0) for seed in ("a", "a", "b")
+        make_plan(seed, LOAD, rates=[0.5, 2.0], num_requests=20) for seed in ("a", "a", "b")
     )
     assert one == again
     assert one != other
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
-    plan = make_plan("a", LOAD, rates=[0.5, 2.0], window_s=20.0)
+    plan = make_plan("a", LOAD, rates=[0.5, 2.0], num_requests=20)
     plan.write(tmp_path / "plan.json")
     assert Plan.read(tmp_path / "plan.json") == plan
 
 
-@pytest.mark.parametrize(("rate", "window_s", "num"), [(0.5, 12, 6), (2, 12, 24), (0.01, 1, 1)])
-def test_rate_and_share_are_exact(rate: float, window_s: float, num: int) -> None:
-    arrivals = make_phase("a", LOAD, rate_per_s=rate, window_s=window_s).arrivals
+@pytest.mark.parametrize(("rate", "window_s", "num"), [(0.5, 12, 6), (2, 12, 24), (0.01, 100, 1)])
+def test_number_rate_and_share_are_exact(rate: float, window_s: float, num: int) -> None:
+    phase = make_phase("a", LOAD, rate_per_s=rate, num_requests=num)
+    arrivals = phase.arrivals
+    assert phase.window_s == pytest.approx(window_s)
     assert len(arrivals) == num
     assert sum(arrival.kind == "long" for arrival in arrivals) == round(num / 4)
     moments = [arrival.at_s for arrival in arrivals]
@@ -38,7 +40,7 @@ def test_rate_and_share_are_exact(rate: float, window_s: float, num: int) -> Non
 
 
 def test_gaps_are_as_a_poisson_process_has_them() -> None:
-    arrivals = make_phase("a", LOAD, rate_per_s=10, window_s=400).arrivals
+    arrivals = make_phase("a", LOAD, rate_per_s=10, num_requests=4000).arrivals
     moments = [arrival.at_s for arrival in arrivals]
     gaps = [b - a for a, b in itertools.pairwise(moments)]
     # Exponential: the deviation is as large as the mean; 0 for a clock, 0.58 for uniform gaps.
@@ -46,7 +48,7 @@ def test_gaps_are_as_a_poisson_process_has_them() -> None:
 
 
 def test_long_prompts_are_long_and_no_two_prompts_begin_alike() -> None:
-    plan = make_plan("a", LOAD, rates=[3.0, 4.0], window_s=20.0)
+    plan = make_plan("a", LOAD, rates=[3.0, 4.0], num_requests=70)
     texts = {"chat": [], "long": []}
     for phase in plan.phases:
         for arrival in phase.arrivals:

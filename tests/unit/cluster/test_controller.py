@@ -197,6 +197,21 @@ async def test_worker_that_does_not_register_in_time_is_killed_and_tried_again()
     await rig.close()
 
 
+async def test_how_long_a_worker_has_lived_counts_from_its_registration() -> None:
+    rig = ControllerRig(settings(registry={}, cluster={}))
+    await rig.begin()
+    rig.store.register("decode-0")
+    await rig.controller.look()
+    rig.clock.now += STABLE_S
+    await rig.controller.look()
+    for worker_id in ("decode-0", "decode-1"):
+        rig.backend.running()[worker_id].die()
+    await rig.settle()
+    died = {event.worker_id: event.retry_in_s for event in rig.events if event.kind == "died"}
+    assert died == {"decode-0": 0.0, "decode-1": 0.5}
+    await rig.close()
+
+
 async def test_outage_of_redis_kills_nobody() -> None:
     rig = ControllerRig(settings(registry={}, cluster={"fence_s": 5}))
     await rig.begin()
@@ -286,6 +301,66 @@ async def test_next_controller_starts_what_died_meanwhile(rig: ControllerRig) ->
     assert sorted(rig.backend.ids()) == ["decode-0", "prefill-0"]
     await rig.controller.look()
     assert rig.controller.pools()["decode"].ready == 0, "a dead worker's record counted"
+
+
+async def test_workers_of_another_generation_stay_and_leave_before_newer_ones(
+    rig: ControllerRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["prefill-0", "decode-0", "decode-1"]
+    rig.backend.adoptable = {name: FakeProcess(name) for name in names}
+    for name in names:
+        rig.store.register(name, generation="old" if name == "decode-0" else "0")
+    await rig.begin()
+    assert rig.running() == sorted(names), "it serves the gateways of its generation"
+    await rig.controller.look()
+    told = [r.getMessage() for r in caplog.records if "generation" in r.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("decode-0 is of generation 'old' and our gateways are of '0'")
+    await rig.wish(decode=3)
+    rig.store.register("decode-2")
+    await rig.controller.look()
+    await rig.wish(decode=2)
+    assert rig.running() == ["decode-1", "decode-2", "prefill-0"]
+
+
+async def test_worker_that_vanished_while_there_was_no_controller_is_fenced_by_the_next() -> None:
+    times = {"fence_s": 5, "start_timeout_s": 600, "stop_timeout_s": 10}
+    rig = ControllerRig(settings(registry={}, worker={"drain_s": 20}, cluster=times))
+    await rig.begin()
+    rig.register_all()
+    await rig.controller.look()
+    await rig.controller.close()
+    rig.backend.adoptable = rig.backend.running()
+    rig.backend.adoptable["prefill-0"] = FakeProcess("prefill-0")  # nobody saw it registered
+    del rig.store.workers["decode-1"], rig.store.workers["prefill-0"]
+    rig.another()
+    await rig.begin()
+    for _ in range(31):
+        assert not any(process.killed for process in rig.backend.adoptable.values())
+        rig.clock.now += 1
+        await rig.controller.look()
+    await rig.settle()
+    killed = [name for name, process in rig.backend.adoptable.items() if process.killed]
+    assert killed == ["decode-1"]
+    await rig.close()
+
+
+async def test_who_was_registered_is_noted_of_those_that_run_also_in_an_emptied_redis(
+    rig: ControllerRig,
+) -> None:
+    await rig.begin()
+    rig.store.register("decode-0")
+    rig.store.register("decode-1")
+    await rig.controller.look()
+    first, second = (rig.backend.running()[name].name for name in ("decode-0", "decode-1"))
+    assert rig.store.served == {first, second}
+    rig.store.workers, rig.store.served = {}, frozenset()
+    await rig.controller.look()
+    assert rig.store.served == {first, second}
+    rig.backend.running()["decode-0"].die()
+    await rig.settle()
+    await rig.controller.look()
+    assert rig.store.served == {second}
 
 
 async def test_of_adopted_workers_those_that_serve_nobody_go_first(rig: ControllerRig) -> None:

@@ -13,7 +13,7 @@ from support.redis_server import RedisServer, redis_server
 from baton.config import RegistryConfig
 from baton.errors import ConfigurationError, UnavailableError
 from baton.records import PoolWish, PoolWishes, pools_key, worker_key
-from cluster.controller_store import ControllerStore, lease_key
+from cluster.controller_store import ControllerStore, lease_key, served_key
 from cluster.lease import Lease
 
 QUICK = RegistryConfig(heartbeat_s=0.05, ttl_s=0.4)
@@ -42,13 +42,15 @@ async def store(server: RedisServer) -> AsyncIterator[ControllerStore]:
 async def test_registered_workers_are_read_with_what_is_left_of_their_records(
     store: ControllerStore, plain: redis.Redis
 ) -> None:
-    plain.set(worker_key("c", "decode-0"), '{"epoch": "aa", "new": 1}', px=5000)
+    record = '{"epoch": "aa", "generation": "g7", "new": 1}'
+    plain.set(worker_key("c", "decode-0"), record, px=5000)
     plain.set(worker_key("c", "decode-1"), "no record at all", px=5000)
     plain.set(worker_key("other", "decode-2"), '{"epoch": "bb"}', px=5000)
     plain.set(pools_key("c"), b"wishes")
     read = await store.read(["decode-0", "decode-1", "decode-2"])
     assert set(read.workers) == {"decode-0", "decode-1"}
-    assert read.workers["decode-0"].epoch == "aa"
+    assert (read.workers["decode-0"].epoch, read.workers["decode-0"].generation) == ("aa", "g7")
+    assert read.workers["decode-1"].generation == ""
     assert 0 < read.workers["decode-0"].expires_in_s <= 5
     assert read.wishes == b"wishes"
     assert (await store.read([])).server == read.server
@@ -86,6 +88,17 @@ async def test_stored_wishes_that_make_no_sense_are_none(
 ) -> None:
     plain.set(pools_key("c"), content)
     assert await store.read_wishes() is None
+
+
+async def test_names_of_served_processes_come_back_as_they_were_stored(
+    store: ControllerStore, plain: redis.Redis
+) -> None:
+    assert (await store.read([])).served == frozenset()
+    await store.write_served(frozenset({"baton-c/decode-0/1f", "baton-c/decode-1/2e"}))
+    assert (await store.read([])).served == {"baton-c/decode-0/1f", "baton-c/decode-1/2e"}
+    for content in (b"{", b'{"a": 1}', b"\xff"):
+        plain.set(served_key("c"), content)
+        assert (await store.read([])).served == frozenset()
 
 
 def test_malformed_address_is_a_sentence() -> None:

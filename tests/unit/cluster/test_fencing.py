@@ -22,6 +22,7 @@ class Rig:
         self.up = True
         self.left: Registered | None = None
         self.leaving = self.adopted = False
+        self.served: frozenset[str] = frozenset()
         self.fencing = Fencing(
             fence_s=FENCE_S, start_timeout_s=START_S, ttl_s=TTL_S, drain_limit_s=lambda _: DRAIN_S
         )
@@ -46,7 +47,8 @@ class Rig:
         slot = SlotView(
             "decode", "decode-0", self.process, self.started_at, self.adopted, self.leaving
         )
-        return self.fencing.answered(RegistryRead(self.server, workers, None), [slot], self.now)
+        read = RegistryRead(self.server, workers, None, self.served)
+        return self.fencing.answered(read, [slot], self.now)
 
     def pass_time(self, seconds: float) -> list[Verdict]:
         """Looks all the time; a record that nobody renews runs out. Stops at a verdict."""
@@ -216,3 +218,60 @@ async def test_record_from_before_the_first_start_is_stale_but_not_an_adopted_wo
     rig.adopted = True
     rig.look()
     assert rig.fencing.is_registered("decode-0")
+
+
+def adopt(rig: Rig, *, noted: bool) -> None:
+    assert rig.process is not None
+    rig.adopted = True
+    rig.served = frozenset({rig.process.name}) if noted else frozenset({"decode-0/earlier"})
+
+
+async def test_adopted_worker_that_had_a_record_and_has_none_is_killed_when_no_drain_lasts_so_long(
+    rig: Rig,
+) -> None:
+    adopt(rig, noted=True)
+    began = rig.now
+    (verdict,) = rig.pass_time(2 * START_S)
+    assert verdict.cause == "fenced"
+    assert "adopted without its registration" in verdict.reason
+    assert rig.now - began == pytest.approx(DRAIN_S, abs=2 * STEP_S)
+
+
+async def test_adopted_worker_without_a_drain_gets_the_time_to_register_again(rig: Rig) -> None:
+    adopt(rig, noted=True)
+    rig.fencing._drain_limit_s = lambda _: 0.0
+    assert rig.pass_time(FENCE_S) == []
+    assert rig.pass_time(2 * STEP_S) != []
+
+
+async def test_adopted_worker_of_which_nothing_is_noted_may_still_be_starting(rig: Rig) -> None:
+    adopt(rig, noted=False)
+    assert rig.pass_time(START_S) == []
+    (verdict,) = rig.pass_time(1)
+    assert verdict.cause == "start_timeout"
+
+
+async def test_adopted_worker_that_is_registered_is_fenced_like_any_other(rig: Rig) -> None:
+    adopt(rig, noted=True)
+    rig.beat()
+    rig.look()
+    began = rig.now
+    (verdict,) = rig.pass_time(60)
+    assert "lost its registration" in verdict.reason
+    assert rig.now - began == pytest.approx(TTL_S + FENCE_S, abs=2 * STEP_S)
+
+
+async def test_those_that_were_registered_are_known_by_the_names_of_their_processes(
+    rig: Rig,
+) -> None:
+    rig.look()
+    assert rig.fencing.served() == frozenset()
+    rig.beat()
+    rig.look()
+    rig.deregister()
+    rig.look()
+    assert rig.process is not None
+    assert rig.fencing.served() == {rig.process.name}
+    rig.start()
+    rig.look()
+    assert rig.fencing.served() == frozenset()

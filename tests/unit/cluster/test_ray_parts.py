@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,28 @@ import pytest
 from baton.config import PoolConfig
 from baton.errors import CheckpointError, ConfigurationError, UnavailableError
 from cluster.procfs import ProcessName, is_alive, name_of
-from cluster.ray_actor import Place, WorkerActor, WorkerStart, _Life, machine_id
+from cluster.ray_actor import (
+    Place,
+    WorkerActor,
+    WorkerSecrets,
+    WorkerStart,
+    _Life,
+    machine_id,
+)
 from cluster.ray_backend import bundle_of
 from cluster.ray_calls import _end_here
 from cluster.ray_cluster import ample
 from cluster.ray_thread import RayThread
+
+SECRETS = WorkerSecrets("the secret", "redis://:password@h", {"BATON_X": "the default"})
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """Actors change their process's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        yield
 
 
 def start_of(tmp_path: Path, **changes: Any) -> WorkerStart:
@@ -35,8 +52,6 @@ def start_of(tmp_path: Path, **changes: Any) -> WorkerStart:
         config={
             "pools": {"long": {"role": "prefill", "worker": {"drain_s": 3}}, "decode": {}},
         },
-        secret="the secret",
-        redis_url="redis://:password@h",
         environment={},
         log_file=None,
         owner=Place(ProcessName(1, 0), "another machine"),
@@ -67,7 +82,7 @@ def test_worker_gets_what_the_launcher_gave(tmp_path: Path, standin: Any) -> Non
         seen.update(arguments, drain_s=config.worker.drain_s)
 
     standin(serve)
-    asyncio.run(_Life(start_of(tmp_path)).run())
+    asyncio.run(_Life(start_of(tmp_path)).run(SECRETS))
     stop = seen.pop("stop")
     assert not stop.is_set()
     assert seen == {
@@ -85,7 +100,7 @@ async def _until_stopped(_config: Any, *, stop: asyncio.Event, **_: Any) -> None
 def test_stop_from_another_thread_ends_the_worker(tmp_path: Path, standin: Any) -> None:
     standin(_until_stopped)
     life = _Life(start_of(tmp_path))
-    thread = threading.Thread(target=lambda: asyncio.run(life.run()), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(life.run(SECRETS)), daemon=True)
     thread.start()
     life.stop()
     thread.join(10)
@@ -97,7 +112,7 @@ def test_stop_before_the_start_is_not_lost(tmp_path: Path, standin: Any) -> None
     standin(_until_stopped)
     life = _Life(start_of(tmp_path))
     life.stop()
-    asyncio.run(asyncio.wait_for(life.run(), 10))
+    asyncio.run(asyncio.wait_for(life.run(SECRETS), 10))
 
 
 def test_failure_of_the_worker_is_raised(tmp_path: Path, standin: Any) -> None:
@@ -106,7 +121,7 @@ def test_failure_of_the_worker_is_raised(tmp_path: Path, standin: Any) -> None:
 
     standin(serve)
     with pytest.raises(CheckpointError, match="weights are missing"):
-        asyncio.run(_Life(start_of(tmp_path)).run())
+        asyncio.run(_Life(start_of(tmp_path)).run(SECRETS))
 
 
 def actor_of(start: WorkerStart, ended: threading.Event) -> WorkerActor:
@@ -126,8 +141,8 @@ def test_nothing_begins_before_it_is_asked_for_and_then_once(tmp_path: Path, sta
     assert Place.from_json(actor.place()) == Place.here()
     assert actor.wait_end(0.05) is None
     assert begun == []
-    actor.begin()
-    actor.begin()
+    actor.begin(SECRETS)
+    actor.begin(SECRETS)
     assert actor.wait_end(0.05) is None, "it lives, and the call does not wait for its end"
     actor.stop()
     assert actor.wait_end(10) == "null"
@@ -143,33 +158,65 @@ def test_how_a_life_failed_is_told_to_whoever_asks(tmp_path: Path, standin: Any)
     standin(serve)
     ended = threading.Event()
     actor = actor_of(start_of(tmp_path), ended)
-    actor.begin()
+    actor.begin(SECRETS)
     assert actor.wait_end(10) == '"weights are missing"'
     assert ended.wait(10)
+
+
+def test_worker_that_nobody_begins_ends_itself_and_cannot_be_begun_any_more(
+    tmp_path: Path, standin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    async def serve(_config: Any, *, worker_id: str, **_: Any) -> None:
+        begun.append(worker_id)
+
+    standin(serve)
+    monkeypatch.setattr("cluster.ray_actor.BEGIN_S", 0.05)
+    ended = threading.Event()
+    actor = actor_of(start_of(tmp_path), ended)
+    assert ended.wait(10)
+    actor.begin(SECRETS)
+    assert actor.wait_end(0.05) == '"nobody has begun it within 0.05 s"'
+    assert begun == []
+
+
+def test_worker_that_was_begun_in_time_lives_on(
+    tmp_path: Path, standin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standin(_until_stopped)
+    monkeypatch.setattr("cluster.ray_actor.BEGIN_S", 0.05)
+    ended = threading.Event()
+    actor = actor_of(start_of(tmp_path), ended)
+    actor.begin(SECRETS)
+    assert actor.wait_end(0.2) is None
+    actor.stop()
+    assert actor.wait_end(10) == "null"
 
 
 def test_pool_that_is_not_of_the_workers_role_is_refused(tmp_path: Path, standin: Any) -> None:
     standin(_until_stopped)
     with pytest.raises(ConfigurationError, match="pool decode is of role decode"):
-        asyncio.run(_Life(start_of(tmp_path, pool="decode")).run())
+        asyncio.run(_Life(start_of(tmp_path, pool="decode")).run(SECRETS))
 
 
 def test_node_has_precedence_over_defaults_and_not_over_what_must_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, standin: Any
 ) -> None:
-    monkeypatch.setenv("BATON_LOG_LEVEL", "of the node")
-    monkeypatch.setenv("OMP_NUM_THREADS", "of Ray")
-    monkeypatch.delenv("BATON_CACHE", raising=False)
-    start = start_of(
-        tmp_path,
-        defaults={"BATON_LOG_LEVEL": "ours", "BATON_CACHE": "ours"},
-        environment={"OMP_NUM_THREADS": "1"},
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "environ", dict(os.environ))
-        actor_of(start, threading.Event())
-        names = ("BATON_LOG_LEVEL", "BATON_CACHE", "OMP_NUM_THREADS")
-        assert [os.environ[name] for name in names] == ["of the node", "ours", "1"]
+    os.environ.update(BATON_ADVERTISE_HOST="of the node", OMP_NUM_THREADS="of Ray")
+    os.environ.pop("BATON_CACHE", None)
+    seen: dict[str, str] = {}
+
+    async def serve(_config: Any, **_: Any) -> None:
+        seen.update(os.environ)
+
+    standin(serve)
+    actor = actor_of(start_of(tmp_path, environment={"OMP_NUM_THREADS": "1"}), threading.Event())
+    ours = {"BATON_ADVERTISE_HOST": "ours", "BATON_CACHE": "ours", "OMP_NUM_THREADS": "ours"}
+    actor.begin(replace(SECRETS, defaults=ours))
+    assert actor.wait_end(10) == "null"
+    names = ("BATON_ADVERTISE_HOST", "BATON_CACHE", "OMP_NUM_THREADS")
+    assert [seen[name] for name in names] == ["of the node", "ours", "1"]
 
 
 def test_bundle_is_all_that_a_pool_asks_for() -> None:
@@ -184,10 +231,9 @@ def test_ray_of_our_own_has_room_for_every_pool_at_its_largest() -> None:
     assert (room["node"], room["GPU"]) >= (8, 3)
 
 
-def test_secrets_are_not_in_the_representation(tmp_path: Path) -> None:
-    shown = repr(start_of(tmp_path))
-    assert "the secret" not in shown
-    assert "password" not in shown
+def test_secrets_are_not_in_the_representation() -> None:
+    shown = repr(SECRETS)
+    assert not [word for word in ("the secret", "password", "the default") if word in shown]
 
 
 def test_place_survives_its_way_as_text() -> None:
@@ -199,6 +245,25 @@ def test_place_here_is_local_and_elsewhere_is_not() -> None:
     assert Place.here().is_local
     assert Place.here().machine == machine_id()
     assert not Place(ProcessName(1, 0), "another machine").is_local
+
+
+def test_only_a_process_of_this_machine_is_proved_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Place.here().is_proved_dead
+    with subprocess.Popen(["sleep", "60"]) as child:
+        process = name_of(child.pid)
+        assert process is not None
+        assert not Place(process, machine_id()).is_proved_dead
+        recycled = ProcessName(process.pid, process.start_time - 1)
+        assert Place(recycled, machine_id()).is_proved_dead
+        child.kill()
+    assert Place(process, machine_id()).is_proved_dead
+    assert not Place(process, "another machine").is_proved_dead
+
+    def hidden(_pid: int, _signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", hidden)
+    assert not Place(process, machine_id()).is_proved_dead, "another user's, not to be seen"
 
 
 async def test_ray_thread_runs_calls_in_order_on_one_thread() -> None:

@@ -16,11 +16,13 @@ from cluster.slots import MAX_DELAY_S, STABLE_S, WorkerEvent, backoff_s
 
 
 class Rig:
-    def __init__(self) -> None:
+    def __init__(self, *, told_who_serves: bool = False) -> None:
         self.clock = FakeClock()
         self.backend = FakeBackend()
         self.events: list[WorkerEvent] = []
-        self.reconciler = Reconciler(clock=self.clock, on_event=self.events.append)
+        self.reconciler = Reconciler(
+            clock=self.clock, on_event=self.events.append, told_who_serves=told_who_serves
+        )
 
     async def settle(self) -> float | None:
         """One pass, and everything that follows from it without time passing."""
@@ -112,6 +114,33 @@ async def test_long_life_forgives_earlier_quick_deaths(rig: Rig) -> None:
         await rig.settle()
         rig.clock.now += MAX_DELAY_S
     assert rig.deaths() == [0.5, 1.0, 0.0, 0.5]
+
+
+async def test_worker_that_dies_on_its_long_way_to_serve_is_replaced_later_and_later() -> None:
+    rig = Rig(told_who_serves=True)
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    for _ in range(4):
+        await rig.settle()
+        rig.clock.now += 10 * STABLE_S
+        rig.backend.started[-1].die()
+        await rig.settle()
+        rig.clock.now += MAX_DELAY_S
+    assert rig.deaths() == [0.5, 1.0, 2.0, 4.0]
+
+
+async def test_worker_is_stable_once_it_has_served_for_a_while() -> None:
+    rig = Rig(told_who_serves=True)
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    for served_s in (STABLE_S - 1, STABLE_S, 0.0):
+        await rig.settle()
+        await rig.advance(10 * STABLE_S)
+        rig.reconciler.serves("decode-0")
+        rig.clock.now += served_s
+        rig.reconciler.serves("decode-0")  # told again and again: it serves since the first
+        rig.backend.started[-1].die()
+        await rig.settle()
+        rig.clock.now += MAX_DELAY_S
+    assert rig.deaths() == [0.5, 0.0, 0.5]
 
 
 async def test_death_of_one_worker_leaves_the_others_alone(rig: Rig) -> None:
@@ -308,7 +337,8 @@ async def test_killed_worker_is_replaced_like_a_dead_one_and_the_event_says_why(
     assert (last.cause, last.reason) == ("died", "exited with status 1")
 
 
-async def test_start_that_takes_too_long_is_tried_again_later_and_later(rig: Rig) -> None:
+async def test_start_that_takes_too_long_is_tried_again_later_and_later() -> None:
+    rig = Rig(told_who_serves=True)
     rig.reconciler.want("decode", ["decode-0"], rig.backend)
     for _ in range(3):
         await rig.settle()

@@ -127,18 +127,24 @@ def test_pool_is_read_from_a_workers_name(worker_id: str, pool: str | None) -> N
     assert pool_of(worker_id, ["decode", "long-ctx"]) == pool
 
 
-async def test_those_that_serve_nobody_leave_first_then_the_highest_numbers() -> None:
+async def test_those_that_serve_nobody_leave_first_then_the_outdated_then_the_highest() -> None:
     slots = [
         SlotView("decode", f"decode-{i}", None if i in (1, 3) else FakeProcess(""), 0, False, False)
-        for i in (0, 1, 2, 3, 4, 10)
+        for i in (0, 1, 2, 3, 4, 5, 10)
     ]
 
     def leavers(num: int) -> list[str]:
-        return who_leaves(slots, num, is_registered=lambda name: name != "decode-2")
+        return who_leaves(
+            slots,
+            num,
+            is_registered=lambda name: name != "decode-2",
+            is_outdated=lambda name: name in ("decode-0", "decode-4"),
+        )
 
-    assert leavers(6) == [
+    assert leavers(7) == [
         *("decode-3", "decode-1"),
         *("decode-2",),
-        *("decode-10", "decode-4", "decode-0"),
+        *("decode-4", "decode-0"),
+        *("decode-10", "decode-5"),
     ]
     assert leavers(0) == []

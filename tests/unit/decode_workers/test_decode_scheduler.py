@@ -80,6 +80,21 @@ def test_decoding_streams_go_before_local_prefill_and_share_its_budget() -> None
     assert chunks == [(decoding.sequence, 1), (prefilling.sequence, 5)]
 
 
+def test_short_local_prefill_does_not_wait_for_the_chunks_of_a_long_one() -> None:
+    kv = small_cache(64)
+    chosen = scheduler(kv, budget=9)
+    decoding, long = stream(1, [1, 2], local=True), stream(2, list(range(50, 150)), local=True)
+    short = stream(3, [200, 201, 202], local=True)
+    chosen.enqueue(decoding)
+    chosen.admit()
+    pretend_step(kv, chosen.schedule(), 7)
+    for item in (long, short):
+        chosen.enqueue(item)
+    chosen.admit()
+    chunks = [(c.seq, c.num_tokens) for c in chosen.schedule()]
+    assert chunks == [(decoding.sequence, 1), (long.sequence, 5), (short.sequence, 3)]
+
+
 def test_youngest_stream_gives_way_and_is_recomputed_with_its_emitted_tokens() -> None:
     kv = small_cache(4)
     chosen = scheduler(kv)

@@ -28,10 +28,82 @@ def scheduler(kv: KvCache, *, budget: int = 8, most: int = 8) -> PrefillSchedule
     return PrefillScheduler(kv, max_num_batched_tokens=budget, max_num_seqs=most)
 
 
-def test_chunks_fill_the_budget_first_come_first_served() -> None:
+def run(kv: KvCache, chosen: PrefillScheduler, arrivals: dict[int, list[PrefillJob]]) -> list[int]:
+    """The numbers of the jobs in the order of their ends, by steps."""
+    jobs = {job.sequence.key: job for arrived in arrivals.values() for job in arrived}
+    ended: list[int] = []
+    for step in range(1000):
+        for arrived in arrivals.get(step, ()):
+            chosen.enqueue(arrived)
+        for done in pretend_step(kv, chosen.schedule()[0], 7):
+            chosen.finish(jobs[done.key])
+            ended.append(jobs[done.key].key.stream_id)
+        if len(ended) == len(jobs):
+            return ended
+    raise AssertionError(f"only {ended} have ended")
+
+
+def test_short_job_is_computed_in_the_step_after_it_arrives_behind_a_long_one() -> None:
+    kv = small_cache(64)
+    chosen = scheduler(kv, budget=8)
+    long, short = job(1, list(range(100))), job(2, [200, 201, 202])
+    chosen.enqueue(long)
+    pretend_step(kv, chosen.schedule()[0], 7)
+    chosen.enqueue(short)
+    chunks, _ = chosen.schedule()
+    assert [(c.seq, c.num_tokens) for c in chunks] == [(long.sequence, 5), (short.sequence, 3)]
+
+
+def test_long_job_ends_at_half_speed_though_short_ones_never_cease() -> None:
+    kv = small_cache(400)
+    arrivals = {step: [job(step + 1, [1000 + step] * 8)] for step in range(1, 30)}
+    arrivals[0] = [job(1, list(range(80)))]
+    ended = run(kv, scheduler(kv, budget=8, most=64), arrivals)
+    # Half of 8 tokens in each of 20 steps; beside it a short one ends every other step.
+    assert ended.index(1) <= 10
+    assert len(ended) == 30
+
+
+def test_short_job_does_not_pass_a_long_one_that_waits_for_blocks() -> None:
+    kv = small_cache(8)
+    chosen = scheduler(kv)
+    one, long, short = job(1, list(range(16))), job(2, list(range(50, 70))), job(3, [1])
+    for each in (one, long, short):
+        chosen.enqueue(each)
+    _, admitted = chosen.schedule()
+    assert admitted == [one]
+    assert (long.state, short.state) == (JobState.QUEUED, JobState.QUEUED)
+
+
+def test_waiting_job_counts_as_work_and_takes_nothing() -> None:
+    kv = small_cache(32)
+    chosen = scheduler(kv)
+    one = job(1, list(range(8)))
+    chosen.enqueue(one)
+    pretend_step(kv, chosen.schedule()[0], 7)
+    chosen.finish(one)
+    before = kv.pool.counts()
+    waiting = job(2, [*range(8), 90, 91])
+    chosen.add(waiting)
+    assert (chosen.num_tokens_to_compute, chosen.num_queued, waiting.state) == (
+        2,
+        0,
+        JobState.WAITING,
+    )
+    assert kv.pool.counts() == before
+    assert chosen.schedule() == ([], [])
+    chosen.enqueue(waiting)
+    assert chosen.num_tokens_to_compute == 2
+    gone = job(3, [50, 51])
+    chosen.add(gone)
+    chosen.remove(gone)
+    assert chosen.num_tokens_to_compute == 2
+
+
+def test_chunks_fill_the_budget_and_alike_jobs_come_first_come_first_served() -> None:
     kv = small_cache(32)
     chosen = scheduler(kv, budget=8)
-    one, two = job(1, list(range(11))), job(2, list(range(50, 60)))
+    one, two = job(1, list(range(11))), job(2, list(range(50, 61)))
     chosen.enqueue(one)
     chosen.enqueue(two)
     seen = []
@@ -43,7 +115,7 @@ def test_chunks_fill_the_budget_first_come_first_served() -> None:
     assert seen == [
         [(one.sequence, 8)],
         [(one.sequence, 3), (two.sequence, 5)],
-        [(two.sequence, 5)],
+        [(two.sequence, 6)],
     ]
     assert (one.state, two.state) == (JobState.LEASED, JobState.LEASED)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from support.sequences import sequence, small_cache
 from support.worker_rig import PretendEngine, Recorder, Rig
 
-from baton.config import EngineConfig
+from baton.config import EngineConfig, RoutingConfig
 from baton.errors import DrainingError
 from baton.logprobs import TokenLogprobs
 from baton.v1 import session_pb2 as pb
@@ -16,6 +18,10 @@ from engine.intake import StopRule
 from kv_transfer.keys import TransferKey
 from prefill_workers.scheduler import PrefillJob, PrefillScheduler
 from prefill_workers.worker import PrefillWorker
+from router.routing.input_hashes import InputHashes
+from router.routing.kv_aware import KvAware
+from router.routing.peers import ALONE
+from tests.support.routing import NAMES, Workers, pick
 
 TRANSFER = TransferKey(b"t" * 16, 0, b"p" * 16, b"d" * 16)
 KEY = StreamKey(1, 5)
@@ -66,6 +72,32 @@ async def test_job_waits_for_the_reservation_without_taking_blocks() -> None:
     rig.worker.open(rig.job(list(range(10))))
     await rig.step()
     assert (rig.tokens, rig.sender.calls, rig.referenced()) == ([], [], 0)
+
+
+async def test_work_is_in_the_load_once_from_the_routers_decision_to_its_end() -> None:
+    rig, workers = PrefillRig(), Workers()
+    prefill, decode = workers.several("prefill", 1), workers.several("decode", 1)
+    policy = KvAware(RoutingConfig(), workers.index, random.Random(0), workers.clock, ALONE)
+    input_ = InputHashes(NAMES)
+    await input_.prepare(range(12), prefill)
+
+    def routed() -> int:
+        """Tokens that the router believes to be waiting there."""
+        return policy._standing(input_, prefill[0], 0).num_waiting
+
+    async def step_and_report() -> int:
+        await rig.step()
+        prefill[0]._take(pb.WorkerMessage(report=report_from(rig.outbox, b"")))
+        return routed()
+
+    assert await step_and_report() == 0
+    pick(policy, prefill, decode, input_)
+    seen = [routed()]
+    rig.worker.open(rig.job(list(range(12))))
+    seen.append(await step_and_report())
+    rig.worker.proceed(KEY, 0)
+    seen += [await step_and_report() for _ in range(2)]
+    assert seen == [12, 12, 4, 0]  # decided, WAITING, RUNNING, LEASED
 
 
 async def test_chunks_are_offered_as_they_are_computed_and_the_token_commits() -> None:

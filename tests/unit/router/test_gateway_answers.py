@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from support.fake_gateway import EOS, MODEL, Gateway, answer, error_of, ids_of, real_checkpoint
 
@@ -13,7 +15,7 @@ from baton.errors import (
     UnavailableError,
     WorkerLostError,
 )
-from router.request import ChoiceOutput, SamplingParams
+from router.request import Arrival, ChoiceOutput, SamplingParams
 
 
 async def test_chat_answer_has_the_openai_shape() -> None:
@@ -279,3 +281,20 @@ async def test_latencies_are_measured_for_every_token() -> None:
     between = gateway.metric("baton_inter_token_latency_seconds_count")
     # Eight tokens in outputs of 3, 3 and 2: the first output has no gap before it.
     assert (first, between) == (2, 10)
+
+
+async def test_latencies_are_those_of_the_workers_messages_whoever_reads_them_when() -> None:
+    at = time.perf_counter() + 100.0
+    late = (Arrival(at + 1.0, 1), Arrival(at + 4.0, 2))
+    gateway = Gateway(
+        lambda choice: [
+            ChoiceOutput((5,), arrivals=(Arrival(at, 1),)),
+            ChoiceOutput((6, 7, 8), "length", arrivals=late),
+        ]
+    )
+    await gateway.complete()
+    between = "baton_inter_token_latency_seconds"
+    assert gateway.metric(f"{between}_sum") == pytest.approx(4.0)
+    assert gateway.metric(f"{between}_count") == 3
+    assert gateway.metric(f"{between}_bucket", le="1.0") == 1
+    assert gateway.metric("baton_time_to_first_token_seconds_sum") > 99.0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -12,10 +15,11 @@ import pytest
 from support.fake_gateway import MODEL, Gateway, answer, chat_body, error_of, events
 
 from baton.errors import DrainingError
+from baton.timeline import Timeline
 from router.routing.input_hashes import InputHashes
 from router.routing.policy import Candidate, Pairing, RoutingPolicy
 from router.workers.session import WorkerSession
-from tests.support.fake_cluster import FakeCluster, fake_cluster
+from tests.support.fake_cluster import FakeCluster, choice, fake_cluster, wait_until
 from tests.support.fake_worker import FakeStream
 
 ASKS = {"X-Baton-Timeline": "1"}
@@ -92,6 +96,25 @@ async def test_answer_that_a_stop_string_ends_has_its_timeline_too() -> None:
         body = response.json()
         assert body["choices"][0]["finish_reason"] == "stop"
         assert body["baton"]["timeline"][0]["total"] > 0
+
+
+async def test_reader_that_is_slow_makes_no_token_late() -> None:
+    async with fake_cluster() as cluster:
+        await cluster.add("decode-0", "decode", cluster.scripts.decode)
+        timeline, began = Timeline(), time.perf_counter()
+        outputs = cluster.orchestrator.generate(
+            replace(choice(1, 2, 3, max_tokens=6), timeline=timeline)
+        )
+        read = [await anext(outputs)]
+        await wait_until(lambda: cluster.num_open() == 0, "all tokens have come")
+        all_came_by = time.perf_counter()
+        await asyncio.sleep(0.05)
+        read += [output async for output in outputs]
+        arrivals = [arrival for output in read for arrival in output.arrivals]
+        assert sum(arrival.num_tokens for arrival in arrivals) == 6
+        assert max(arrival.at for arrival in arrivals) <= all_came_by
+        assert timeline.report()["attempts"][0]["num_tokens"] == 6
+        assert timeline.report()["total"] <= (all_came_by - began) * 1000
 
 
 async def test_nothing_is_said_unasked() -> None:

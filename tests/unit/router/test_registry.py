@@ -13,8 +13,17 @@ import redis.asyncio
 from prometheus_client import CollectorRegistry
 
 from baton.config import RegistryConfig
-from baton.records import PoolWish, PoolWishes, WorkerRecord, gateway_key, pools_key, worker_key
+from baton.records import (
+    PoolWish,
+    PoolWishes,
+    WorkerRecord,
+    gateway_key,
+    index_key,
+    pools_key,
+    worker_key,
+)
 from baton.telemetry import GatewayMetrics
+from baton.worker.registration import Registration
 from router.routing.kv_index import KvIndex
 from router.workers.pool import WorkerPool
 from router.workers.registry import Registry
@@ -54,8 +63,12 @@ class View:
         self.redis = redis.asyncio.from_url(url)
 
     async def register(self, record: WorkerRecord) -> None:
-        key = worker_key(CONFIG.cluster, record.worker_id)
-        await self.redis.set(key, record.model_dump_json())
+        await self.put(worker_key(CONFIG.cluster, record.worker_id), record.model_dump_json())
+
+    async def put(self, key: str, value: str | bytes) -> None:
+        """As whoever lives there does: the key, and that it is there."""
+        await self.redis.set(key, value)
+        await self.redis.sadd(index_key(CONFIG.cluster), key)
 
     async def deregister(self, worker: FakeWorker) -> None:
         await self.redis.delete(worker_key(CONFIG.cluster, worker.worker_id))
@@ -143,20 +156,20 @@ async def test_malformed_records_are_logged_once_and_hide_no_other(
             "epoch": json.dumps(good | {"worker_id": "epoch", "epoch": "abc"}).encode(),
             "short": json.dumps(good | {"worker_id": "short", "epoch": "ab"}).encode(),
         }.items():
-            await view.redis.set(worker_key(CONFIG.cluster, name), value)
+            await view.put(worker_key(CONFIG.cluster, name), value)
         await view.register(worker.record)
         await wait_until(lambda: view.ready() == ["decode-0"])
-        polls = await _num_scans(view)
-        while await _num_scans(view) < polls + 3:
+        polls = await _num_polls(view)
+        while await _num_polls(view) < polls + 3:
             await asyncio.sleep(CONFIG.poll_s)
         assert view.known() == ["decode-0"]
         complaints = [r for r in caplog.records if "malformed" in r.message]
         assert len(complaints) == 5
 
 
-async def _num_scans(view: View) -> int:
+async def _num_polls(view: View) -> int:
     info = await view.redis.info("commandstats")
-    return int(info["cmdstat_scan"]["calls"])
+    return int(info["cmdstat_smembers"]["calls"])
 
 
 async def test_redis_away_keeps_what_is_known_and_cuts_nothing(server: RedisServer) -> None:
@@ -179,8 +192,8 @@ async def test_redis_away_keeps_what_is_known_and_cuts_nothing(server: RedisServ
         assert view.known() == view.ready() == ["decode-0"]
         await view.redis.connection_pool.disconnect()
         await view.register(worker.record)
-        polls = await _num_scans(view)
-        while await _num_scans(view) < polls + 3:
+        polls = await _num_polls(view)
+        while await _num_polls(view) < polls + 3:
             await asyncio.sleep(CONFIG.poll_s)
         assert view.ready() == ["decode-0"]
         assert worker.num_sessions == 2
@@ -293,8 +306,8 @@ async def test_malformed_wishes_are_logged_once_and_the_last_good_ones_stay(
         await view.redis.set(pools_key(CONFIG.cluster), wishes(0))
         await wait_until(lambda: view.registry.wants("prefill") is False)
         await view.redis.set(pools_key(CONFIG.cluster), '{"pools": {"prefill": {}}}')
-        polls = await _num_scans(view)
-        while await _num_scans(view) < polls + 4:
+        polls = await _num_polls(view)
+        while await _num_polls(view) < polls + 4:
             await asyncio.sleep(CONFIG.poll_s)
         assert view.registry.wants("prefill") is False
         assert len([r for r in caplog.records if "malformed" in r.message]) == 1
@@ -304,22 +317,66 @@ async def test_gateways_are_seen_while_they_live(server: RedisServer) -> None:
     async with viewing(server.url) as view:
         assert view.registry.gateways == ("gateway-0",)
         other = gateway_key(CONFIG.cluster, "gateway-1")
-        await view.redis.set(other, "{}", px=60_000)
+        await view.put(other, "{}")
         await wait_until(lambda: view.registry.gateways == ("gateway-0", "gateway-1"))
         assert view.sample("baton_gateways") == 2
         await view.redis.delete(other)
         await wait_until(lambda: view.registry.gateways == ("gateway-0",))
 
 
-async def test_keys_of_another_cluster_and_of_another_kind_are_left_alone(
-    server: RedisServer,
-) -> None:
+async def test_what_is_not_listed_or_of_another_kind_is_left_alone(server: RedisServer) -> None:
     async with viewing(server.url) as view:
+        index = index_key(CONFIG.cluster)
         await view.redis.set("baton:other:gateway:gateway-9", "{}")
-        await view.redis.rpush(f"baton:{CONFIG.cluster}:something", "a list")
-        await view.redis.hset(worker_key(CONFIG.cluster, "a-hash"), "field", "value")
-        polls = await _num_scans(view)
-        while await _num_scans(view) < polls + 3:
+        await view.redis.set("unrelated", "1")
+        await view.redis.sadd(index, "unrelated")
+        key = worker_key(CONFIG.cluster, "a-hash")
+        await view.redis.hset(key, "field", "value")
+        await view.redis.sadd(index, key)
+        polls = await _num_polls(view)
+        while await _num_polls(view) < polls + 3:
             await asyncio.sleep(CONFIG.poll_s)
         assert view.registry.up
         assert view.registry.gateways == ("gateway-0",)
+        assert view.known() == []
+
+
+async def test_redis_is_never_searched_however_much_else_is_in_it(server: RedisServer) -> None:
+    worker = FakeWorker("decode-0", "decode")
+    async with started(worker), viewing(server.url) as view:
+        await view.register(worker.record)
+        await wait_until(lambda: view.ready() == ["decode-0"])
+        stats = await view.redis.info("commandstats")
+        assert "cmdstat_smembers" in stats
+        assert not {"cmdstat_scan", "cmdstat_keys"} & stats.keys()
+
+
+async def test_what_has_expired_is_listed_no_more(server: RedisServer) -> None:
+    worker = FakeWorker("decode-0", "decode")
+    async with started(worker), viewing(server.url) as view:
+        await view.register(worker.record)
+        await wait_until(lambda: view.ready() == ["decode-0"])
+        await worker.stop()
+        await view.redis.pexpire(worker_key(CONFIG.cluster, "decode-0"), 1)
+        await wait_until(lambda: view.known() == [])
+        own = gateway_key(CONFIG.cluster, "gateway-0").encode()
+        assert await view.redis.smembers(index_key(CONFIG.cluster)) == {own}
+
+
+async def test_lost_index_is_soon_whole_again(server: RedisServer) -> None:
+    worker = FakeWorker("decode-0", "decode")
+    async with started(worker), viewing(server.url) as view:
+        registration = Registration(server.url, worker.record, CONFIG)
+        await registration.start()
+        await wait_until(lambda: view.ready() == ["decode-0"])
+        await view.redis.delete(index_key(CONFIG.cluster))
+        keys = {
+            worker_key(CONFIG.cluster, "decode-0").encode(),
+            gateway_key(CONFIG.cluster, "gateway-0").encode(),
+        }
+        async with asyncio.timeout(10):
+            while await view.redis.smembers(index_key(CONFIG.cluster)) != keys:
+                await asyncio.sleep(CONFIG.poll_s)
+        assert view.ready() == ["decode-0"]
+        await registration.close()
+        assert await view.redis.smembers(index_key(CONFIG.cluster)) < keys

@@ -22,7 +22,7 @@ import yaml
 from fastapi import FastAPI
 
 from baton.errors import ConfigurationError
-from baton.records import gateway_key, worker_key
+from baton.records import WorkerRecord, gateway_key, index_key, worker_key
 from router.http_server import HttpServer, listen, url_of
 from router.main import main
 from tests.support.fake_cluster import wait_until
@@ -79,12 +79,18 @@ async def gateway(
             await process.communicate()
 
 
+async def register(client: redis.asyncio.Redis, record: WorkerRecord) -> None:
+    key = worker_key("default", record.worker_id)
+    await client.set(key, record.model_dump_json())
+    await client.sadd(index_key("default"), key)
+
+
 @asynccontextmanager
 async def registered(url: str, *workers: FakeWorker) -> AsyncIterator[redis.asyncio.Redis]:
     client = redis.asyncio.from_url(url)
     for worker in workers:
         await worker.start()
-        await client.set(worker_key("default", worker.worker_id), worker.record.model_dump_json())
+        await register(client, worker.record)
     try:
         yield client
     finally:
@@ -207,7 +213,7 @@ async def test_gateways_see_each_other_and_say_while_redis_is_away(
             await wait_status(degraded=[], ready=True)
             second.process.kill()
             await store.connection_pool.disconnect()
-            await store.set(worker_key("default", "decode-0"), worker.record.model_dump_json())
+            await register(store, worker.record)
             await wait_status(gateways=["gateway-0"])
 
 

@@ -30,12 +30,16 @@ class Sink:
 
     def __init__(self) -> None:
         self.heard: list[Any] = []
+        self.times: list[float] = []
 
     def on_reserved(self, num_held_tokens: int) -> None:
         self.heard.append(("reserved", num_held_tokens))
 
-    def on_token(self, position: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
+    def on_token(
+        self, position: int, token_id: int, at: float, logprobs: TokenLogprobs | None
+    ) -> None:
         self.heard.append((position, token_id) + (() if logprobs is None else (logprobs,)))
+        self.times.append(at)
 
     def on_closed(self, closed: pb.Closed) -> None:
         self.heard.append(closed.reason)
@@ -170,6 +174,7 @@ async def test_events_reach_the_stream_they_belong_to_in_field_order() -> None:
         await wait_until(lambda: len(sinks[2].heard) == 2)
         assert sinks[1].heard == [("reserved", 16), (0, 10), (1, 11, told)]
         assert sinks[2].heard == [(4, 20), pb.CLOSE_REASON_STOP]
+        assert len({*sinks[1].times, *sinks[2].times}) == 1
         assert session.num_open == 1
 
 

@@ -1,0 +1,61 @@
+{{/* A pool whose pods would not come up, or would come up and not serve. */}}
+{{- define "baton.checkPool" -}}
+{{- include "baton.checkPlace" . -}}
+{{- include "baton.checkWorkerPorts" . -}}
+{{- $name := .name -}}
+{{- $pool := .pool -}}
+{{- $transport := (default (dict) .root.Values.config.kv_transfer).transport | default "auto" -}}
+{{- $degree := mul (int $pool.tensorParallelSize) (int $pool.expertParallelSize) -}}
+{{- if and (gt (int $degree) 1) (lt (int $pool.numGpus) (int $degree)) -}}
+{{- fail (printf "pools.%s has %d GPUs in resources.limits (%s), but tensorParallelSize x expertParallelSize is %d; give it that many or lower the degrees" $name (int $pool.numGpus) .root.Values.gpuResourceName (int $degree)) -}}
+{{- end -}}
+{{- if lt (int $pool.maxReplicas) (int $pool.replicas) -}}
+{{- fail (printf "pools.%s.replicas (%d) is over maxReplicas (%d); raise the maximum" $name (int $pool.replicas) (int $pool.maxReplicas)) -}}
+{{- end -}}
+{{- if lt (int $pool.replicas) (int $pool.minReplicas) -}}
+{{- fail (printf "pools.%s.replicas (%d) is below minReplicas (%d); raise one or lower the other" $name (int $pool.replicas) (int $pool.minReplicas)) -}}
+{{- end -}}
+{{- if hasKey $pool.worker "drain_s" -}}
+{{- fail (printf "pools.%s.worker.drain_s is set by drainSeconds, which the pod's grace period follows; use that" $name) -}}
+{{- end -}}
+{{- if $pool.rdma.enabled -}}
+{{- if not (and $pool.rdma.resourceName (gt (int $pool.rdma.count) 0)) -}}
+{{- fail (printf "pools.%s asks for RDMA; name the device's resource in rdma.resourceName, with a count of 1 or more: without it pods would run on nodes that have none" $name) -}}
+{{- end -}}
+{{- if ne $transport "nixl" -}}
+{{- fail (printf "pools.%s asks for RDMA, but config.kv_transfer.transport is %q, which cannot use it; Baton does not fall back to TCP behind your back: set nixl, or rdma.enabled=false" $name $transport) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq $transport "nixl") (not $pool.rdma.enabled) -}}
+{{- fail (printf "config.kv_transfer.transport is nixl, but pools.%s has no RDMA, and UCX would take TCP there without a word; set rdma.enabled=true with its resource for every pool" $name) -}}
+{{- end -}}
+{{- if and (eq $transport "shared_memory") (eq $pool.role "prefill") (gt (int $pool.replicas) 0) -}}
+{{- fail (printf "config.kv_transfer.transport is shared_memory, but workers of pools.%s are in other pods than those of decode pools; use auto or gloo" $name) -}}
+{{- end -}}
+{{- $_ := include "baton.workerGrace" . -}}
+{{- end -}}
+
+{{/* A worker asks Ray for what the pool says, so its pods have to offer that. */}}
+{{- define "baton.checkPlace" -}}
+{{- $from := dict "num-cpus" "numCpus" "num-gpus" "resources.limits" "resources" "name" -}}
+{{- range $key, $setting := $from -}}
+{{- if hasKey $.pool.rayStartParams $key -}}
+{{- fail (printf "pools.%s.rayStartParams.%s follows from the pool's %s, by which its workers find their pods; leave it out" $.name $key $setting) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Of one pod: what its worker and its Ray node listen on. (… "config" <baton.bareConfig>) */}}
+{{- define "baton.checkWorkerPorts" -}}
+{{- $worker := include "baton.poolWorker" . | fromJson -}}
+{{- $ports := pick (include "baton.workerStartParams" . | fromJson) "node-manager-port" "object-manager-port" "metrics-export-port" -}}
+{{- range $setting := list "port" "metrics_port" -}}
+{{- $port := int (index $worker $setting) -}}
+{{- if not $port -}}
+{{- fail (printf "worker.%s of pools.%s has to be a fixed port: probes and network policies name it; set config.worker.%s" $setting $.name $setting) -}}
+{{- end -}}
+{{- $_ := set $ports (printf "worker.%s" $setting) $port -}}
+{{- end -}}
+{{- include "baton.checkPorts" (dict "what" (printf "pools.%s" .name) "ports" $ports) -}}
+{{- include "baton.checkHost" (dict "what" (printf "worker.host of pools.%s" .name) "host" $worker.host) -}}
+{{- end -}}

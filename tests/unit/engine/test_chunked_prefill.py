@@ -1,0 +1,85 @@
+"""How inputs share a step: nobody starves, and short ones do not wait for long ones."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from support.sequences import sequence
+
+from engine.chunked_prefill import prefill_chunks
+from engine.sequence import Scheduled, Sequence
+
+BUDGETS = st.integers(1, 40)
+LENGTHS = st.lists(st.integers(1, 100), max_size=12)
+
+
+def inputs(lengths: list[int]) -> list[Sequence]:
+    return [sequence(number, [0] * length) for number, length in enumerate(lengths)]
+
+
+def compute(chunks: list[Scheduled]) -> None:
+    for chunk in chunks:
+        chunk.seq.num_computed_tokens += chunk.num_tokens
+
+
+def given_to(chunks: list[Scheduled]) -> dict[object, int]:
+    return {chunk.seq.key: chunk.num_tokens for chunk in chunks}
+
+
+@given(lengths=LENGTHS, budget=BUDGETS)
+def test_a_step_is_full_or_all_is_computed_and_the_oldest_has_its_half(
+    lengths: list[int], budget: int
+) -> None:
+    sequences = inputs(lengths)
+    chunks = prefill_chunks(sequences, budget)
+    shares = given_to(chunks)
+    assert sum(shares.values()) == min(budget, sum(lengths))
+    assert list(shares) == sorted(shares), "not in order of age"
+    assert all(0 < share <= lengths[number] for number, share in shares.items())
+    if lengths:
+        assert shares[0] >= min(lengths[0], -(-budget // 2))
+    assert given_to(prefill_chunks(sequences, budget)) == shares
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=8),
+    later=st.lists(st.lists(st.integers(1, 20), max_size=3), max_size=30),
+    budget=BUDGETS,
+)
+def test_an_input_is_slowed_at_most_twofold_however_many_come_after_it(
+    lengths: list[int], later: list[list[int]], budget: int
+) -> None:
+    sequences = inputs(lengths)
+    half = -(-budget // 2)
+    bounds = {number: -(-sum(lengths[: number + 1]) // half) for number in range(len(lengths))}
+    running = list(sequences)
+    for step in range(1, 1 + max(bounds.values())):
+        compute(prefill_chunks(running, budget))
+        running = [one for one in running if one.num_remaining]
+        late = [number for number, bound in bounds.items() if step >= bound]
+        assert not any(sequences[number].num_remaining for number in late)
+        if step <= len(later):
+            running += inputs(later[step - 1])
+
+
+@given(lengths=LENGTHS, short=st.integers(1, 20), budget=BUDGETS)
+def test_a_short_input_behind_longer_ones_is_computed_in_one_step(
+    lengths: list[int], short: int, budget: int
+) -> None:
+    short = min(short, max(1, budget // 2))
+    longer = [length + short for length in lengths]
+    chunks = prefill_chunks(inputs([*longer, short]), budget)
+    if budget > 1 or not longer:
+        assert given_to(chunks)[len(longer)] == short
+
+
+def test_alike_inputs_are_computed_one_after_the_other() -> None:
+    assert given_to(prefill_chunks(inputs([30, 30, 30]), 10)) == {0: 10}
+
+
+def test_what_the_short_ones_leave_goes_to_the_oldest_before_its_equals() -> None:
+    assert given_to(prefill_chunks(inputs([30, 30, 2]), 10)) == {0: 8, 2: 2}
+
+
+def test_several_short_ones_go_by_length_and_then_by_age() -> None:
+    assert given_to(prefill_chunks(inputs([50, 4, 3, 4]), 16)) == {0: 8, 1: 4, 2: 3, 3: 1}
