@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Version of both protos. Workers and gateways of different versions never pair."""
 
 EPOCH_BYTES = 16

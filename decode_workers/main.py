@@ -7,6 +7,7 @@ import os
 
 from baton.config import BatonConfig
 from baton.errors import BatonError
+from baton.logprobs import TokenLogprobs
 from baton.worker.address import advertised_host
 from baton.worker.process import run
 from decode_workers.scheduler import DecodeScheduler
@@ -37,8 +38,14 @@ async def serve(
     memory = await asyncio.to_thread(KvMemory, plan.layout.num_bytes)
     parts = await WorkerParts.build(config, plan, memory.buffer, worker_id=worker_id, role="decode")
 
-    def on_ready(transfer: TransferKey, token_id: int, position: int, num_received: int) -> None:
-        parts.inbox.post(worker.handed_over, transfer, token_id, position, num_received)
+    def on_ready(
+        transfer: TransferKey,
+        token_id: int,
+        position: int,
+        num_received: int,
+        logprobs: TokenLogprobs | None,
+    ) -> None:
+        parts.inbox.post(worker.handed_over, transfer, token_id, position, num_received, logprobs)
 
     def on_failed(transfer: TransferKey, error: BatonError) -> None:
         parts.inbox.post(worker.handoff_failed, transfer, error)

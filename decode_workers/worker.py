@@ -20,6 +20,7 @@ from baton.errors import (
     ReservationError,
 )
 from baton.faults import Faults
+from baton.logprobs import TokenLogprobs
 from baton.telemetry import WorkerMetrics
 from baton.v1 import session_pb2 as pb
 from baton.worker.inbox import Inbox
@@ -94,7 +95,12 @@ class DecodeWorker:
             self._end(self._streams[key])
 
     def handed_over(
-        self, transfer: TransferKey, first_token_id: int, first_position: int, num_received: int
+        self,
+        transfer: TransferKey,
+        first_token_id: int,
+        first_position: int,
+        num_received: int,
+        first_logprobs: TokenLogprobs | None = None,
     ) -> None:
         """READY: the input's KV is here and nobody writes it any more."""
         stream = self._transfers.pop(transfer, None)
@@ -109,7 +115,7 @@ class DecodeWorker:
         self._engine.kv.adopt(sequence, stream.num_input_tokens)
         sequence.token_ids.append(first_token_id)
         self._scheduler.received(stream)
-        self._outbox.token(stream.key, first_position, first_token_id)
+        self._outbox.token(stream.key, first_position, first_token_id, first_logprobs)
 
     def handoff_failed(self, transfer: TransferKey, error: BatonError) -> None:
         """Never READY: the gateway decides where the request goes on."""
@@ -225,7 +231,7 @@ class DecodeWorker:
             stream.counted = True
         num_emitted = sequence.num_tokens - sequence.num_prompt_tokens
         self._metrics.output_tokens.inc()
-        self._outbox.token(stream.key, num_emitted - 1, sampled.token_id)
+        self._outbox.token(stream.key, num_emitted - 1, sampled.token_id, sampled.logprobs)
         reason = stream.stop.reason(sampled.token_id, num_emitted)
         if reason is not None:
             self._end(stream)

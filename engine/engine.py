@@ -14,7 +14,7 @@ from engine.attention.paged_cpu import PagedCpuAttention
 from engine.batch import build_batch
 from engine.kv_cache.kv_cache import KvCache
 from engine.models.llama import LlamaModel
-from engine.sampling import sample
+from engine.sampling.sampler import sample
 from engine.sequence import Sampled, Scheduled
 from engine.weights.load import load_weights
 
@@ -67,17 +67,13 @@ class Engine:
         logits = self._model.forward(
             batch.token_ids, batch.positions, batch.sampled_rows, self._attention.begin(batch)
         )
-        token_ids = sample(
-            logits,
-            [seq.sampling for seq in batch.sampled],
-            [seq.num_emitted_tokens for seq in batch.sampled],
-        )
+        sampled = sample(logits, batch.sampled)
         for item in scheduled:
             item.seq.num_computed_tokens += item.num_tokens
             self.kv.publish(item.seq)
-        for seq, token_id in zip(batch.sampled, token_ids, strict=True):
-            seq.token_ids.append(token_id)
-        return [Sampled(seq, id_) for seq, id_ in zip(batch.sampled, token_ids, strict=True)]
+        for drawn in sampled:
+            drawn.seq.token_ids.append(drawn.token_id)
+        return sampled
 
     @torch.inference_mode()
     def score(self, scheduled: Scheduled) -> torch.Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from baton.errors import ContextLengthError, InvalidRequestError, UnsupportedError
 from baton.v1 import session_pb2 as pb
-from engine.sequence import SamplingParams, Sequence
+from engine.sampling.params import SamplingParams
+from engine.sequence import Sequence
 from engine.setup import EnginePlan
 
 
@@ -46,23 +47,39 @@ def check_open(message: pb.Open, plan: EnginePlan) -> None:
     vocab_size = plan.checkpoint.config.vocab_size
     if num_input and max(*message.prompt_token_ids, *message.emitted_token_ids, 0) >= vocab_size:
         raise InvalidRequestError(f"a token id is not below the vocabulary's size, {vocab_size}")
+    if max(message.sampling.logit_bias, default=0) >= vocab_size:
+        raise InvalidRequestError(f"logit_bias: an id is not below the vocabulary's {vocab_size}")
 
 
 def sequence_from_open(key: Hashable, message: pb.Open, plan: EnginePlan) -> Sequence:
     """A sequence with nothing computed, after ``check_open``."""
-    sampling = message.sampling
     return Sequence(
         key=key,
         token_ids=[*message.prompt_token_ids, *message.emitted_token_ids],
         num_prompt_tokens=len(message.prompt_token_ids),
-        sampling=SamplingParams(
-            seed=sampling.seed,
-            choice_index=message.choice_index,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-        ),
+        sampling=_sampling(message, plan.checkpoint.config.vocab_size),
         root_hash=plan.domain.root(adapter=message.adapter, cache_salt=message.cache_salt),
+    )
+
+
+def _sampling(message: pb.Open, vocab_size: int) -> SamplingParams:
+    sampling = message.sampling
+    has_logprobs = sampling.HasField("num_logprobs")
+    return SamplingParams(
+        seed=sampling.seed,
+        choice_index=message.choice_index,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty or 1.0,
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        min_tokens=sampling.min_tokens,
+        # A checkpoint may name an end-of-sequence id that its model has no logit for.
+        stop_token_ids=tuple(id_ for id_ in message.stop_token_ids if id_ < vocab_size),
+        num_logprobs=min(sampling.num_logprobs, vocab_size) if has_logprobs else None,
     )
 
 

@@ -15,17 +15,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one choice's tokens are drawn. ``temperature`` 0 is greedy, ``top_k`` 0
-    and ``top_p`` 1 are off."""
-
-    seed: int
-    choice_index: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+from baton.logprobs import TokenLogprobs
+from engine.sampling.params import SamplingParams
+from engine.sampling.processors import Processors
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +43,8 @@ class Sequence:
     """Found in the prefix cache when blocks were last taken."""
     num_published_blocks: int = 0
     """Leading blocks that need no publishing any more."""
+    processors: Processors | None = None
+    """Made with the first token that is sampled here."""
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +70,9 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A token that a step drew; it is already the last of ``seq.token_ids``."""
+    """A token that a step drew; after the step it is the last of ``seq.token_ids``."""
 
     seq: Sequence
     token_id: int
+    logprobs: TokenLogprobs | None = None
+    """Where ``seq.sampling`` wants them."""

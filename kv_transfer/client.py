@@ -24,6 +24,7 @@ from baton.errors import (
 )
 from baton.faults import Faults
 from baton.kv_layout import KvLayout
+from baton.logprobs import TokenLogprobs
 from baton.telemetry import WorkerMetrics
 from kv_transfer import handshake, messages, receiver
 from kv_transfer.blocks import PoolView
@@ -61,8 +62,8 @@ class KvReceiver:
     Args:
         memory: the worker's pool, laid out as ``layout``; the caller closes it, later.
         host: this process's address, for transports that listen.
-        on_ready: (key, first_token_id, first_position, num_received_tokens); the
-            blocks are good, and the caller's.
+        on_ready: (key, first_token_id, first_position, num_received_tokens,
+            first_logprobs); the blocks are good, and the caller's.
         on_failed: (key, error); the transfer never becomes ready.
         on_drained: (key), exactly once after ``on_failed`` or ``cancel``: nothing
             writes the blocks any more. Until then they must not be reused.
@@ -84,7 +85,7 @@ class KvReceiver:
         session: SessionConfig,
         metrics: WorkerMetrics,
         faults: Faults,
-        on_ready: Callable[[TransferKey, int, int, int], None],
+        on_ready: Callable[[TransferKey, int, int, int, TokenLogprobs | None], None],
         on_failed: Callable[[TransferKey, BatonError], None],
         on_drained: Callable[[TransferKey], None],
         host: str = "127.0.0.1",
@@ -229,7 +230,11 @@ class KvReceiver:
             case "commit":
                 record = response.commit
                 effects = machine.committed(
-                    now, record.num_tokens, record.first_token_id, record.first_position
+                    now,
+                    record.num_tokens,
+                    record.first_token_id,
+                    record.first_position,
+                    messages.first_logprobs(record),
                 )
             case "released":
                 effects = machine.released(now, ok=response.released.ok)
@@ -339,7 +344,11 @@ class KvReceiver:
         self._num_undrained -= 1
         self._settle()
         self._on_ready(
-            machine.key, effect.first_token_id, effect.first_position, effect.num_received_tokens
+            machine.key,
+            effect.first_token_id,
+            effect.first_position,
+            effect.num_received_tokens,
+            effect.first_logprobs,
         )
 
     def _forget(self, transfer: _Transfer) -> None:

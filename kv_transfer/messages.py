@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from baton.errors import BatonError, InternalError
+from baton.logprobs import TokenLogprobs
 from kv_transfer import receiver, sender
 from kv_transfer.keys import TransferKey
 from kv_transfer.ranges import BlockRange
@@ -22,12 +23,13 @@ def to_decode(key: TransferKey, effect: sender.SenderEffect) -> pb.PullResponse:
                 checksums=blocks.checksums,
             )
             return pb.PullResponse(ready=ready)
-        case sender.SendCommit(num_tokens, first_token_id, first_position):
+        case sender.SendCommit(num_tokens, first_token_id, first_position, logprobs):
             commit = pb.Commit(
                 key=named,
                 num_tokens=num_tokens,
                 first_token_id=first_token_id,
                 first_position=first_position,
+                first_logprobs=None if logprobs is None else logprobs.to_proto(),
             )
             return pb.PullResponse(commit=commit)
         case sender.SendReleased(ok):
@@ -65,6 +67,12 @@ def fetch(key: TransferKey, blocks: BlockRange) -> pb.PullRequest:
         key=key.to_proto(), start_token=blocks.start_token, end_token=blocks.end_token
     )
     return pb.PullRequest(fetch=message)
+
+
+def first_logprobs(message: pb.Commit) -> TokenLogprobs | None:
+    if not message.HasField("first_logprobs"):
+        return None
+    return TokenLogprobs.from_proto(message.first_logprobs)
 
 
 def announced(message: pb.Ready) -> BlockRange:

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.errors import BatonError, LeaseExpiredError, TransferError
+from baton.logprobs import TokenLogprobs
 from kv_transfer.keys import TransferKey
 from kv_transfer.ranges import BlockRange
 
@@ -86,6 +87,7 @@ class BecameReady:
     num_received_tokens: int
     seconds: float
     """Since the commit record came."""
+    first_logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ class ReceiveTransfer:
         self._announced_end = start_token
         self._copied_tokens = 0
         self._copying: set[BlockRange] = set()
-        self._commit: tuple[int, int] | None = None
+        self._commit: tuple[int, int, TokenLogprobs | None] | None = None
         self._committed_at = 0.0
         self._attach_until = 0.0
         self._lease_until = 0.0
@@ -250,7 +252,12 @@ class ReceiveTransfer:
         return [StartCopy(copy)]
 
     def committed(
-        self, now: float, num_tokens: int, first_token_id: int, first_position: int
+        self,
+        now: float,
+        num_tokens: int,
+        first_token_id: int,
+        first_position: int,
+        first_logprobs: TokenLogprobs | None = None,
     ) -> list[ReceiverEffect]:
         if self.state is not ReceiverState.RECEIVING or self._commit is not None:
             return []
@@ -259,7 +266,7 @@ class ReceiveTransfer:
                 f"prefill computed {num_tokens} input tokens, decode expects {self._num_tokens}"
             )
             return self._end(now, error)
-        self._commit = (first_token_id, first_position)
+        self._commit = (first_token_id, first_position, first_logprobs)
         self._committed_at = now
         self._progress_until = now + self._sizes.operation_s
         return self._release_when_copied(now)
@@ -278,7 +285,9 @@ class ReceiveTransfer:
         assert not self._copying
         self.state = ReceiverState.READY
         num_received = self._num_tokens - self._start_token
-        return [BecameReady(*self._commit, num_received, now - self._committed_at)]
+        token_id, position, logprobs = self._commit
+        seconds = now - self._committed_at
+        return [BecameReady(token_id, position, num_received, seconds, logprobs)]
 
     def aborted(self, now: float, error: BatonError) -> list[ReceiverEffect]:
         """The sender gave the transfer up."""

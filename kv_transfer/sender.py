@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from baton.errors import BatonError, LeaseExpiredError, TransferError
+from baton.logprobs import TokenLogprobs
 from kv_transfer.keys import TransferKey
 from kv_transfer.ranges import BlockRange
 
@@ -50,6 +51,7 @@ class SendCommit:
     num_tokens: int
     first_token_id: int
     first_position: int
+    first_logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +191,19 @@ class SendTransfer:
             effects = self._announce(replace(blocks, checksums=tuple(checksums)))
         return effects + self.operation_ended()
 
-    def commit(self, now: float, first_token_id: int, first_position: int) -> list[SenderEffect]:
+    def commit(
+        self,
+        now: float,
+        first_token_id: int,
+        first_position: int,
+        first_logprobs: TokenLogprobs | None = None,
+    ) -> list[SenderEffect]:
         """The whole input is computed and its next token sampled: the lease begins."""
         if self.state is not SenderState.COMPUTING:
             return []
         assert self._ready_end == self._num_tokens, "committed before every token was ready"
         self.state = SenderState.LEASED
-        self._commit = SendCommit(self._num_tokens, first_token_id, first_position)
+        self._commit = SendCommit(self._num_tokens, first_token_id, first_position, first_logprobs)
         kept_s = self._lease_s if self.attached else self._sizes.attach_s
         self._lease_until = max(self._lease_until, now + kept_s)
         return self._commit_when_announced()

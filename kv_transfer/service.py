@@ -25,6 +25,7 @@ from baton.errors import (
 )
 from baton.faults import Faults
 from baton.kv_layout import KvLayout
+from baton.logprobs import TokenLogprobs
 from baton.telemetry import WorkerMetrics
 from kv_transfer import handshake, messages, sender
 from kv_transfer.blocks import PoolView
@@ -170,11 +171,20 @@ class KvSender:
         if offer is not None:
             self._apply(offer, offer.machine.ready(end_token, block_ids))
 
-    def commit(self, key: TransferKey, first_token_id: int, first_position: int) -> None:
+    def commit(
+        self,
+        key: TransferKey,
+        first_token_id: int,
+        first_position: int,
+        first_logprobs: TokenLogprobs | None = None,
+    ) -> None:
         """The input is computed and its next token sampled: from now on a lease counts."""
         offer = self._offers.get(key)
         if offer is not None:
-            self._apply(offer, offer.machine.commit(self._now(), first_token_id, first_position))
+            effects = offer.machine.commit(
+                self._now(), first_token_id, first_position, first_logprobs
+            )
+            self._apply(offer, effects)
 
     def abort(self, key: TransferKey, error: BatonError) -> None:
         """The worker gives the transfer up; the peer is told ``error``."""

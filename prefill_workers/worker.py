@@ -209,13 +209,15 @@ class PrefillWorker:
         self._scheduler.finish(job)
         self._metrics.output_tokens.inc()
         self._outbox.count_input(job.use)
-        self._outbox.token(job.key, position, sampled.token_id)
+        self._outbox.token(job.key, position, sampled.token_id, sampled.logprobs)
         reason = job.stop.reason(sampled.token_id, num_emitted)
         if reason is not None:
             self._outbox.closed(job.key, reason, job.use)
             self._end(job, CancelledError("the request ended with its first token"))
             return
-        self._on_loop(self._sender.commit, job.transfer, sampled.token_id, position)
+        self._on_loop(
+            self._sender.commit, job.transfer, sampled.token_id, position, sampled.logprobs
+        )
 
     def _load(self) -> Load:
         counts = self._engine.kv.pool.counts()

@@ -27,6 +27,7 @@ from baton.errors import (
     WorkerLostError,
     from_code,
 )
+from baton.logprobs import TokenLogprobs
 from baton.v1 import session_pb2 as pb
 from router.request import FinishReason
 from router.routing.policy import Pairing
@@ -60,9 +61,11 @@ class _Side:
     def on_reserved(self, num_held_tokens: int) -> None:
         self.attempt.reserved(self, num_held_tokens)
 
-    def on_token(self, position: int, token_id: int, at: float) -> None:
+    def on_token(
+        self, position: int, token_id: int, at: float, logprobs: TokenLogprobs | None
+    ) -> None:
         self.end = max(position + 1, self.end or 0)
-        self.attempt.token(position, token_id, at)
+        self.attempt.token(position, token_id, at, logprobs)
 
     def on_closed(self, closed: pb.Closed) -> None:
         self.is_open = False
@@ -148,11 +151,13 @@ class Attempt:
             self._proceeded = True
             self._prefill.session.proceed(self._message.stream_id, num_held_tokens)
 
-    def token(self, position: int, token_id: int, at: float) -> None:
+    def token(
+        self, position: int, token_id: int, at: float, logprobs: TokenLogprobs | None
+    ) -> None:
         if self._ended:
             return
         try:
-            self._tokens.add(position, token_id, at)
+            self._tokens.add(position, token_id, at, logprobs)
         except InternalError as error:
             self._fail(error)
         self._settle()

@@ -171,7 +171,7 @@ class ChoiceRun:
         return [w for w in sound if w.epoch not in self._refused] or willing or workers
 
     def _message(self, pairing: Pairing) -> pb.Open:
-        choice, sampling, handoff = self._choice, self._choice.sampling, None
+        choice, handoff = self._choice, None
         if pairing.prefill is not None:
             handoff = pb.Handoff(
                 transfer_id=secrets.token_bytes(TRANSFER_ID_BYTES),
@@ -188,12 +188,7 @@ class ChoiceRun:
             attempt=self._number,
             prompt_token_ids=choice.prompt_token_ids,
             emitted_token_ids=self._tokens.token_ids,
-            sampling=pb.Sampling(
-                seed=sampling.seed,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-            ),
+            sampling=choice.sampling.to_proto(),
             max_tokens=choice.max_tokens,
             stop_token_ids=sorted(choice.stop_token_ids),
             remaining_ms=max(1, int((choice.deadline - self._loop.time()) * 1000)),
@@ -208,7 +203,7 @@ class ChoiceRun:
     async def _receive(self, attempt: Attempt) -> ChoiceOutput | None:
         """None: the attempt has failed, and all its tokens have been taken."""
         while True:
-            token_ids, arrivals = self._tokens.take()
+            token_ids, arrivals, logprobs = self._tokens.take()
             for arrival in arrivals:
                 self._timeline.arrived(arrival.num_tokens, arrival.at)
             finish_reason = attempt.finish_reason
@@ -216,9 +211,10 @@ class ChoiceRun:
                 await self._wait_account(attempt)
                 self._end_attempt()
                 num_cached = self._num_cached_tokens or 0
-                return ChoiceOutput(token_ids, finish_reason, num_cached, arrivals)
+                return ChoiceOutput(token_ids, finish_reason, num_cached, arrivals, logprobs)
             if token_ids:
-                return ChoiceOutput(token_ids, None, self._cached_tokens(attempt), arrivals)
+                num_cached = self._cached_tokens(attempt)
+                return ChoiceOutput(token_ids, None, num_cached, arrivals, logprobs)
             if attempt.error is not None:
                 return None
             await self._wait()

@@ -5,19 +5,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from baton.logprobs import TokenLogprobs
 from baton.timeline import Timeline
+from baton.v1 import session_pb2 as pb
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn; temperature 0 is greedy, top_p 1 and top_k 0 are off."""
+    """How tokens are drawn; temperature 0 is greedy, top_p 1 and top_k 0 are off, and so
+    are the defaults."""
 
     seed: int
     temperature: float
     top_p: float
     top_k: int
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, each once, and what is added to their logits."""
+    min_tokens: int = 0
+    """No stop token id and no stop string ends the choice before so many."""
+    num_logprobs: int | None = None
+    """How many of the likeliest tokens come with each token; None: no log-probabilities."""
+
+    def to_proto(self) -> pb.Sampling:
+        return pb.Sampling(
+            seed=self.seed,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=dict(self.logit_bias),
+            min_tokens=self.min_tokens,
+            num_logprobs=self.num_logprobs,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +87,5 @@ class ChoiceOutput:
     """Of the prompt, what no worker had to compute; valid from the last output on."""
     arrivals: tuple[Arrival, ...] = ()
     """Of ``token_ids``, in order."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of ``token_ids``, where the choice wants them."""

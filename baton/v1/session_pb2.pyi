@@ -205,10 +205,34 @@ Global___Open: typing_extensions.TypeAlias = Open
 class Sampling(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LogitBiasEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.int
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.int = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     SEED_FIELD_NUMBER: builtins.int
     TEMPERATURE_FIELD_NUMBER: builtins.int
     TOP_P_FIELD_NUMBER: builtins.int
     TOP_K_FIELD_NUMBER: builtins.int
+    MIN_P_FIELD_NUMBER: builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: builtins.int
+    MIN_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_LOGPROBS_FIELD_NUMBER: builtins.int
     seed: builtins.int
     temperature: builtins.float
     """0: greedy"""
@@ -216,6 +240,22 @@ class Sampling(google.protobuf.message.Message):
     """1: off"""
     top_k: builtins.int
     """0: off"""
+    min_p: builtins.float
+    """0: off"""
+    presence_penalty: builtins.float
+    """0: off; over emitted tokens"""
+    frequency_penalty: builtins.float
+    """0: off; over emitted tokens"""
+    repetition_penalty: builtins.float
+    """0 and 1: off; over prompt and emitted tokens"""
+    min_tokens: builtins.int
+    """no token of stop_token_ids until so many are emitted"""
+    num_logprobs: builtins.int
+    """Absent: none. Otherwise each token comes with its own log-probability, and with
+    those of so many likeliest ones.
+    """
+    @property
+    def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]: ...
     def __init__(
         self,
         *,
@@ -223,9 +263,21 @@ class Sampling(google.protobuf.message.Message):
         temperature: builtins.float = ...,
         top_p: builtins.float = ...,
         top_k: builtins.int = ...,
+        min_p: builtins.float = ...,
+        presence_penalty: builtins.float = ...,
+        frequency_penalty: builtins.float = ...,
+        repetition_penalty: builtins.float = ...,
+        logit_bias: collections.abc.Mapping[builtins.int, builtins.float] | None = ...,
+        min_tokens: builtins.int = ...,
+        num_logprobs: builtins.int | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_num_logprobs", b"_num_logprobs", "num_logprobs", b"num_logprobs"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_num_logprobs", b"_num_logprobs", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_logprobs", b"num_logprobs", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_logprobs: typing_extensions.TypeAlias = typing.Literal["num_logprobs"]
+    _WhichOneofArgType__num_logprobs: typing_extensions.TypeAlias = typing.Literal["_num_logprobs", b"_num_logprobs"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_logprobs) -> _WhichOneofReturnType__num_logprobs | None: ...
 
 Global___Sampling: typing_extensions.TypeAlias = Sampling
 
@@ -461,23 +513,64 @@ class TokenBatch(google.protobuf.message.Message):
     STREAM_IDS_FIELD_NUMBER: builtins.int
     POSITIONS_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
     @property
     def stream_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def positions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """Of the tokens whose streams want them, in the same order; the others have no entry."""
+
     def __init__(
         self,
         *,
         stream_ids: collections.abc.Iterable[builtins.int] | None = ...,
         positions: collections.abc.Iterable[builtins.int] | None = ...,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        logprobs: collections.abc.Iterable[Global___TokenLogprobs] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["positions", b"positions", "stream_ids", b"stream_ids", "token_ids", b"token_ids"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["logprobs", b"logprobs", "positions", b"positions", "stream_ids", b"stream_ids", "token_ids", b"token_ids"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___TokenBatch: typing_extensions.TypeAlias = TokenBatch
+
+@typing.final
+class TokenLogprobs(google.protobuf.message.Message):
+    """Natural logarithms of softmax(logits) at one token's position, before any sampling
+    parameter has changed the logits.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOGPROB_FIELD_NUMBER: builtins.int
+    TOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: builtins.int
+    INDEX_FIELD_NUMBER: builtins.int
+    logprob: builtins.float
+    """of the token itself"""
+    index: builtins.int
+    """of the token in its batch"""
+    @property
+    def top_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """the likeliest, in falling order"""
+
+    @property
+    def top_logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        logprob: builtins.float = ...,
+        top_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        top_logprobs: collections.abc.Iterable[builtins.float] | None = ...,
+        index: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["index", b"index", "logprob", b"logprob", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TokenLogprobs: typing_extensions.TypeAlias = TokenLogprobs
 
 @typing.final
 class Closed(google.protobuf.message.Message):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from baton.errors import BatonError
+from baton.logprobs import TokenLogprobs
 from baton.telemetry import WorkerMetrics
 from baton.v1 import session_pb2 as pb
 from baton.worker.inbox import Inbox
@@ -49,7 +50,15 @@ class Outbox:
     def reserved(self, key: StreamKey, num_held_tokens: int) -> None:
         self._events.reserved.append((key, num_held_tokens))
 
-    def token(self, key: StreamKey, position: int, token_id: int) -> None:
+    def token(
+        self,
+        key: StreamKey,
+        position: int,
+        token_id: int,
+        logprobs: TokenLogprobs | None = None,
+    ) -> None:
+        if logprobs is not None:
+            self._events.logprobs[len(self._events.tokens)] = logprobs
         self._events.tokens.append((key, position, token_id))
 
     def closed(

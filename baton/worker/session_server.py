@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 
 from baton.config import SessionConfig
+from baton.logprobs import TokenLogprobs
 from baton.protocol import PROTOCOL_VERSION
 from baton.v1 import session_pb2 as pb
 from baton.v1 import session_pb2_grpc
@@ -44,6 +45,8 @@ class StepEvents:
     """(stream, tokens held already)"""
     tokens: list[tuple[StreamKey, int, int]] = field(default_factory=list)
     """(stream, position, token id)"""
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """By index in ``tokens``, of those whose streams want them."""
     closed: list[tuple[StreamKey, pb.Closed]] = field(default_factory=list)
     cache: dict[bytes, bool] = field(default_factory=dict)
     """Block hashes, and whether the prefix cache holds each now."""
@@ -92,8 +95,10 @@ class SessionServer(session_pb2_grpc.WorkerServicer):
 
         for key, num_held in events.reserved:
             message(key).reserved.add(stream_id=key.stream_id, num_held_tokens=num_held)
-        for key, position, token_id in events.tokens:
+        for index, (key, position, token_id) in enumerate(events.tokens):
             batch = message(key).tokens
+            if (logprobs := events.logprobs.get(index)) is not None:
+                batch.logprobs.append(logprobs.to_proto(len(batch.token_ids)))
             batch.stream_ids.append(key.stream_id)
             batch.positions.append(position)
             batch.token_ids.append(token_id)

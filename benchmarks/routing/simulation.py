@@ -21,7 +21,8 @@ from benchmarks.routing.oracle import Asked
 from benchmarks.routing.sim_worker import KV_DTYPE, SMALL_CPU, SimWorker, Speeds
 from decode_workers.scheduler import DecodeStream
 from engine.intake import StopRule
-from engine.sequence import SamplingParams, Scheduled
+from engine.sampling.params import SamplingParams
+from engine.sequence import Scheduled
 from engine.sequence import Sequence as EngineSequence
 from kv_transfer.keys import TransferKey
 from prefill_workers.scheduler import PrefillJob

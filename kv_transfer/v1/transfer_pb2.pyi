@@ -5,6 +5,7 @@ The hand-off's control channel: one stream per (decode, prefill) pair of
 workers. The decode side is the client; bytes travel over a transport.
 """
 
+import baton.v1.session_pb2
 import builtins
 import collections.abc
 import google.protobuf.descriptor
@@ -491,6 +492,7 @@ class Commit(google.protobuf.message.Message):
     NUM_TOKENS_FIELD_NUMBER: builtins.int
     FIRST_TOKEN_ID_FIELD_NUMBER: builtins.int
     FIRST_POSITION_FIELD_NUMBER: builtins.int
+    FIRST_LOGPROBS_FIELD_NUMBER: builtins.int
     num_tokens: builtins.int
     """of the input"""
     first_token_id: builtins.int
@@ -498,6 +500,10 @@ class Commit(google.protobuf.message.Message):
     """counts emitted tokens from 0"""
     @property
     def key(self) -> Global___TransferKey: ...
+    @property
+    def first_logprobs(self) -> baton.v1.session_pb2.TokenLogprobs:
+        """where they are wanted"""
+
     def __init__(
         self,
         *,
@@ -505,10 +511,11 @@ class Commit(google.protobuf.message.Message):
         num_tokens: builtins.int = ...,
         first_token_id: builtins.int = ...,
         first_position: builtins.int = ...,
+        first_logprobs: baton.v1.session_pb2.TokenLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_logprobs", b"first_logprobs", "key", b"key"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_position", b"first_position", "first_token_id", b"first_token_id", "key", b"key", "num_tokens", b"num_tokens"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_logprobs", b"first_logprobs", "first_position", b"first_position", "first_token_id", b"first_token_id", "key", b"key", "num_tokens", b"num_tokens"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Commit: typing_extensions.TypeAlias = Commit

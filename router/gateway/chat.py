@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from router.gateway.choices import Delta
 from router.gateway.endpoint import Answer
+from router.gateway.logprobs import LoggedToken, chat_logprobs
 from router.gateway.schema import ChatRequest
+from router.tokenization.token_text import TokenTexts
 from router.tokenization.tokenizer import PromptTokenizer
 
 
@@ -26,6 +29,10 @@ class ChatJob:
         if self.request.max_completion_tokens is not None:
             return "max_completion_tokens", self.request.max_completion_tokens
         return "max_tokens", self.request.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.request.top_logprobs if self.request.logprobs else None
 
     async def encode(
         self, tokenizer: PromptTokenizer, *, context: int, vocab_size: int
@@ -53,3 +60,6 @@ class ChatJob:
             "logprobs": None,
             "finish_reason": delta.finish_reason,
         }
+
+    def logprobs(self, tokens: Sequence[LoggedToken], texts: TokenTexts) -> dict[str, Any] | None:
+        return chat_logprobs(tokens, texts)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from baton.errors import InternalError
 from baton.telemetry import GatewayMetrics
+from router.gateway.logprobs import LoggedToken
 from router.interfaces import Orchestrator
 from router.request import ChoiceOutput, ChoiceRequest, FinishReason
 from router.tokenization.detokenizer import Detokenizer
@@ -24,6 +25,8 @@ class Delta:
     token_ids: tuple[int, ...]
     first: bool
     finish_reason: FinishReason | None
+    logged: tuple[LoggedToken, ...] = ()
+    """One for each of ``token_ids``, where the client wants log-probabilities."""
 
 
 class ChoiceStream:
@@ -46,6 +49,7 @@ class ChoiceStream:
         self._scanner = scanner
         self._metrics = metrics
         self._every_token = every_token
+        self._num_characters = 0
         self._last_token_at: float | None = None
         self._begun = False
         self._stopped = False
@@ -86,13 +90,14 @@ class ChoiceStream:
         first, self._begun = not self._begun, True
         num_cached = min(output.num_cached_tokens, len(self.choice.prompt_token_ids))
         self.num_cached_tokens = max(self.num_cached_tokens, num_cached)
-        taken, texts = [], []
+        offsets, texts = [], []
         for token_id in output.token_ids:
-            taken.append(token_id)
+            offsets.append(self._num_characters)
             if token_id not in self.choice.stop_token_ids:
-                texts.append(self._scan(self._detokenizer.push(token_id)))
+                texts.append(self._text(token_id, number=self.num_tokens + len(offsets)))
             if self._stopped:
                 break
+        taken = output.token_ids[: len(offsets)]
         if output.finish_reason is not None and not self._stopped:
             texts.append(self._scan(self._detokenizer.flush()))
             texts.append("" if self._stopped else self._scanner.flush())
@@ -100,10 +105,26 @@ class ChoiceStream:
         return Delta(
             index=self.choice.choice_index,
             text="".join(texts),
-            token_ids=tuple(taken),
+            token_ids=taken,
             first=first,
             finish_reason="stop" if self._stopped else output.finish_reason,
+            logged=self._logged(output, offsets),
         )
+
+    def _text(self, token_id: int, *, number: int) -> str:
+        """What may be shown after the ``number``-th token. No stop string is looked for in
+        the first ``min_tokens``, as in vLLM."""
+        text = self._detokenizer.push(token_id)
+        self._num_characters += len(text)
+        return text if number <= self.choice.sampling.min_tokens else self._scan(text)
+
+    def _logged(self, output: ChoiceOutput, offsets: list[int]) -> tuple[LoggedToken, ...]:
+        if self.choice.sampling.num_logprobs is None:
+            return ()
+        if len(output.logprobs) != len(output.token_ids):
+            raise InternalError("a worker left log-probabilities out")
+        each = zip(output.token_ids, output.logprobs, offsets, strict=False)
+        return tuple(LoggedToken(*one) for one in each)
 
     def _scan(self, text: str) -> str:
         scanned = self._scanner.push(text)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from baton.errors import InvalidRequestError
 from router.gateway.choices import Delta
 from router.gateway.endpoint import Answer
+from router.gateway.logprobs import LoggedToken, completion_logprobs
 from router.gateway.schema import CompletionRequest
+from router.tokenization.token_text import TokenTexts
 from router.tokenization.tokenizer import PromptTokenizer
 
 
@@ -28,6 +31,10 @@ class CompletionJob:
     @property
     def max_tokens(self) -> tuple[str, int | None]:
         return "max_tokens", self.request.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.request.logprobs
 
     async def encode(
         self, tokenizer: PromptTokenizer, *, context: int, vocab_size: int
@@ -55,6 +62,9 @@ class CompletionJob:
 
     def chunk_choice(self, delta: Delta) -> dict[str, Any]:
         return self._choice(delta.index, delta.text, delta.finish_reason)
+
+    def logprobs(self, tokens: Sequence[LoggedToken], texts: TokenTexts) -> dict[str, Any] | None:
+        return completion_logprobs(tokens, texts)
 
     @staticmethod
     def _choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:

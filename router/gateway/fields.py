@@ -82,8 +82,6 @@ def _is_flag(value: Any) -> bool:
 
 
 _TOOLS = "Tool calls are not built yet."
-_LOGPROBS = "Log-probabilities are not built yet."
-_PENALTIES = "Penalties are not built yet."
 _CACHE = "Prefix caching is always on; `cache_salt` parts tenants."
 
 _SHARED = (
@@ -97,11 +95,29 @@ _SHARED = (
     _honoured("temperature", "0 to 2", "0 is greedy; 1 by default."),
     _honoured("top_p", "0 to 1", "1 by default, which is off; 0 is greedy."),
     _ignored("user", "any string", _is_text, "Baton keeps nothing about users."),
-    _neutral("frequency_penalty", "`0`", [0], _PENALTIES),
-    _neutral("presence_penalty", "`0`", [0], _PENALTIES),
-    _neutral("logit_bias", "`{}`", [{}], "Logit biases are not built yet."),
+    _honoured(
+        "frequency_penalty", "-2 to 2", "Taken off a token's logit each time that it was emitted."
+    ),
+    _honoured("presence_penalty", "-2 to 2", "Taken off a token's logit once it was emitted."),
+    _honoured(
+        "logit_bias", "up to 1,024 token ids as strings, each with -100 to 100",
+        "Added to these tokens' logits.",
+    ),
     _honoured(
         "top_k", "-1, 0 or more", "Only the k likeliest tokens; 0 and -1 are off.", extension=True
+    ),
+    _honoured(
+        "min_p", "0 to 1",
+        "Only tokens at least so many times as likely as the likeliest; 0 is off.", extension=True,
+    ),
+    _honoured(
+        "repetition_penalty", "0.01 to 100",
+        "Divides the positive logits of tokens in prompt and answer, and multiplies their other "
+        "ones; 1 is off.", extension=True,
+    ),
+    _honoured(
+        "min_tokens", "0 to `max_tokens`",
+        "No stop token and no stop string ends the choice before so many.", extension=True,
     ),
     _honoured(
         "cache_salt", "up to 256 characters",
@@ -134,8 +150,8 @@ CHAT_FIELDS = _table((
     _neutral("audio", "`null`", [], "Baton serves text only."),
     _neutral("function_call", '`"none"`, `"auto"`', ["none", "auto"], _TOOLS),
     _neutral("functions", "`[]`", [[]], _TOOLS),
-    _neutral("logprobs", "`false`", [False], _LOGPROBS),
-    _neutral("top_logprobs", "`0`", [0], _LOGPROBS),
+    _honoured("logprobs", "`true`, `false`", "Each token's log-probability, see below."),
+    _honoured("top_logprobs", "0 to 20", "Those of the likeliest; only with `logprobs: true`."),
     _neutral("modalities", '`["text"]`', [["text"]], "Baton serves text only."),
     _neutral("moderation", "`null`", [], "Baton moderates nothing."),
     _neutral("prediction", "`null`", [], "Predicted outputs are not built yet."),
@@ -168,7 +184,9 @@ COMPLETION_FIELDS = _table((
         lambda value, body: type(value) is int and value == (body.get("n") or 1),
     ),
     _neutral("echo", "`false`", [False], "Echoing the prompt is not built yet."),
-    _neutral("logprobs", "`null`", [], _LOGPROBS),
+    _honoured(
+        "logprobs", "0 to 5", "Each token's log-probability, and those of so many likeliest ones."
+    ),
     _neutral("suffix", '`""`', [""], "Fill-in-the-middle is not built yet."),
 ))  # fmt: skip
 

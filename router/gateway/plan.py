@@ -69,7 +69,8 @@ class Planner:
         )
         prompts = tuple(tuple(ids) for ids in encoded)
         limits = [_max_tokens(job, len(prompt), length) for prompt in prompts]
-        sampling = self._sampling(request)
+        _check_min_tokens(request.min_tokens, min(limits))
+        sampling = self._sampling(job)
         stop_token_ids = frozenset(request.stop_token_ids)
         if not request.ignore_eos:
             stop_token_ids |= frozenset(self._checkpoint.eos_token_ids)
@@ -91,7 +92,8 @@ class Planner:
         )
         return Plan(prompts, choices)
 
-    def _sampling(self, request: GenerationRequest) -> SamplingParams:
+    def _sampling(self, job: Job) -> SamplingParams:
+        request = job.request
         greedy = min(request.temperature, request.top_p) < _GREEDY_BELOW
         seed = secrets.randbits(64) if request.seed is None else request.seed
         return SamplingParams(
@@ -99,6 +101,13 @@ class Planner:
             temperature=0.0 if greedy else request.temperature,
             top_p=1.0 if greedy else request.top_p,
             top_k=min(max(request.top_k, 0), self._checkpoint.config.vocab_size),
+            min_p=request.min_p,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            logit_bias=tuple((int(id_), bias) for id_, bias in request.logit_bias.items()),
+            min_tokens=request.min_tokens,
+            num_logprobs=job.num_logprobs,
         )
 
     def _check_count(self, num_prompts: int, n: int) -> None:
@@ -111,9 +120,10 @@ class Planner:
 
     def _check_token_ids(self, request: GenerationRequest) -> None:
         vocab_size = self._checkpoint.config.vocab_size
-        for place, token_id in enumerate(request.stop_token_ids):
+        named = [(f"stop_token_ids.{at}", id_) for at, id_ in enumerate(request.stop_token_ids)]
+        named += [(f"logit_bias.{id_}", int(id_)) for id_ in request.logit_bias]
+        for path, token_id in named:
             if token_id >= vocab_size:
-                path = f"stop_token_ids.{place}"
                 raise InvalidRequestError(
                     f"'{path}': token id {token_id} is outside the vocabulary of {vocab_size}",
                     param=path,
@@ -139,6 +149,14 @@ def _max_tokens(job: Job, num_prompt_tokens: int, context_length: int) -> int:
             param=name,
         )
     return left if asked is None else asked
+
+
+def _check_min_tokens(min_tokens: int, max_tokens: int) -> None:
+    if min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"'min_tokens' is {min_tokens}, but the answer has room for {max_tokens} tokens",
+            param="min_tokens",
+        )
 
 
 def usage(

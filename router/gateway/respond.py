@@ -24,6 +24,7 @@ from router.gateway.choices import ChoiceStream, Delta
 from router.gateway.context import RequestContext, context_of
 from router.gateway.endpoint import Answer, Job
 from router.gateway.generation import Generation
+from router.gateway.logprobs import LoggedToken
 from router.gateway.plan import Plan, usage
 from router.gateway.services import Services
 from router.gateway.sse import DONE, KEEP_ALIVE, EventStream, event, to_json
@@ -113,7 +114,7 @@ class GenerationResponse(Response):
                 detokenizer=self._services.tokenizer.new_detokenizer(),
                 scanner=stops.scanner(),
                 metrics=self._services.metrics,
-                every_token=self._return_token_ids,
+                every_token=self._return_token_ids or self._job.num_logprobs is not None,
             )
             for choice in plan.choices
         ]
@@ -124,7 +125,7 @@ class GenerationResponse(Response):
             for delta in deltas:
                 answers[delta.index].add(delta)
         choices = [
-            self._with_token_ids(self._job.answer_choice(answer), answer.token_ids)
+            self._with_tokens(self._job.answer_choice(answer), answer.token_ids, answer.logged)
             for answer in answers
         ]
         body = {**self._head, "choices": choices, "usage": self._usage(exchange)}
@@ -168,10 +169,15 @@ class GenerationResponse(Response):
                 await stream.write(KEEP_ALIVE)
 
     def _chunk(self, delta: Delta, extras: Mapping[str, Any]) -> dict[str, Any]:
-        choice = self._with_token_ids(self._job.chunk_choice(delta), delta.token_ids)
+        choice = self._with_tokens(self._job.chunk_choice(delta), delta.token_ids, delta.logged)
         return {**self._head, "choices": [choice], **extras}
 
-    def _with_token_ids(self, choice: dict[str, Any], token_ids: Sequence[int]) -> dict[str, Any]:
+    def _with_tokens(
+        self, choice: dict[str, Any], token_ids: Sequence[int], logged: Sequence[LoggedToken]
+    ) -> dict[str, Any]:
+        """What was asked for of the tokens themselves, beside their text."""
+        if self._job.num_logprobs is not None:
+            choice |= {"logprobs": self._job.logprobs(logged, self._services.tokenizer.texts)}
         return choice | {"token_ids": list(token_ids)} if self._return_token_ids else choice
 
     def _prompt_token_ids(self, plan: Plan) -> dict[str, Any]:

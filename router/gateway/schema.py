@@ -32,12 +32,17 @@ from router.gateway.fields import (
 _INT64 = 2**63
 _TAG = "@"
 """Begins the names of union branches, which are no part of a field's path."""
+_KEY = "[key]"
+"""Ends the path to a key of an object that is no good itself."""
 
 Count = Annotated[int, Field(ge=1, lt=_INT64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+BiasedToken = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 def _text_or_list(value: Any) -> str | None:
@@ -127,6 +132,12 @@ class GenerationRequest(_Model):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=_INT64)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=1024)] = {}
+    min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] = 0
     cache_salt: Annotated[str, StringConstraints(max_length=256)] = ""
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = []
@@ -146,12 +157,15 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
 
 
 class CompletionRequest(GenerationRequest):
     """The body of ``POST /v1/completions``."""
 
     prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -174,6 +188,10 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     except ValidationError as error:
         raise _invalid(error) from None
     _check_limits(request.max_tokens, request.max_completion_tokens)
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequestError(
+            "'top_logprobs' goes only with 'logprobs': true", param="top_logprobs"
+        )
     return request
 
 
@@ -235,6 +253,9 @@ def _check_limits(old: int | None, new: int | None) -> None:
 def _invalid(error: ValidationError) -> InvalidRequestError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     parts = [str(part) for part in first["loc"]]
+    if parts[-1] == _KEY:
+        path = ".".join(parts[:-2])
+        return InvalidRequestError(f"'{path}': its keys should be token ids in digits", param=path)
     path = ".".join(part for part in parts if not part.startswith(_TAG))
     if first["type"] == "missing":
         return InvalidRequestError(f"'{path}' is required", param=path)

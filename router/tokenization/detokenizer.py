@@ -18,7 +18,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer, decoders
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
 _REPLACEMENT = "\ufffd"
 _MAX_HELD_TOKENS = 16
 """Of a window whose text ends in a replacement character; a character has at most four bytes."""
@@ -61,7 +61,7 @@ class Detokenizers:
         """What a ByteLevel decoder makes of the token; the first look-up is kept."""
         known = self._bytes.get(token_id)
         if known is None:
-            known = self._bytes[token_id] = _byte_level_bytes(self.token(token_id) or "")
+            known = self._bytes[token_id] = byte_level_bytes(self.token(token_id) or "")
         return known
 
     def decode(self, token_ids: list[int]) -> str:
@@ -80,7 +80,8 @@ def _byte_alphabet() -> dict[str, int]:
 _ALPHABET = _byte_alphabet()
 
 
-def _byte_level_bytes(token: str) -> bytes:
+def byte_level_bytes(token: str) -> bytes:
+    """What a ByteLevel decoder makes of a token's own string."""
     # A token with a character outside the alphabet (an added one) stands for itself.
     try:
         return bytes(_ALPHABET[character] for character in token)
@@ -118,7 +119,7 @@ class _WindowDetokenizer:
             return ""
         self._ids.append(token_id)
         self._window.append(token_id)
-        if _BYTE_TOKEN.match(token):
+        if BYTE_TOKEN.match(token):
             # A run of byte tokens is decoded as a whole, so it settles when it ends.
             return ""
         text = self._shared.decode(self._window)

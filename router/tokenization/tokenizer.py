@@ -16,6 +16,7 @@ from baton.checkpoint.checkpoint import Checkpoint
 from baton.errors import ContextLengthError, UnsupportedError
 from router.tokenization.chat_template import ChatTemplate
 from router.tokenization.detokenizer import Detokenizer, Detokenizers
+from router.tokenization.token_text import TokenTexts
 
 _INLINE_CHARACTERS = 10_000
 """Tokenized on the event loop (some 2 ms); longer ones in a thread."""
@@ -36,6 +37,7 @@ class PromptTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self.texts = TokenTexts(tokenizer)
         self._detokenizers = Detokenizers(tokenizer)
         # What it puts before every text, if that is one token.
         added = tokenizer.encode("", add_special_tokens=True).ids

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from baton.config import SessionConfig
 from baton.errors import WorkerLostError
+from baton.logprobs import TokenLogprobs
 from baton.records import WorkerRecord
 from baton.telemetry import GatewayMetrics
 from baton.v1 import session_pb2 as pb
@@ -32,7 +33,9 @@ class StreamSink(Protocol):
 
     def on_reserved(self, num_held_tokens: int) -> None: ...
 
-    def on_token(self, position: int, token_id: int, at: float) -> None:
+    def on_token(
+        self, position: int, token_id: int, at: float, logprobs: TokenLogprobs | None
+    ) -> None:
         """``at``, by ``time.perf_counter``, is the same for all tokens of a message."""
         ...
 
@@ -207,11 +210,12 @@ class WorkerSession:
             if (sink := self._sinks.get(reserved.stream_id)) is not None:
                 sink.on_reserved(reserved.num_held_tokens)
         batch, at = events.tokens, time.perf_counter()
-        for stream_id, position, token_id in zip(
-            batch.stream_ids, batch.positions, batch.token_ids, strict=True
+        logprobs = {each.index: TokenLogprobs.from_proto(each) for each in batch.logprobs}
+        for index, (stream_id, position, token_id) in enumerate(
+            zip(batch.stream_ids, batch.positions, batch.token_ids, strict=True)
         ):
             if (sink := self._sinks.get(stream_id)) is not None:
-                sink.on_token(position, token_id, at)
+                sink.on_token(position, token_id, at, logprobs.get(index))
         for closed in events.closed:
             if (sink := self._sinks.pop(closed.stream_id, None)) is not None:
                 sink.on_closed(closed)

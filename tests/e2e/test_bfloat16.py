@@ -16,7 +16,8 @@ from support.prompts import CHATS, long_text
 
 from baton.config import BatonConfig, parse_config
 from engine.engine import Engine
-from engine.sequence import SamplingParams, Scheduled, Sequence
+from engine.sampling.params import SamplingParams
+from engine.sequence import Scheduled, Sequence
 from engine.setup import plan_engine
 
 ERROR_RATIO = 1.25

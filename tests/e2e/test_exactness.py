@@ -76,3 +76,31 @@ def test_greedy_answers_equal_the_oracles(
     }
     assert not differing
     server.wait_at_rest()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_log_probabilities_are_the_oracles_whatever_the_sampling_parameters(
+    server: BatonServer, oracle: Oracle
+) -> None:
+    prompt = oracle.encode(long_text())[:100]
+    body = server.complete(
+        prompt=prompt,
+        max_tokens=NUM_TOKENS,
+        logprobs=3,
+        temperature=1.2,
+        seed=5,
+        presence_penalty=1.0,
+        repetition_penalty=1.1,
+        min_p=0.05,
+    )
+    choice = body["choices"][0]
+    logits = oracle.logits(prompt + choice["token_ids"])[len(prompt) - 1 : -1]
+    raw = logits.log_softmax(-1)
+    told = choice["logprobs"]["token_logprobs"]
+    assert told == pytest.approx(
+        [row[token].item() for row, token in zip(raw, choice["token_ids"], strict=True)], abs=1e-3
+    )
+    for row, likeliest in zip(raw, choice["logprobs"]["top_logprobs"], strict=True):
+        best = sorted(likeliest.values(), reverse=True)[:3]
+        assert best == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)

@@ -14,6 +14,7 @@ import pytest
 from baton.config import KvTransferConfig, SessionConfig
 from baton.errors import BatonError, IncompatiblePeerError
 from baton.kv_layout import KvLayout
+from baton.protocol import PROTOCOL_VERSION
 from kv_transfer import handshake, peer
 from kv_transfer.keys import TransferKey
 from kv_transfer.transports import memory_socket, shared_memory
@@ -114,7 +115,8 @@ async def test_another_protocol_version_is_refused_first(
     decode = await decode_in(ends, AUTO, generation="1", digest=b"x")
     monkeypatch.setattr(handshake, "make_hello", newer)
     error = await refusal(prefill, decode)
-    assert "protocol version differs: 1 here, 9 at the peer" in error.message
+    differs = f"protocol version differs: {PROTOCOL_VERSION} here, 9 at the peer"
+    assert differs in error.message
 
 
 async def test_another_layout_under_an_equal_digest_is_refused(

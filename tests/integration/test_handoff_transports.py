@@ -9,6 +9,7 @@ import pytest
 
 from baton.config import KvTransferConfig
 from baton.errors import IncompatiblePeerError, TransferCorruptError
+from baton.logprobs import TokenLogprobs
 from kv_transfer.blocks import PoolView
 from tests.support.handoff import (
     LAYOUT,
@@ -94,6 +95,21 @@ async def test_chunks_move_whether_announced_before_or_after_attach(
     prefill.compute(key, 19, SOURCE_BLOCKS)
     await until(lambda: decode.ready and prefill.freed)
     assert_moved(prefill.pool, decode.pool, 4, 19)
+
+
+@pytest.mark.parametrize(
+    "logprobs", [None, TokenLogprobs(0.0), TokenLogprobs(-0.5, ((77, -0.5), (3, -2.0)))], ids=str
+)
+async def test_commit_record_carries_the_first_tokens_log_probabilities(
+    pair: tuple[Prefill, Decode], logprobs: TokenLogprobs | None
+) -> None:
+    prefill, decode = pair
+    key = key_between(prefill, decode)
+    prefill.sender.offer(key, start_token=0, num_tokens=6)
+    decode.begin(key, prefill, start_token=0, num_tokens=6, block_ids=BLOCKS[:2])
+    prefill.compute(key, 6, SOURCE_BLOCKS[:2], logprobs)
+    await until(lambda: decode.ready and prefill.freed)
+    assert decode.first_logprobs == {key: logprobs}
 
 
 async def test_attach_that_comes_before_the_offer_is_kept_for_it(

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from baton.config import BatonConfig, parse_config
 from baton.faults import Faults
+from baton.logprobs import TokenLogprobs
 from baton.protocol import new_epoch
 from baton.records import Role, WorkerRecord
 from baton.telemetry import GatewayMetrics
@@ -70,6 +71,7 @@ class Client:
 
     def __init__(self, outputs: AsyncGenerator[ChoiceOutput, None]) -> None:
         self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.last: ChoiceOutput | None = None
         self._outputs = outputs
         self.task = asyncio.create_task(self._read())
@@ -78,6 +80,7 @@ class Client:
         try:
             async for output in self._outputs:
                 self.token_ids += output.token_ids
+                self.logprobs += output.logprobs
                 self.last = output
         finally:
             await self._outputs.aclose()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 from baton import rpc
 from baton.config import SessionConfig
 from baton.errors import BatonError
+from baton.logprobs import TokenLogprobs
 from baton.protocol import PROTOCOL_VERSION, new_epoch
 from baton.records import Role, WorkerRecord
 from baton.v1 import session_pb2 as pb
@@ -71,9 +72,14 @@ class FakeStream:
         reserved = pb.Reserved(stream_id=self.message.stream_id, num_held_tokens=num_held_tokens)
         self.worker.send_events(pb.Events(reserved=[reserved]))
 
-    def tokens(self, position: int, *token_ids: int) -> None:
-        """Tokens at ``position`` and after it, in one batch."""
-        self.worker.send_events(pb.Events(tokens=self.batch(position, token_ids)))
+    def tokens(
+        self, position: int, *token_ids: int, logprobs: Mapping[int, TokenLogprobs] | None = None
+    ) -> None:
+        """Tokens at ``position`` and after it, in one batch; ``logprobs`` by position."""
+        batch = self.batch(position, token_ids)
+        for at, each in (logprobs or {}).items():
+            batch.logprobs.append(each.to_proto(at - position))
+        self.worker.send_events(pb.Events(tokens=batch))
 
     def batch(self, position: int, token_ids: tuple[int, ...]) -> pb.TokenBatch:
         return pb.TokenBatch(

@@ -22,6 +22,7 @@ from baton.config import KvTransferConfig, SessionConfig
 from baton.errors import BatonError
 from baton.faults import Faults
 from baton.kv_layout import KvLayout
+from baton.logprobs import TokenLogprobs
 from baton.protocol import PROTOCOL_VERSION, new_epoch
 from baton.telemetry import WorkerMetrics
 from kv_transfer.client import KvReceiver
@@ -135,10 +136,16 @@ class Prefill:
         await self.sender.close()
         await self.server.stop(None)
 
-    def compute(self, key: TransferKey, num_tokens: int, block_ids: list[int]) -> None:
+    def compute(
+        self,
+        key: TransferKey,
+        num_tokens: int,
+        block_ids: list[int],
+        logprobs: TokenLogprobs | None = None,
+    ) -> None:
         """Announces everything and commits; the pool's random bytes are the KV."""
         self.sender.ready(key, num_tokens, block_ids)
-        self.sender.commit(key, 77, 0)
+        self.sender.commit(key, 77, 0, logprobs)
 
 
 @dataclass
@@ -152,6 +159,7 @@ class Decode:
     ready: dict[TransferKey, tuple[int, int, int]]
     failed: dict[TransferKey, BatonError]
     drained: list[TransferKey]
+    first_logprobs: dict[TransferKey, TokenLogprobs | None]
 
     @classmethod
     async def start(
@@ -171,9 +179,18 @@ class Decode:
         failed: dict[TransferKey, BatonError] = {}
         drained: list[TransferKey] = []
 
-        def on_ready(key: TransferKey, token_id: int, position: int, received: int) -> None:
+        first_logprobs: dict[TransferKey, TokenLogprobs | None] = {}
+
+        def on_ready(
+            key: TransferKey,
+            token_id: int,
+            position: int,
+            received: int,
+            logprobs: TokenLogprobs | None,
+        ) -> None:
             assert key not in ready
             ready[key] = (token_id, position, received)
+            first_logprobs[key] = logprobs
 
         def on_failed(key: TransferKey, error: BatonError) -> None:
             assert key not in failed
@@ -197,7 +214,7 @@ class Decode:
             idle_s=idle_s,
         )
         await receiver.start()
-        return cls(receiver, pool, epoch, registry, ready, failed, drained)
+        return cls(receiver, pool, epoch, registry, ready, failed, drained, first_logprobs)
 
     async def close(self) -> None:
         await self.receiver.close()

@@ -7,7 +7,8 @@ from collections.abc import Sequence as Items
 from baton.block_hash import HashDomain
 from baton.kv_layout import KvLayout
 from engine.kv_cache.kv_cache import KvCache
-from engine.sequence import SamplingParams, Scheduled, Sequence
+from engine.sampling.params import SamplingParams
+from engine.sequence import Scheduled, Sequence
 
 DOMAIN = HashDomain(key=b"test", weights_revision="r", kv_dtype="float32")
 

@@ -12,7 +12,8 @@ from baton.checkpoint.checkpoint import Checkpoint
 from baton.checkpoint.model_config import ModelConfig
 from baton.kv_layout import KvLayout
 from engine.engine import Engine, Scheduled
-from engine.sequence import SamplingParams, Sequence
+from engine.sampling.params import SamplingParams
+from engine.sequence import Sequence
 
 DOMAIN = HashDomain(key=b"k" * 32, weights_revision="tiny", kv_dtype="float32")
 TINY = TinyLlama(num_heads=4, num_kv_heads=2)

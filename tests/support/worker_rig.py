@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from support.sequences import pretend_step
 
 from baton.faults import Faults
+from baton.logprobs import TokenLogprobs
 from baton.telemetry import WorkerMetrics
 from baton.v1 import session_pb2 as pb
 from baton.worker.inbox import Inbox
@@ -27,13 +28,15 @@ class PretendEngine:
     def __init__(self, kv: KvCache, token_id: int = 7) -> None:
         self.kv = kv
         self.token_id = token_id
+        self.logprobs: TokenLogprobs | None = None
+        """Those of every token that it samples."""
         self.on_step: Callable[[], None] = lambda: None
         """Called when a step begins."""
 
     def step(self, chunks: Items[Scheduled]) -> list[Sampled]:
         self.on_step()
         done = pretend_step(self.kv, chunks, self.token_id)
-        return [Sampled(seq, self.token_id) for seq in done]
+        return [Sampled(seq, self.token_id, self.logprobs) for seq in done]
 
 
 class Recorder:
@@ -64,11 +67,15 @@ class Rig:
         self.faults = Faults(Path("/nonexistent"), "w")
         self.reserved: list[tuple[StreamKey, int]] = []
         self.tokens: list[tuple[StreamKey, int, int]] = []
+        self.logprobs: dict[int, TokenLogprobs] = {}
+        """By index in ``tokens``."""
         self.closed: dict[StreamKey, pb.Closed] = {}
         self.cache: dict[bytes, bool] = {}
 
     def _deliver(self, events: StepEvents) -> None:
         self.reserved += events.reserved
+        first = len(self.tokens)
+        self.logprobs |= {first + index: each for index, each in events.logprobs.items()}
         self.tokens += events.tokens
         self.cache |= events.cache
         for key, message in events.closed:

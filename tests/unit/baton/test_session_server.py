@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from baton.config import SessionConfig
+from baton.logprobs import TokenLogprobs
 from baton.protocol import PROTOCOL_VERSION
 from baton.rpc import auth_metadata, channel, server
 from baton.v1 import session_pb2 as pb
@@ -96,6 +97,7 @@ async def test_messages_reach_the_handler_and_events_come_back_in_one_message() 
             StepEvents(
                 reserved=[(key, 32)],
                 tokens=[(key, 0, 11), (other, 0, 12), (key, 1, 13)],
+                logprobs={1: TokenLogprobs(-9.0), 2: TokenLogprobs(-0.5, ((13, -0.5), (4, -2.0)))},
                 closed=[(key, pb.Closed(reason=pb.CLOSE_REASON_STOP))],
             )
         )
@@ -103,6 +105,10 @@ async def test_messages_reach_the_handler_and_events_come_back_in_one_message() 
         assert [(r.stream_id, r.num_held_tokens) for r in events.reserved] == [(4, 32)]
         assert list(events.tokens.token_ids) == [11, 13]
         assert list(events.tokens.positions) == [0, 1]
+        [logprobs] = events.tokens.logprobs
+        assert (logprobs.index, logprobs.logprob) == (1, -0.5)
+        assert list(logprobs.top_token_ids) == [13, 4]
+        assert list(logprobs.top_logprobs) == [-0.5, -2.0]
         assert [(c.stream_id, c.reason) for c in events.closed] == [(4, pb.CLOSE_REASON_STOP)]
         call.cancel()
         await link.close()

@@ -10,6 +10,7 @@ from support.worker_rig import PretendEngine, Recorder, Rig
 
 from baton.config import EngineConfig, KvTransferConfig
 from baton.errors import DrainingError, TransferError
+from baton.logprobs import TokenLogprobs
 from baton.v1 import session_pb2 as pb
 from baton.worker.host import report_from
 from baton.worker.session_server import StreamKey
@@ -86,6 +87,19 @@ async def test_handed_over_stream_decodes_from_the_senders_first_token() -> None
     assert rig.states() == (0, 0)
     assert rig.counted("received") == 10
     assert rig.counted("computed") == 0
+
+
+async def test_each_tokens_log_probabilities_leave_with_it_the_handed_over_first_ones_too() -> None:
+    rig = DecodeRig()
+    first, later = TokenLogprobs(-0.25), TokenLogprobs(-0.5, ((7, -0.5),))
+    rig.worker.open(rig.stream(list(range(10))))
+    await rig.step()
+    rig.worker.handed_over(TRANSFER, 42, 0, 10, first)
+    rig.engine.logprobs = later
+    for _ in range(3):
+        await rig.step()
+    assert rig.tokens == [(KEY, 0, 42), (KEY, 1, 7), (KEY, 2, 7)]
+    assert rig.logprobs == {0: first, 1: later, 2: later}
 
 
 async def test_reservation_is_answered_before_the_step_that_others_compute_in() -> None:

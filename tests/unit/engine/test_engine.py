@@ -14,8 +14,9 @@ from support.tiny_models import config_json, tiny_tensors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.engine import Engine, Scheduled
-from engine.sampling import sample
-from engine.sequence import SamplingParams, Sequence
+from engine.sampling.params import SamplingParams
+from engine.sampling.sampler import sample
+from engine.sequence import Sampled, Sequence
 
 NUM_TOKENS = 24
 
@@ -187,9 +188,9 @@ def test_a_draw_position_counts_emitted_tokens(
 ) -> None:
     seen: list[int] = []
 
-    def spy(logits: torch.Tensor, params: list[SamplingParams], positions: list[int]) -> list[int]:
-        seen.extend(positions)
-        return sample(logits, params, positions)
+    def spy(logits: torch.Tensor, seqs: list[Sequence]) -> list[Sampled]:
+        seen.extend(seq.num_emitted_tokens for seq in seqs)
+        return sample(logits, seqs)
 
     monkeypatch.setattr("engine.engine.sample", spy)
     seq = prompt(tokens(9))

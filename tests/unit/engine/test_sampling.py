@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import sampling
-from engine.sampling import sample, uniform
-from engine.sequence import SamplingParams
+from engine.sampling import draw as draw_module
+from engine.sampling.draw import draw, uniform
+from engine.sampling.params import SamplingParams
 
 # By degrees of freedom, what a chi-square statistic exceeds with a probability of 1e-4.
 CHI_SQUARE_LIMIT = {8: 31.83, 19: 50.80}
@@ -32,7 +32,7 @@ def draw_many(row: torch.Tensor, params: SamplingParams, num_draws: int) -> torc
     counts = torch.zeros(row.shape[0], dtype=torch.int64)
     for first in range(0, num_draws, 1000):
         positions = list(range(first, first + 1000))
-        drawn = sample(row.expand(1000, -1), [params] * 1000, positions)
+        drawn = draw(row.expand(1000, -1), [params] * 1000, positions)
         counts += torch.bincount(torch.tensor(drawn), minlength=row.shape[0])
     return counts
 
@@ -69,6 +69,8 @@ def test_draws_under_both_limits_follow_the_distribution_that_is_left() -> None:
 def support(row: torch.Tensor, params: SamplingParams) -> set[int]:
     """The tokens that some uniform number leads to, by the definition."""
     order = sorted(range(len(row)), key=lambda token: (-row[token].item(), token))
+    shares = ((row - row.max()).double() / params.temperature).exp()
+    order = [token for token in order if shares[token] >= params.min_p]
     order = order[: params.top_k or len(order)]
     weights = (row[order].double() / params.temperature).softmax(0)
     kept, reached = [], 0.0
@@ -85,19 +87,33 @@ def reachable(
 ) -> set[int]:
     """The tokens that a fine grid of uniform numbers leads to."""
     grid = [(i + 0.5) / 3000 for i in range(3000)]
-    monkeypatch.setattr(sampling, "uniform", lambda _, position: grid[position])
-    return set(sample(row.expand(3000, -1), [params] * 3000, list(range(3000))))
+    monkeypatch.setattr(draw_module, "uniform", lambda _, position: grid[position])
+    return set(draw(row.expand(3000, -1), [params] * 3000, list(range(3000))))
 
 
 @pytest.mark.parametrize("num_candidates", [4, 256])
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(1, 1.0), (3, 1.0), (7, 1.0), (0, 0.3), (0, 0.9), (9, 0.6), (0, 1e-9)]
+    ("top_k", "top_p", "min_p"),
+    [
+        (1, 1.0, 0.0),
+        (3, 1.0, 0.0),
+        (7, 1.0, 0.0),
+        (0, 0.3, 0.0),
+        (0, 0.9, 0.0),
+        (9, 0.6, 0.0),
+        (0, 1e-9, 0.0),
+        (0, 1.0, 0.5),
+        (0, 1.0, 1.0),
+        (3, 1.0, 0.4),
+        (9, 0.8, 0.4),
+        (0, 0.9, 0.3),
+    ],
 )
 def test_support_is_exact_with_and_without_ties(
-    monkeypatch: pytest.MonkeyPatch, num_candidates: int, top_k: int, top_p: float
+    monkeypatch: pytest.MonkeyPatch, num_candidates: int, top_k: int, top_p: float, min_p: float
 ) -> None:
-    monkeypatch.setattr(sampling, "_NUM_CANDIDATES", num_candidates)
-    params = SamplingParams(seed=1, temperature=1.3, top_k=top_k, top_p=top_p)
+    monkeypatch.setattr(draw_module, "_NUM_CANDIDATES", num_candidates)
+    params = SamplingParams(seed=1, temperature=1.3, top_k=top_k, top_p=top_p, min_p=min_p)
     distinct = shuffled(0.0, 2.5, 24)
     tied = (distinct * 2).round() / 2
     for row in (distinct, tied, torch.zeros(24)):
@@ -112,6 +128,7 @@ def test_support_is_exact_with_and_without_ties(
         SamplingParams(seed=11, temperature=0.9, top_p=0.8),
         SamplingParams(seed=11, temperature=1.2, top_k=40),
         SamplingParams(seed=11, temperature=3.0, top_p=0.99),
+        SamplingParams(seed=11, temperature=2.0, min_p=0.1),
     ],
     ids=str,
 )
@@ -119,13 +136,20 @@ def test_a_row_draws_the_same_alone_and_among_fifteen_others(params: SamplingPar
     torch.manual_seed(0)
     logits = torch.randn(16, 5000) * 3
     others = [
-        replace(params, seed=i, temperature=i % 3 * 0.5, top_k=i % 4, top_p=1 - i % 5 * 0.1)
+        replace(
+            params,
+            seed=i,
+            temperature=i % 3 * 0.5,
+            top_k=i % 4,
+            top_p=1 - i % 5 * 0.1,
+            min_p=i % 7 * 0.05,
+        )
         for i in range(16)
     ]
     for row in range(16):
         mixed = [*others[:row], params, *others[row + 1 :]]
-        alone = sample(logits[row : row + 1], [params], [41])
-        assert sample(logits, mixed, [41] * 16)[row] == alone[0]
+        alone = draw(logits[row : row + 1], [params], [41])
+        assert draw(logits, mixed, [41] * 16)[row] == alone[0]
 
 
 @settings(max_examples=50)
@@ -140,9 +164,9 @@ def test_a_draw_depends_on_seed_choice_and_position_alone(
 ) -> None:
     logits = torch.linspace(-2, 2, 100)[None]
     params = SamplingParams(seed, choice_index, temperature)
-    first = sample(logits, [params], [position])
-    sample(logits, [SamplingParams(seed=0)], [0])
-    assert sample(logits, [params], [position]) == first
+    first = draw(logits, [params], [position])
+    draw(logits, [SamplingParams(seed=0)], [0])
+    assert draw(logits, [params], [position]) == first
 
 
 def test_the_uniform_number_is_pinned_and_varies_with_each_part_of_the_place() -> None:
@@ -161,7 +185,7 @@ def test_the_uniform_number_is_pinned_and_varies_with_each_part_of_the_place() -
 
 def test_greedy_takes_the_lowest_of_equal_ids() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
-    assert sample(logits, [SamplingParams(0, temperature=0.0)] * 2, [0, 0]) == [1, 0]
+    assert draw(logits, [SamplingParams(0, temperature=0.0)] * 2, [0, 0]) == [1, 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
@@ -169,18 +193,18 @@ def test_a_tiny_temperature_equals_argmax(temperature: float) -> None:
     torch.manual_seed(1)
     logits = torch.randn(20, 300) * 4
     params = [SamplingParams(seed, temperature=temperature) for seed in range(20)]
-    assert sample(logits, params, [0] * 20) == logits.argmax(-1).tolist()
+    assert draw(logits, params, [0] * 20) == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53, 0.5])
 def test_the_ends_of_the_unit_interval_draw_possible_tokens(
     monkeypatch: pytest.MonkeyPatch, number: float
 ) -> None:
-    monkeypatch.setattr(sampling, "uniform", lambda *_: number)
+    monkeypatch.setattr(draw_module, "uniform", lambda *_: number)
     logits = torch.tensor([[-math.inf, 0.3, -math.inf, 0.1, -math.inf]])
     for params in (SamplingParams(0), SamplingParams(0, top_k=2), SamplingParams(0, top_p=0.999)):
         expected = 3 if number > 0.9 else 1
-        assert sample(logits, [params], [0]) == [expected]
+        assert draw(logits, [params], [0]) == [expected]
 
 
 def test_greedy_and_drawn_rows_share_a_batch() -> None:
@@ -188,6 +212,6 @@ def test_greedy_and_drawn_rows_share_a_batch() -> None:
     logits = torch.randn(3, 50)
     drawn = SamplingParams(seed=9, temperature=1.0)
     greedy = SamplingParams(seed=9, temperature=0.0)
-    mixed = sample(logits, [greedy, drawn, greedy], [4, 4, 4])
+    mixed = draw(logits, [greedy, drawn, greedy], [4, 4, 4])
     assert [mixed[0], mixed[2]] == logits[[0, 2]].argmax(-1).tolist()
-    assert [mixed[1]] == sample(logits[1:2], [drawn], [4])
+    assert [mixed[1]] == draw(logits[1:2], [drawn], [4])

@@ -9,6 +9,7 @@ import pytest
 
 from baton.config import KvTransferConfig
 from baton.kv_layout import KvLayout
+from baton.protocol import PROTOCOL_VERSION
 from kv_transfer import handshake
 from kv_transfer.handshake import Identity, choose_transport, make_hello, make_welcome
 from kv_transfer.hosts import host_id
@@ -34,7 +35,7 @@ def test_equal_workers_agree() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("protocol_version", 7, "protocol version differs: 1 here, 7 at the peer"),
+        ("protocol_version", 7, f"version differs: {PROTOCOL_VERSION} here, 7 at the peer"),
         ("generation", "g2", "rollout generation differs: g1 here, g2 at the peer"),
         ("digest", b"other", "compatibility digest"),
     ],

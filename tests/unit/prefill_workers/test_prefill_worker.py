@@ -10,6 +10,7 @@ from support.worker_rig import PretendEngine, Recorder, Rig
 
 from baton.config import EngineConfig, RoutingConfig
 from baton.errors import DrainingError
+from baton.logprobs import TokenLogprobs
 from baton.v1 import session_pb2 as pb
 from baton.worker.host import report_from
 from baton.worker.session_server import StreamKey
@@ -110,9 +111,9 @@ async def test_chunks_are_offered_as_they_are_computed_and_the_token_commits() -
         ("offer", (transfer(),), {"start_token": 4, "num_tokens": 10}),
         ("ready", (transfer(), 8, table[:2]), {}),
         ("ready", (transfer(), 10, table), {}),
-        ("commit", (transfer(), 7, 0), {}),
+        ("commit", (transfer(), 7, 0, None), {}),
     ]
-    assert rig.tokens == [(KEY, 0, 7)]
+    assert (rig.tokens, rig.logprobs) == ([(KEY, 0, 7)], {})
     assert rig.closed == {}
     assert rig.referenced() == 3
     rig.worker.freed(transfer(), "released")
@@ -121,6 +122,16 @@ async def test_chunks_are_offered_as_they_are_computed_and_the_token_commits() -
     assert rig.closed[KEY].num_computed_tokens == 10
     assert rig.referenced() == 0
     assert rig.worker.idle
+
+
+async def test_first_tokens_log_probabilities_go_to_the_gateway_and_into_the_commit() -> None:
+    rig = PrefillRig()
+    rig.engine.logprobs = logprobs = TokenLogprobs(-0.5, ((7, -0.5), (8, -1.0)))
+    rig.worker.open(rig.job([1, 2, 3]))
+    rig.worker.proceed(KEY, 0)
+    await rig.step()
+    assert rig.sender.calls[-1] == ("commit", (transfer(), 7, 0, logprobs), {})
+    assert (rig.tokens, rig.logprobs) == ([(KEY, 0, 7)], {0: logprobs})
 
 
 async def test_account_of_a_handed_off_job_leaves_before_the_next_step_is_computed() -> None:

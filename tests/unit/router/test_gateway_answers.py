@@ -60,6 +60,31 @@ async def test_orchestrator_is_asked_for_what_the_client_set() -> None:
     assert choice.cache_salt == "tenant"
 
 
+async def test_orchestrator_is_asked_for_every_sampling_parameter() -> None:
+    gateway = Gateway()
+    response = await gateway.complete(
+        seed=3, temperature=0.5, top_p=0.75, top_k=40, min_p=0.1, presence_penalty=-1.5,
+        frequency_penalty=2, repetition_penalty=1.25, logit_bias={"5": -100, "49151": 0.5},
+        min_tokens=3, max_tokens=3,
+    )  # fmt: skip
+    assert response.status_code == 200
+    assert gateway.orchestrator.choices[0].sampling == SamplingParams(
+        seed=3, temperature=0.5, top_p=0.75, top_k=40, min_p=0.1, presence_penalty=-1.5,
+        frequency_penalty=2.0, repetition_penalty=1.25, logit_bias=((5, -100.0), (49151, 0.5)),
+        min_tokens=3, num_logprobs=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1, 2, 3, 4])
+async def test_stop_string_is_not_looked_for_in_the_first_min_tokens(min_tokens: int) -> None:
+    gateway = Gateway(lambda choice: answer("a b c b d b"))
+    body = (await gateway.complete(stop=" b", min_tokens=min_tokens)).json()
+    assert len(ids_of("a b c b d b")) == 6
+    expected = "a" if min_tokens < 2 else "a b c" if min_tokens < 4 else "a b c b d"
+    assert body["choices"][0]["text"] == expected
+    assert body["choices"][0]["finish_reason"] == "stop"
+
+
 async def test_defaults_are_the_rest_of_the_context_and_plain_sampling() -> None:
     gateway = Gateway()
     await gateway.complete([7, 8])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -16,6 +17,7 @@ from baton.errors import (
     UnavailableError,
     WorkerLostError,
 )
+from baton.logprobs import TokenLogprobs
 from baton.v1 import session_pb2 as pb
 from tests.support.fake_cluster import choice, fake_cluster, wait_until
 from tests.support.fake_worker import FakeStream, expected_token
@@ -48,6 +50,35 @@ async def test_choice_goes_on_elsewhere_with_its_tokens_when_decode_dies() -> No
         await client.end()
         assert client.token_ids == [expected_token((1, 2, 3), p) for p in range(6)]
         assert cluster.sample("baton_attempts_total", cause="worker_lost") == 1
+
+
+async def test_repeated_attempt_loses_and_repeats_no_log_probabilities() -> None:
+    told = {position: TokenLogprobs(-float(position)) for position in range(6)}
+    async with fake_cluster() as cluster:
+        workers = [await cluster.add(f"decode-{i}", "decode") for i in range(2)]
+        request = choice(max_tokens=6)
+        sampling = dataclasses.replace(
+            request.sampling, num_logprobs=0, min_tokens=2, logit_bias=((5, 0.5),)
+        )
+        client = cluster.ask(dataclasses.replace(request, sampling=sampling))
+        await wait_until(lambda: any(worker.streams for worker in workers))
+        dying, other = sorted(workers, key=lambda worker: not worker.streams)
+        first = await dying.next_open()
+        first.reserve()
+        first.tokens(0, 50, 51, 52, logprobs={at: told[at] for at in range(3)})
+        # One that waits for the token before it when its worker dies.
+        first.tokens(4, 99, logprobs={4: TokenLogprobs(-99.0)})
+        await wait_until(lambda: len(client.token_ids) == 3)
+        await dying.stop()
+        second = await other.next_open()
+        assert second.message.sampling == first.message.sampling
+        assert second.message.sampling.HasField("num_logprobs")
+        assert list(second.message.emitted_token_ids) == [50, 51, 52]
+        second.tokens(2, 52, 53, 54, 55, logprobs={at: told[at] for at in range(2, 6)})
+        second.close(LENGTH)
+        await client.end()
+        assert client.token_ids == [50, 51, 52, 53, 54, 55]
+        assert client.logprobs == list(told.values())
 
 
 async def test_cached_tokens_are_those_of_the_attempt_that_gave_the_first_token() -> None:

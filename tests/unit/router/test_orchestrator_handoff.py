@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from baton.errors import InternalError, TransferError
+from baton.logprobs import TokenLogprobs
 from baton.v1 import session_pb2 as pb
 from tests.support.fake_cluster import Client, FakeCluster, choice, fake_cluster, wait_until
 from tests.support.fake_worker import FakeStream
@@ -63,14 +64,16 @@ async def test_first_token_from_both_sides_is_given_once() -> None:
         prefill, decode, client = await opened(cluster)
         decode.reserve()
         await prefill.held
-        prefill.tokens(0, 50)
+        told = {position: TokenLogprobs(-float(position)) for position in range(4)}
+        prefill.tokens(0, 50, logprobs={0: told[0]})
         await wait_until(lambda: client.token_ids == [50])
         prefill.close(HANDED_OFF)
-        decode.tokens(0, 50, 51)
-        decode.tokens(2, 52, 53)
+        decode.tokens(0, 50, 51, logprobs={0: told[0], 1: told[1]})
+        decode.tokens(2, 52, 53, logprobs={2: told[2], 3: told[3]})
         decode.close(LENGTH)
         assert (await client.end()).finish_reason == "length"
         assert client.token_ids == [50, 51, 52, 53]
+        assert client.logprobs == list(told.values())
 
 
 async def test_token_ahead_of_a_missing_one_waits_and_so_does_the_end() -> None:

@@ -124,9 +124,8 @@ def test_null_is_absent_in_every_field_that_is_not_required(table, parse, body) 
 
 
 REFUSED = {
-    "audio": {"voice": "alloy", "format": "wav"}, "frequency_penalty": 0.5,
-    "presence_penalty": -1, "logit_bias": {"5": 1}, "functions": [{"name": "f"}],
-    "function_call": {"name": "f"}, "logprobs": True, "top_logprobs": 3,
+    "audio": {"voice": "alloy", "format": "wav"}, "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
     "modalities": ["text", "audio"], "moderation": {"model": "m"},
     "prediction": {"type": "content", "content": "x"}, "prompt_cache_options": {"ttl": "1h"},
     "prompt_cache_retention": "24h", "reasoning_effort": "high",
@@ -152,7 +151,7 @@ def test_value_that_is_not_served_is_refused_by_name_with_a_sentence(name: str) 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("echo", True), ("suffix", "x"), ("logprobs", 0), ("best_of", 3), ("best_of", True)],
+    [("echo", True), ("suffix", "x"), ("best_of", 3), ("best_of", True)],
 )
 def test_completion_field_that_is_not_served_is_refused(name: str, value: object) -> None:
     with pytest.raises(UnsupportedError) as caught:
@@ -166,10 +165,10 @@ def test_best_of_equal_to_n_is_neutral() -> None:
     assert parse_completion(COMPLETION | {"best_of": 1}) == parse_completion(COMPLETION)
 
 
-@pytest.mark.parametrize("value", [False, 1, "0"])
+@pytest.mark.parametrize("value", [0, 1, "false"])
 def test_neutral_values_are_compared_with_their_types(value: object) -> None:
     with pytest.raises(UnsupportedError):
-        parse_chat(CHAT | {"top_logprobs": value})
+        parse_chat(CHAT | {"store": value})
 
 
 @pytest.mark.parametrize(

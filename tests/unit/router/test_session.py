@@ -13,6 +13,8 @@ import pytest
 from baton import rpc
 from baton.config import SessionConfig
 from baton.errors import BatonError, IncompatiblePeerError, WorkerLostError
+from baton.logprobs import TokenLogprobs
+from baton.protocol import PROTOCOL_VERSION
 from baton.v1 import session_pb2 as pb
 from router.routing.kv_index import KvIndex
 from router.workers.handshake import GatewayIdentity, greet
@@ -33,8 +35,10 @@ class Sink:
     def on_reserved(self, num_held_tokens: int) -> None:
         self.heard.append(("reserved", num_held_tokens))
 
-    def on_token(self, position: int, token_id: int, at: float) -> None:
-        self.heard.append((position, token_id))
+    def on_token(
+        self, position: int, token_id: int, at: float, logprobs: TokenLogprobs | None
+    ) -> None:
+        self.heard.append((position, token_id) + (() if logprobs is None else (logprobs,)))
         self.times.append(at)
 
     def on_closed(self, closed: pb.Closed) -> None:
@@ -87,7 +91,7 @@ async def connected(
 async def test_hello_says_who_the_gateway_is() -> None:
     async with started(FakeWorker("decode-0", "decode")) as worker, connected(worker):
         hello = worker.received[0].hello
-        assert (hello.protocol_version, hello.generation) == (1, "0")
+        assert (hello.protocol_version, hello.generation) == (PROTOCOL_VERSION, "0")
         assert hello.gateway_id == "gateway-0"
 
 
@@ -154,17 +158,21 @@ async def test_events_reach_the_stream_they_belong_to_in_field_order() -> None:
         sinks = {stream_id: Sink() for stream_id in (1, 2)}
         for stream_id, sink in sinks.items():
             session.open(pb.Open(stream_id=stream_id), sink)
+        told = TokenLogprobs(-0.5, ((11, -0.5), (3, -2.0)))
         worker.send_events(
             pb.Events(
                 closed=[pb.Closed(stream_id=2, reason=pb.CLOSE_REASON_STOP)],
                 tokens=pb.TokenBatch(
-                    stream_ids=[1, 2, 1, 7], positions=[0, 4, 1, 0], token_ids=[10, 20, 11, 99]
+                    stream_ids=[1, 2, 1, 7],
+                    positions=[0, 4, 1, 0],
+                    token_ids=[10, 20, 11, 99],
+                    logprobs=[told.to_proto(2), TokenLogprobs(-7.0).to_proto(3)],
                 ),
                 reserved=[pb.Reserved(stream_id=1, num_held_tokens=16)],
             )
         )
         await wait_until(lambda: len(sinks[2].heard) == 2)
-        assert sinks[1].heard == [("reserved", 16), (0, 10), (1, 11)]
+        assert sinks[1].heard == [("reserved", 16), (0, 10), (1, 11, told)]
         assert sinks[2].heard == [(4, 20), pb.CLOSE_REASON_STOP]
         assert len({*sinks[1].times, *sinks[2].times}) == 1
         assert session.num_open == 1

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.sequence import SamplingParams
+from engine.sampling.params import SamplingParams
 
 _MASK_64 = (1 << 64) - 1
 _LEAST_TEMPERATURE = 1e-30
@@ -26,14 +26,16 @@ _NUM_CANDIDATES = 256
 sorted whole. Sorting 49,152 tokens takes about 20 times as long as selecting 256."""
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-    """One token id per row of ``logits`` ([rows, vocabulary], float32).
+def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    """One token id per row of ``logits`` ([rows, vocabulary], float32), which stay as they are.
 
     ``positions`` count emitted tokens from 0. Temperature 0 takes the highest
     logit, the lowest id among equals. Otherwise the distribution is
-    softmax(logits / temperature); ``top_k`` keeps its k likeliest tokens, and then
-    ``top_p`` the fewest likeliest whose share of the rest reaches p (Holtzman et
-    al., 2020), lower ids first among equals and never fewer than one. The token is
+    softmax(logits / temperature); ``min_p`` keeps the tokens that are at least so
+    many times as likely as the likeliest (Nguyen et al., 2024), then ``top_k`` its k
+    likeliest, and then ``top_p`` the fewest likeliest whose share of the rest reaches
+    p (Holtzman et al., 2020), lower ids first among equals and never fewer than one.
+    This order is vLLM's (``Sampler`` in its ``vllm/v1/sample/sampler.py``). The token is
     the inverse, at the row's uniform number, of the cumulative distribution in
     order of token ids (float64).
     """
@@ -62,6 +64,7 @@ def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -
     temperature = torch.tensor([[max(p.temperature, _LEAST_TEMPERATURE)] for p in params])
     # Subtracting the maximum first keeps a tiny temperature from overflowing.
     weights = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
+    _drop_unlikely(weights, params)
     target = torch.tensor(uniforms, dtype=torch.float64)
     chosen = _invert(weights, target)
     limit = _Limit.of(params, logits.shape[1])
@@ -70,6 +73,15 @@ def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -
         chosen[cut] = _draw_likeliest(logits[cut], weights[cut], limit.of_rows(cut), target[cut])
     token_ids: list[int] = chosen.tolist()
     return token_ids
+
+
+def _drop_unlikely(weights: Tensor, params: list[SamplingParams]) -> None:
+    """Makes the weights below min_p zero; the largest of each row is 1."""
+    rows = [row for row, param in enumerate(params) if param.min_p > 0]
+    if rows:
+        least = torch.tensor([[params[row].min_p] for row in rows])
+        kept = weights[rows]
+        weights[rows] = kept.masked_fill_(kept < least, 0.0)
 
 
 def _invert(weights: Tensor, target: Tensor) -> Tensor:

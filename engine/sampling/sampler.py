@@ -1,0 +1,42 @@
+"""A step's next tokens: one for each sequence, in the order that is written down here.
+
+1. log-probabilities for who wants them, of the logits as they are (``logprobs.py``);
+2. processors change logits: min_tokens, logit_bias, penalties (``processors.py``);
+3. temperature, min_p, top_k, top_p, and the draw (``draw.py``).
+
+Each stage touches only the rows that ask for it, all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+from torch import Tensor
+
+from engine.sampling.draw import draw
+from engine.sampling.logprobs import RawLogprobs
+from engine.sampling.processors import Processors, apply_all
+from engine.sequence import Sampled, Sequence
+
+
+def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[Sampled]:
+    """The token after each sequence's last; the sequences are left as they are.
+
+    ``logits``, float32 [len(seqs), vocabulary], are used up: they may be changed.
+    """
+    params = [seq.sampling for seq in seqs]
+    raw = RawLogprobs.of(logits, params)
+    edits = [(row, _processors(seq).at(seq.token_ids)) for row, seq in enumerate(seqs)]
+    apply_all(logits, edits)
+    token_ids = draw(logits, params, [seq.num_emitted_tokens for seq in seqs])
+    told = raw.of_tokens(token_ids) if raw is not None else {}
+    return [
+        Sampled(seq, token_id, told.get(row))
+        for row, (seq, token_id) in enumerate(zip(seqs, token_ids, strict=True))
+    ]
+
+
+def _processors(seq: Sequence) -> Processors:
+    if seq.processors is None:
+        seq.processors = Processors(seq.sampling, seq.token_ids[: seq.num_prompt_tokens])
+    return seq.processors
