@@ -95,16 +95,16 @@ def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing is downloaded"):
-        preflight.local_model(str(tmp_path / "none"))
+        preflight.local_model(parse_config({"model": str(tmp_path / "none")}))
 
 
 def test_model_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import baton.checkpoint.checkpoint
 
-    monkeypatch.setattr(baton.checkpoint.checkpoint, "open_checkpoint", lambda _: None)
+    monkeypatch.setattr(baton.checkpoint.checkpoint, "open_checkpoint", lambda *_: None)
     monkeypatch.chdir(tmp_path)
-    assert preflight.local_model("./llama") == str(tmp_path / "llama")
-    assert preflight.local_model("smollm2-135m-instruct") == "smollm2-135m-instruct"
+    assert preflight.local_model(parse_config({"model": "./llama"})) == str(tmp_path / "llama")
+    assert preflight.local_model(parse_config({})) == "smollm2-135m-instruct"
 
 
 @pytest.mark.parametrize(
