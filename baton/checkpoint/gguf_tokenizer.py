@@ -57,7 +57,7 @@ def tokenizer_config(fields: GgufFields) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": fields.require("llama.context_length", int),
+        "model_max_length": fields.require(fields.own("context_length"), int),
     }
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token = _token(fields, f"tokenizer.ggml.{key}_token_id")
