@@ -273,9 +273,10 @@ KINDS = [3] * 3 + [1] * (len(vocabulary()) - 3)
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"tokenizer.ggml.pre": "llama-bpe"}, r"tokenizer\.ggml\.pre 'llama-bpe'.*'smollm'"),
+        ({"tokenizer.ggml.pre": "gpt-2"}, r"tokenizer\.ggml\.pre 'gpt-2'.*'smollm'"),
         ({"tokenizer.ggml.pre": None}, r"tokenizer\.ggml\.pre None"),
-        ({"tokenizer.ggml.model": "llama"}, r"tokenizer\.ggml\.model 'llama'"),
+        ({"tokenizer.ggml.model": "t5"}, r"tokenizer\.ggml\.model 't5'"),
+        ({"tokenizer.ggml.model": "llama"}, r"tokenizer\.ggml\.scores is missing"),
         ({"tokenizer.ggml.merges": ["no such"]}, "'no such'"),
         ({"tokenizer.ggml.merges": None}, r"tokenizer\.ggml\.merges is missing"),
         ({"tokenizer.ggml.token_type": KINDS[1:]}, "287 entries; expected 288"),
