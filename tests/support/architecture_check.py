@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from engine.engine import Engine, Scheduled
 NUM_TOKENS = 75  # over every limit of the variants, and no multiple of any
 
 
-def engine_for(path: Path, load_format: LoadFormat = "auto") -> Engine:
+def engine_for(
+    path: Path, load_format: LoadFormat = "auto", dtype: torch.dtype = torch.float32
+) -> Engine:
     checkpoint = open_checkpoint(str(path), load_format)
-    layout = kv_layout(checkpoint.config, num_blocks=20, block_size=16)
+    layout = replace(
+        kv_layout(checkpoint.config, num_blocks=20, block_size=16),
+        dtype=str(dtype).removeprefix("torch."),
+    )
     return Engine(
         checkpoint,
-        dtype=torch.float32,
+        dtype=dtype,
         layout=layout,
         memory=memoryview(bytearray(layout.num_bytes)),
         domain=DOMAIN,

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.architecture_check import assert_equals_oracle, engine_for
-from support.tiny_architectures import VARIANTS, Variant, save_variant
+from support.architecture_check import NUM_TOKENS, assert_equals_oracle, engine_for, score
+from support.tiny_architectures import VARIANTS, Variant, oracle_logits, save_variant
+from support.tiny_engine import tokens
 
 from baton.checkpoint.architectures import ARCHITECTURES
 from baton.checkpoint.checkpoint import open_checkpoint
@@ -24,6 +25,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_logits_and_greedy_tokens_equal_transformers(tmp_path: Path, variant: Variant) -> None:
     model = save_variant(tmp_path, variant)
     assert_equals_oracle(engine_for(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    "name", ["mistral, window", "qwen2", "qwen3", "mixtral", "qwen3 moe", "smollm3"]
+)
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, name: str) -> None:
+    model = save_variant(tmp_path, VARIANTS[name])
+    token_ids = tokens(NUM_TOKENS)
+    exact = oracle_logits(model, token_ids)
+    out = score(engine_for(tmp_path, dtype=torch.bfloat16), token_ids, [33, 1, 41])
+    assert out.dtype == torch.float32
+    theirs = oracle_logits(model.bfloat16(), token_ids).float()
+
+    def error(logits: torch.Tensor) -> torch.Tensor:
+        """Of the middle token: where rounding changes the choice of an expert, one is far off."""
+        return ((logits - exact).norm(dim=-1) / exact.norm(dim=-1)).median()
+
+    assert error(out) < 1.25 * error(theirs)
 
 
 def test_every_architecture_is_tried() -> None:
