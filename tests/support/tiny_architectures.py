@@ -69,8 +69,8 @@ VARIANTS = {
         scaled(
             "yarn",
             original_max_position_embeddings=ORIGINAL,
-            beta_fast=8.0,
-            beta_slow=2.0,
+            beta_fast=4.0,
+            beta_slow=0.2,
             mscale=0.7,
             mscale_all_dim=1.1,
             truncate=False,

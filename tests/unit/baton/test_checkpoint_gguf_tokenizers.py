@@ -54,6 +54,8 @@ def transformers_tokenizer(**fields: Any) -> Tokenizer:
 
 def assert_equal_encodings(ours: Tokenizer, theirs: Tokenizer) -> None:
     for text in STRINGS:
+        splits = [made.pre_tokenizer.pre_tokenize_str(text) for made in (ours, theirs)]
+        assert splits[0] == splits[1], text
         found = ours.encode(text, add_special_tokens=False)
         assert found.ids == theirs.encode(text, add_special_tokens=False).ids, text
         assert ours.decode(found.ids) == theirs.decode(found.ids), text
