@@ -73,6 +73,9 @@ class ControllerConfig(_Section):
 class EngineConfig(_Section):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """``auto``: bfloat16 where the CPU computes in it, else float32."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """`dummy`: random weights of the model's shapes, for measurements; its folder then
+    needs no weights."""
     block_size: int = Field(16, ge=1, le=256)
     kv_cache_bytes: int = Field(512 * 1024 * 1024, ge=1024 * 1024)
     """Of each worker's pool; allocated for real at start."""

@@ -107,13 +107,14 @@ def check_backend(config: BatonConfig, find: Callable[[str], object | None]) -> 
         raise ConfigurationError("--ray-address is for --backend ray; leave one of them out")
 
 
-def local_model(model: str) -> str:
-    """``model`` as every process understands it, wherever it runs: a name, or an
+def local_model(config: BatonConfig) -> str:
+    """The model as every process understands it, wherever it runs: a name, or an
     absolute path. Raises CheckpointError when it cannot be opened."""
     from baton.checkpoint.checkpoint import open_checkpoint
     from baton.checkpoint.resolve import known_names
 
-    open_checkpoint(model)
+    model = config.model
+    open_checkpoint(model, config.engine.load_format)
     return model if model in known_names() else str(Path(model).expanduser().absolute())
 
 

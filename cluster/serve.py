@@ -71,7 +71,7 @@ def check(config: BatonConfig) -> tuple[BatonConfig, tuple[int, ...]]:
     gateway, engine = config.gateway.model_copy(update={"port": ports[0]}), config.engine
     if engine.threads == 0:
         engine = engine.model_copy(update={"threads": preflight.default_threads(config)})
-    model = preflight.local_model(config.model)
+    model = preflight.local_model(config)
     return config.model_copy(update={"gateway": gateway, "engine": engine, "model": model}), ports
 
 

@@ -13,7 +13,7 @@ from baton.kv_layout import KvLayout
 from engine.attention.paged_cpu import PagedCpuAttention
 from engine.batch import build_batch
 from engine.kv_cache.kv_cache import KvCache
-from engine.models.llama import LlamaModel
+from engine.models.decoder import Decoder
 from engine.sampling.sampler import sample
 from engine.sequence import Sampled, Scheduled
 from engine.weights.load import load_weights
@@ -49,8 +49,10 @@ class Engine:
         self.max_position = config.max_position
         self.kv = KvCache(layout, memory, domain)
         with torch.inference_mode():
-            self._model = LlamaModel(config, weights or load_weights(checkpoint, dtype))
-            self._attention = PagedCpuAttention(layout, self.kv.tensor, config.num_heads)
+            self._model = Decoder(config, weights or load_weights(checkpoint, dtype))
+            self._attention = PagedCpuAttention(
+                layout, self.kv.tensor, config.num_heads, config.parts.windows
+            )
 
     @torch.inference_mode()
     def step(self, scheduled: SequenceOf[Scheduled]) -> list[Sampled]:

@@ -80,20 +80,26 @@ class RMSNorm:
 
 
 class Rotary:
-    """Rotary position embedding (Su et al., 2021), in the half-split form of Llama."""
+    """Rotary position embedding (Su et al., 2021), in the half-split form of Llama.
 
-    def __init__(self, head_dim: int, theta: float, dtype: torch.dtype) -> None:
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        self._inverse_frequencies = 1.0 / theta**exponents
+    ``frequencies`` ([head_dim / 2]) are radians a position; ``scale`` multiplies
+    cosines and sines.
+    """
+
+    def __init__(self, frequencies: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
+        self._frequencies = frequencies
         self._dtype = dtype
+        self._scale = scale
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of one step, each [tokens, 1, 2, head_dim / 2].
 
         The second axis broadcasts over heads, the third is the half of the head.
         """
-        angles = positions[:, None].float() * self._inverse_frequencies
+        angles = positions[:, None].float() * self._frequencies
         cos, sin = angles.cos(), angles.sin()
+        if self._scale != 1.0:
+            cos, sin = cos * self._scale, sin * self._scale
         both_cos = torch.stack([cos, cos], dim=1)[:, None]
         signed_sin = torch.stack([-sin, sin], dim=1)[:, None]
         return both_cos.to(self._dtype), signed_sin.to(self._dtype)

@@ -33,7 +33,7 @@ class EnginePlan:
 
 def plan_engine(config: BatonConfig, *, secret: str) -> EnginePlan:
     """Raises CheckpointError and ConfigurationError, before anything large is done."""
-    checkpoint = open_checkpoint(config.model)
+    checkpoint = open_checkpoint(config.model, config.engine.load_format)
     model, engine = checkpoint.config, config.engine
     dtype = resolve_dtype(engine.dtype)
     dtype_name = cast(KvDtype, str(dtype).removeprefix("torch."))

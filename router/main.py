@@ -62,8 +62,8 @@ def _configuration(arguments: argparse.Namespace) -> BatonConfig:
     return load_config(arguments.config, {"gateway": overrides})
 
 
-def _open_model(model: str) -> tuple[Checkpoint, Tokenizer]:
-    checkpoint = open_checkpoint(model)
+def _open_model(config: BatonConfig) -> tuple[Checkpoint, Tokenizer]:
+    checkpoint = open_checkpoint(config.model, config.engine.load_format)
     path = checkpoint.folder / "tokenizer.json"
     try:
         return checkpoint, Tokenizer.from_file(str(path))
@@ -85,7 +85,7 @@ async def serve(
 
     Raises: CheckpointError before anything is served.
     """
-    checkpoint, tokenizer = await asyncio.to_thread(_open_model, config.model)
+    checkpoint, tokenizer = await asyncio.to_thread(_open_model, config)
     samples = CollectorRegistry()
     metrics = GatewayMetrics(samples)
     identity = GatewayIdentity(

@@ -7,8 +7,9 @@ No weight is read here, and torch is not needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from baton.checkpoint.cache import build_once, cache_root
 from baton.checkpoint.gguf_metadata import CONVERTER_VERSION, METADATA_FILES, convert_metadata
@@ -23,7 +24,21 @@ from baton.checkpoint.resolve import resolve_model
 from baton.checkpoint.revision import content_revision
 from baton.errors import CheckpointError
 
-__all__ = ["Checkpoint", "cache_root", "derived_folder", "open_checkpoint", "require_unchanged"]
+__all__ = [
+    "Checkpoint",
+    "LoadFormat",
+    "cache_root",
+    "derived_folder",
+    "open_checkpoint",
+    "require_unchanged",
+]
+
+
+_DUMMY = "dummy weights 1"
+"""To be changed with the way they are drawn."""
+
+LoadFormat = Literal["auto", "dummy"]
+"""Whether weights are those of the model, or random ones of their shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +47,8 @@ class Checkpoint:
 
     ``folder`` holds config.json, tokenizer.json and the other text files;
     ``weights_source`` is that same folder (safetensors) or the ``.gguf`` file.
-    ``revision`` names the content: equal on every host with the same weights.
+    ``revision`` names the content: equal on every host with the same weights, and
+    another for dummy weights.
     """
 
     name: str
@@ -44,11 +60,13 @@ class Checkpoint:
     bos_token: str | None
     eos_token: str | None
     chat_template: str | None
+    load_format: LoadFormat = "auto"
 
 
-def open_checkpoint(model: str) -> Checkpoint:
+def open_checkpoint(model: str, load_format: LoadFormat = "auto") -> Checkpoint:
     """Opens a known name, a Hugging Face folder or a ``.gguf`` file.
 
+    For the format "dummy" a folder needs no weights, and those of a file are not used.
     The first opening of a GGUF file takes seconds, every other one milliseconds.
     Safe in many processes at once.
 
@@ -57,9 +75,11 @@ def open_checkpoint(model: str) -> Checkpoint:
             not supported; the message says which file or setting.
     """
     name, source = resolve_model(model)
+    is_dummy = load_format == "dummy"
     if source.is_dir():
-        require_model_folder(source)
-        return _describe(name, source, source, _folder_revision(source))
+        require_model_folder(source, with_weights=not is_dummy)
+        opened = _describe(name, source, source, _folder_revision(source, is_dummy))
+        return replace(opened, load_format=load_format)
     revision = _gguf_revision(source)
 
     def convert(temporary: Path) -> None:
@@ -67,7 +87,10 @@ def open_checkpoint(model: str) -> Checkpoint:
         require_unchanged(source, revision)
 
     folder = build_once(derived_folder(revision, "metadata"), METADATA_FILES, convert)
-    return _describe(name, folder, source, revision)
+    opened = _describe(name, folder, source, revision)
+    if is_dummy:
+        revision = content_revision(f"{_DUMMY} {revision}".encode(), [])
+    return replace(opened, revision=revision, load_format=load_format)
 
 
 def derived_folder(revision: str, part: str) -> Path:
@@ -89,11 +112,13 @@ def _gguf_revision(path: Path) -> str:
     return content_revision(f"gguf converter {CONVERTER_VERSION}".encode(), [path])
 
 
-def _folder_revision(folder: Path) -> str:
+def _folder_revision(folder: Path, is_dummy: bool) -> str:
     try:
         config = (folder / "config.json").read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {folder}/config.json: {error.strerror}") from error
+    if is_dummy:
+        return content_revision(_DUMMY.encode() + config, [])
     return content_revision(config, weight_files(folder))
 
 

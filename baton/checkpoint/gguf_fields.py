@@ -21,6 +21,15 @@ class GgufFields:
     def fail(self, message: str) -> NoReturn:
         raise CheckpointError(f"{self.where}: {message}")
 
+    @property
+    def architecture(self) -> str:
+        """What the file calls its kind of model; its own keys begin with that."""
+        return self.require("general.architecture", str)
+
+    def own(self, name: str) -> str:
+        """The key of the architecture's own setting ``name``."""
+        return f"{self.architecture}.{name}"
+
     def optional(self, key: str, kind: type[T]) -> T | None:
         """The value of ``key``, or None. Raises CheckpointError if it is no ``kind``."""
         value = self.values.get(key)

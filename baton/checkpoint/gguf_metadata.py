@@ -21,12 +21,15 @@ from baton.checkpoint.gguf_tokenizer import build_tokenizer, tokenizer_config
 from baton.checkpoint.hf_files import read_json
 from baton.errors import CheckpointError
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raised whenever what is derived from a GGUF file changes; older caches are then ignored."""
 
 TENSOR_INDEX = "gguf_tensors.json"
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 METADATA_FILES = ("config.json", *TEXT_FILES, TENSOR_INDEX)
+
+_ROPE_FACTORS = "rope_freqs.weight"
+"""A tensor that belongs to the configuration: it scales the rotary embedding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +62,10 @@ def convert_metadata(path: Path, folder: Path) -> None:
             num_bytes=int(tensor.n_bytes),
         )
         for tensor in reader.tensors
+        if tensor.name != _ROPE_FACTORS
     ]
     names = {tensor.name for tensor in tensors}
-    _write(folder / "config.json", model_config(fields, names))
+    _write(folder / "config.json", model_config(fields, names, _rope_factors(path, reader)))
     build_tokenizer(fields).save(str(folder / "tokenizer.json"), pretty=False)
     _write(folder / "tokenizer_config.json", tokenizer_config(fields))
     _write(folder / "generation_config.json", _generation_config(fields))
@@ -103,6 +107,15 @@ def _open(path: Path) -> Any:
     if reader.byte_order != "I":
         _damaged(path, "its byte order is not this machine's")
     return reader
+
+
+def _rope_factors(path: Path, reader: Any) -> list[float] | None:
+    for tensor in reader.tensors:
+        if tensor.name == _ROPE_FACTORS:
+            if tensor.tensor_type.name != "F32":
+                _damaged(path, f"{_ROPE_FACTORS} is stored as {tensor.tensor_type.name}")
+            return [float(value) for value in tensor.data]
+    return None
 
 
 def _damaged(path: Path, reason: str) -> NoReturn:

@@ -7,14 +7,14 @@ that differs in one place would feed the model other tokens than it was trained 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from baton.checkpoint.gguf_fields import GgufFields
-
-SUPPORTED_PRE_TOKENIZERS = ("smollm",)
+from baton.checkpoint.pre_tokenizers import PRE_TOKENIZERS
 
 # Token types of the format.
 _CONTROL = 3
@@ -22,7 +22,7 @@ _USER_DEFINED = 4
 
 
 def build_tokenizer(fields: GgufFields) -> Tokenizer:
-    """A byte-level BPE with the ids of the file; its control tokens are special.
+    """A BPE with the ids of the file; its control tokens are special.
 
     Raises:
         CheckpointError: another kind of tokenizer, or one that does not fit together.
@@ -32,23 +32,57 @@ def build_tokenizer(fields: GgufFields) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         fields.fail("tokenizer.ggml.tokens names a token twice")
+    is_byte_level = fields.require("tokenizer.ggml.model", str) == "gpt2"
+    tokenizer = (_byte_level if is_byte_level else _sentencepiece)(fields, vocabulary)
+    _add_special_tokens(tokenizer, fields, tokens)
+    _add_bos(tokenizer, fields, default=not is_byte_level)
+    return tokenizer
+
+
+def _byte_level(fields: GgufFields, vocabulary: Mapping[str, int]) -> Tokenizer:
+    """The BPE of GPT-2 over bytes, behind the split that the file names."""
+    pre = PRE_TOKENIZERS[fields.require("tokenizer.ggml.pre", str)]
     merges = []
     for merge in fields.require("tokenizer.ggml.merges", list):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocabulary.keys():
             fields.fail(f"tokenizer.ggml.merges: {merge!r} is not made of known tokens")
         merges.append((left, right))
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
-    # "smollm": every digit alone, then GPT-2's split into words, then bytes.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    model = BPE(vocab=dict(vocabulary), merges=merges, ignore_merges=pre.ignores_merges)
+    tokenizer = Tokenizer(model)
+    if pre.normalizer is not None:
+        tokenizer.normalizer = pre.normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(pre.steps))
     tokenizer.decoder = decoders.ByteLevel()
-    _add_special_tokens(tokenizer, fields, tokens)
-    _add_bos(tokenizer, fields, tokens)
+    return tokenizer
+
+
+def _sentencepiece(fields: GgufFields, vocabulary: Mapping[str, int]) -> Tokenizer:
+    """The BPE of Llama 2: its merges are those that make its pieces, the best score first."""
+    scores = fields.require("tokenizer.ggml.scores", list)
+    if len(scores) != len(vocabulary):
+        fields.fail(f"tokenizer.ggml.scores has {len(scores)} entries; expected {len(vocabulary)}")
+    merges = []
+    for (piece, index), score in zip(vocabulary.items(), scores, strict=True):
+        for border in range(1, len(piece)):
+            left, right = vocabulary.get(piece[:border]), vocabulary.get(piece[border:])
+            if left is not None and right is not None:
+                merges.append((-score, index, left, right, piece[:border], piece[border:]))
+    model = BPE(
+        vocab=dict(vocabulary),
+        merges=[merge[-2:] for merge in sorted(merges)],
+        unk_token=_token(fields, "tokenizer.ggml.unknown_token_id"),
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    has_prefix = fields.optional("tokenizer.ggml.add_space_prefix", bool) is not False
+    prefix = [normalizers.Prepend("▁")] if has_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(
+        [*steps, decoders.Strip(" ", 1, 0)] if has_prefix else steps
+    )
     return tokenizer
 
 
@@ -57,7 +91,7 @@ def tokenizer_config(fields: GgufFields) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": fields.require("llama.context_length", int),
+        "model_max_length": fields.require(fields.own("context_length"), int),
     }
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token = _token(fields, f"tokenizer.ggml.{key}_token_id")
@@ -71,12 +105,12 @@ def tokenizer_config(fields: GgufFields) -> dict[str, Any]:
 
 def _refuse_unsupported(fields: GgufFields) -> None:
     model = fields.require("tokenizer.ggml.model", str)
-    if model != "gpt2":
-        fields.fail(f"tokenizer.ggml.model {model!r} is not supported; supported is 'gpt2'")
+    if model not in ("gpt2", "llama"):
+        fields.fail(f"tokenizer.ggml.model {model!r} is not supported; supported: 'gpt2', 'llama'")
     pre = fields.optional("tokenizer.ggml.pre", str)
-    if pre not in SUPPORTED_PRE_TOKENIZERS:
-        supported = ", ".join(repr(name) for name in SUPPORTED_PRE_TOKENIZERS)
-        fields.fail(f"tokenizer.ggml.pre {pre!r} is not supported; supported is {supported}")
+    if model == "gpt2" and pre not in PRE_TOKENIZERS:
+        supported = ", ".join(repr(name) for name in PRE_TOKENIZERS)
+        fields.fail(f"tokenizer.ggml.pre {pre!r} is not supported; supported are {supported}")
     if fields.optional("tokenizer.ggml.add_eos_token", bool):
         fields.fail("tokenizer.ggml.add_eos_token is not supported")
 
@@ -92,9 +126,10 @@ def _add_special_tokens(tokenizer: Tokenizer, fields: GgufFields, tokens: list[s
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user])
 
 
-def _add_bos(tokenizer: Tokenizer, fields: GgufFields, tokens: list[str]) -> None:
+def _add_bos(tokenizer: Tokenizer, fields: GgufFields, *, default: bool) -> None:
     """Where the file asks for it, plain text is encoded with the first token before it."""
-    if not fields.optional("tokenizer.ggml.add_bos_token", bool):
+    asked = fields.optional("tokenizer.ggml.add_bos_token", bool)
+    if not (default if asked is None else asked):
         return
     index = fields.require("tokenizer.ggml.bos_token_id", int)
     bos = _token(fields, "tokenizer.ggml.bos_token_id")

@@ -29,10 +29,11 @@ class TextFiles:
     chat_template: str | None
 
 
-def require_model_folder(folder: Path) -> None:
+def require_model_folder(folder: Path, *, with_weights: bool = True) -> None:
     """Raises CheckpointError, naming every required file that ``folder`` lacks."""
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in (SINGLE_WEIGHTS, WEIGHTS_INDEX)):
+    weights = (SINGLE_WEIGHTS, WEIGHTS_INDEX)
+    if with_weights and not any((folder / name).is_file() for name in weights):
         missing.append(f"{SINGLE_WEIGHTS} (or {WEIGHTS_INDEX} with its shards)")
     if missing:
         hint = ""

@@ -17,7 +17,8 @@ class AttentionStep(Protocol):
     """Attention of one packed step, layer by layer."""
 
     def __call__(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
-        """Writes the tokens' KV to their slots, then attends causally within each sequence.
+        """Writes the tokens' KV to their slots, then attends causally within each sequence,
+        as far back as the layer's window, if it has one.
 
         ``query`` is [tokens, heads, head_dim], ``key_value`` [tokens, 2, KV heads,
         head_dim]. Returns a contiguous [tokens, heads, head_dim]. Query head h reads KV

@@ -18,12 +18,16 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from baton.kv_layout import KvLayout
+from engine.attention.window import WindowedChunk, WindowedDecodes
 from engine.batch import Batch, Span
+
+Windows = tuple[int | None, ...]
 
 _NUM_QUERY_ROWS = 128
 """Most query tokens per product: scores stay in the caches, and keys after the
@@ -34,13 +38,19 @@ _LEAST_SAVING = 64
 
 
 class PagedCpuAttention:
-    """Attention over the pool ``kv`` (``layout.shape``) for ``num_heads`` query heads."""
+    """Attention over the pool ``kv`` (``layout.shape``) for ``num_heads`` query heads.
 
-    def __init__(self, layout: KvLayout, kv: Tensor, num_heads: int) -> None:
+    ``windows`` is one layer's sliding window each, None for none; empty if no layer has one.
+    """
+
+    def __init__(self, layout: KvLayout, kv: Tensor, num_heads: int, windows: Windows = ()) -> None:
         assert kv.shape == layout.shape
         assert num_heads % layout.num_kv_heads == 0
+        assert len(windows) in (0, layout.num_layers)
         self.layout = layout
         self.num_heads = num_heads
+        self.windows = windows or (None,) * layout.num_layers
+        self.dtype = kv.dtype
         self.tokens = kv.view(-1, layout.head_dim)
         self.blocks = kv.view(-1, layout.block_size * layout.head_dim)
         width = _NUM_QUERY_ROWS + layout.block_size
@@ -84,35 +94,90 @@ class PagedCpuAttention:
         torch.index_select(self.blocks, 0, rows, out=out)
         return out
 
+    def attend_decodes(
+        self, query: Tensor, out: Tensor, rows: slice, block_rows: Tensor, mask: Tensor
+    ) -> None:
+        """Spans of one token each: ``mask`` is added to the scores of what is gathered."""
+        head_dim = self.layout.head_dim
+        num_pairs = (rows.stop - rows.start) * self.layout.num_kv_heads
+        keys, values = self.gather(block_rows).view(2, num_pairs, -1, head_dim)
+        # The query heads of one KV head are the rows of one product.
+        grouped = query[rows].reshape(num_pairs, -1, head_dim)
+        scores = torch.baddbmm(mask, grouped, keys.transpose(1, 2), alpha=head_dim**-0.5)
+        attended = torch.bmm(scores.softmax(dim=-1), values)
+        out[rows] = attended.view(-1, *query.shape[1:])
+
+    def chunk_scores(self, query: Tensor, keys: Tensor) -> Tensor:
+        """Scaled products of consecutive tokens' [rows, heads, head_dim] with
+        [KV heads, keys, head_dim]: [KV heads, group × rows, keys]."""
+        num_rows, _, head_dim = query.shape
+        num_kv_heads = self.layout.num_kv_heads
+        grouped = query.view(num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        return torch.baddbmm(
+            self.nothing,
+            grouped.reshape(num_kv_heads, -1, head_dim),
+            keys.transpose(1, 2),
+            beta=0,
+            alpha=head_dim**-0.5,
+        )
+
 
 class _PagedCpuStep:
     def __init__(self, attention: PagedCpuAttention, batch: Batch) -> None:
         self._attention = attention
         self._token_rows = attention.token_rows(batch.slot_mapping)
-        self._parts: list[_Decodes | _Chunk] = [
-            _Decodes(attention, batch, first, last)
-            for first, last in _alike_in_length(batch, attention.layout.block_size)
-        ]
-        for index in range(batch.num_decodes, len(batch.spans)):
-            self._parts.append(_Chunk(attention, batch.spans[index], batch.block_table[index]))
+        parts = {window: _parts(attention, batch, window) for window in set(attention.windows)}
+        self._parts = [parts[window] for window in attention.windows]
 
     def __call__(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
         tokens = self._attention.tokens
         flat = key_value.reshape(-1, tokens.shape[1])
         tokens.index_copy_(0, self._token_rows[layer], flat)
         out = torch.empty(query.shape, dtype=query.dtype)
-        for part in self._parts:
+        for part in self._parts[layer]:
             part.attend(layer, query, out)
         return out
 
 
-def _alike_in_length(batch: Batch, block_size: int) -> list[tuple[int, int]]:
+class _Part(Protocol):
+    """Some spans of a step."""
+
+    def attend(self, layer: int, query: Tensor, out: Tensor) -> None: ...
+
+
+def _parts(attention: PagedCpuAttention, batch: Batch, window: int | None) -> list[_Part]:
+    decodes = _alike_in_length(batch, attention.layout.block_size, window)
+    chunks = [
+        (batch.spans[index], batch.block_table[index])
+        for index in range(batch.num_decodes, len(batch.spans))
+    ]
+    if window is None:
+        return [
+            *(_Decodes(attention, batch, first, last) for first, last in decodes),
+            *(_Chunk(attention, span, table) for span, table in chunks),
+        ]
+    at_once = _NUM_QUERY_ROWS
+    return [
+        *(WindowedDecodes(attention, batch, first, last, window) for first, last in decodes),
+        *(
+            WindowedChunk(attention, span, table, window=window, rows_at_once=at_once)
+            for span, table in chunks
+        ),
+    ]
+
+
+def _alike_in_length(
+    batch: Batch, block_size: int, window: int | None = None
+) -> list[tuple[int, int]]:
     """Runs (first, last + 1) of decode spans that are padded to one length.
 
     Spans come longest first. A run ends where contexts are half as long as its
     longest, if that leaves out enough padding.
     """
-    counts = [-(-span.num_context // block_size) for span in batch.spans[: batch.num_decodes]]
+    contexts = [span.num_context for span in batch.spans[: batch.num_decodes]]
+    if window is not None:
+        contexts = [min(context, window + block_size) for context in contexts]
+    counts = [-(-context // block_size) for context in contexts]
     starts = [0] if counts else []
     for index, count in enumerate(counts):
         longest = counts[starts[-1]]
@@ -138,16 +203,7 @@ class _Decodes:
         self._mask = mask.repeat_interleave(layout.num_kv_heads, dim=0)[:, None]
 
     def attend(self, layer: int, query: Tensor, out: Tensor) -> None:
-        layout = self._attention.layout
-        num_pairs = (self._rows.stop - self._rows.start) * layout.num_kv_heads
-        gathered = self._attention.gather(self._block_rows[layer])
-        keys, values = gathered.view(2, num_pairs, -1, layout.head_dim)
-        # The query heads of one KV head are the rows of one product.
-        rows = query[self._rows].reshape(num_pairs, -1, layout.head_dim)
-        scale = layout.head_dim**-0.5
-        scores = torch.baddbmm(self._mask, rows, keys.transpose(1, 2), alpha=scale)
-        attended = torch.bmm(scores.softmax(dim=-1), values)
-        out[self._rows] = attended.view(-1, *query.shape[1:])
+        self._attention.attend_decodes(query, out, self._rows, self._block_rows[layer], self._mask)
 
 
 class _Chunk:
@@ -174,17 +230,9 @@ class _Chunk:
         """Consecutive tokens, [rows, heads, head_dim], that ``num_before`` tokens precede."""
         layout = self._attention.layout
         num_rows, num_heads, head_dim = query.shape
-        num_kv_heads = layout.num_kv_heads
         # Up to the end of the last row's block; what lies behind that row is masked.
         num_keys = layout.num_blocks_for(num_before + num_rows) * layout.block_size
-        grouped = query.view(num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        scores = torch.baddbmm(
-            self._attention.nothing,
-            grouped.reshape(num_kv_heads, -1, head_dim),
-            keys[:, :num_keys].transpose(1, 2),
-            beta=0,
-            alpha=head_dim**-0.5,
-        )
+        scores = self._attention.chunk_scores(query, keys[:, :num_keys])
         own = scores.view(num_heads, num_rows, num_keys)[:, :, num_before:]
         own.add_(self._attention.causal[:num_rows, : num_keys - num_before])
         attended = torch.bmm(scores.softmax(dim=-1), values[:, :num_keys])

@@ -10,20 +10,25 @@ from engine.batch import Batch, Span
 
 
 class ReferenceAttention:
-    """Attention over the pool ``kv`` (``layout.shape``), in float64."""
+    """Attention over the pool ``kv`` (``layout.shape``), in float64.
 
-    def __init__(self, layout: KvLayout, kv: Tensor) -> None:
-        self._layout = layout
-        self._kv = kv
+    ``windows`` is one layer's sliding window each, None for none; empty if no layer has one.
+    """
+
+    def __init__(self, layout: KvLayout, kv: Tensor, windows: tuple[int | None, ...] = ()) -> None:
+        self.layout = layout
+        self.kv = kv
+        self.windows = windows or (None,) * layout.num_layers
 
     def begin(self, batch: Batch) -> _ReferenceStep:
-        return _ReferenceStep(self._layout, self._kv, batch)
+        return _ReferenceStep(self, batch)
 
 
 class _ReferenceStep:
-    def __init__(self, layout: KvLayout, kv: Tensor, batch: Batch) -> None:
-        self._layout = layout
-        self._kv = kv
+    def __init__(self, attention: ReferenceAttention, batch: Batch) -> None:
+        self._layout = attention.layout
+        self._kv = attention.kv
+        self._windows = attention.windows
         self._batch = batch
 
     def __call__(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
@@ -39,10 +44,12 @@ class _ReferenceStep:
         return out
 
     def _attend(self, layer: int, query: Tensor, block_ids: list[int], num_visible: int) -> Tensor:
-        """One token's heads, [heads, head_dim], over the first ``num_visible`` tokens."""
-        size = self._layout.block_size
+        """One token's heads, [heads, head_dim], over the first ``num_visible`` tokens,
+        or those of them in the layer's window."""
+        size, window = self._layout.block_size, self._windows[layer]
+        first = 0 if window is None else max(0, num_visible - window)
         group = query.shape[0] // self._layout.num_kv_heads
-        tokens = [divmod(token, size) for token in range(num_visible)]
+        tokens = [divmod(token, size) for token in range(first, num_visible)]
         heads = []
         for head in range(query.shape[0]):
             pool = self._kv[:, head // group, layer]

@@ -2,7 +2,7 @@
 
 A safetensors folder is mapped as it is. A GGUF file is dequantized once per dtype
 into the cache, as a Hugging Face folder of its own, which is then mapped too: all
-workers of a machine share its pages.
+workers of a machine share its pages. Dummy weights are drawn anew in each process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from baton.checkpoint.checkpoint import Checkpoint, derived_folder, require_unch
 from baton.checkpoint.gguf_metadata import TEXT_FILES, read_tensor_index
 from baton.checkpoint.hf_files import SINGLE_WEIGHTS, weight_files
 from baton.errors import CheckpointError
+from engine.weights.dummy import dummy_tensors
 from engine.weights.gguf_weights import check_tensors, dequantized_tensors
 from engine.weights.safetensors_files import read_tensors, write_tensors
 from engine.weights.tensor_shapes import expected_shapes
@@ -36,6 +37,8 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.
         CheckpointError: a tensor is missing, surplus or misshapen, or a file is
             truncated, damaged or not supported.
     """
+    if checkpoint.load_format == "dummy":
+        return dummy_tensors(checkpoint.config, dtype)
     folder = hf_folder(checkpoint, dtype)
     return read_tensors(weight_files(folder), checkpoint.config, dtype)
 

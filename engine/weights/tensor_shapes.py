@@ -1,9 +1,10 @@
-"""Which tensors a model of the Llama family has: their Hugging Face names and shapes."""
+"""Which tensors a model has: their Hugging Face names and shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from baton.checkpoint.decoder_parts import MoeConfig
 from baton.checkpoint.model_config import ModelConfig
 from baton.errors import CheckpointError
 
@@ -19,35 +20,58 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every tensor of the model; without ``lm_head.weight`` where it is the embedding."""
     shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
-        shapes |= _layer_shapes(config, f"model.layers.{layer}")
+        shapes |= _layer_shapes(config, layer)
     shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
     return shapes
 
 
-def _layer_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:
-    hidden, inner = config.hidden_size, config.intermediate_size
+def _layer_shapes(config: ModelConfig, index: int) -> dict[str, Shape]:
+    prefix, hidden = f"model.layers.{index}", config.hidden_size
+    shapes: dict[str, Shape] = {f"{prefix}.input_layernorm.weight": (hidden,)}
+    shapes |= _attention_shapes(config, f"{prefix}.self_attn")
+    shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+    moe = config.parts.moe
+    if moe is not None and config.parts.is_sparse(index):
+        return shapes | _moe_shapes(moe, hidden, f"{prefix}.{moe.block_name}")
+    inner = config.intermediate_size
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    for name, shape in mlp.items():
+        shapes |= _linear(f"{prefix}.mlp.{name}", shape, config.parts.mlp_bias)
+    return shapes
+
+
+def _attention_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:
+    hidden, parts = config.hidden_size, config.parts
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
-    shapes: dict[str, Shape] = {f"{prefix}.input_layernorm.weight": (hidden,)}
-    attention = {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
+    shapes = {
+        **_linear(f"{prefix}.q_proj", (queries, hidden), parts.qkv_bias),
+        **_linear(f"{prefix}.k_proj", (keys, hidden), parts.qkv_bias),
+        **_linear(f"{prefix}.v_proj", (keys, hidden), parts.qkv_bias),
+        **_linear(f"{prefix}.o_proj", (hidden, queries), parts.out_bias),
     }
-    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    for name, shape in attention.items():
-        shapes[f"{prefix}.self_attn.{name}.weight"] = shape
-        if config.attention_bias:
-            shapes[f"{prefix}.self_attn.{name}.bias"] = shape[:1]
-    shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-    for name, shape in mlp.items():
-        shapes[f"{prefix}.mlp.{name}.weight"] = shape
-        if config.mlp_bias:
-            shapes[f"{prefix}.mlp.{name}.bias"] = shape[:1]
+    if parts.qk_norm:
+        shapes[f"{prefix}.q_norm.weight"] = (config.head_dim,)
+        shapes[f"{prefix}.k_norm.weight"] = (config.head_dim,)
     return shapes
+
+
+def _moe_shapes(moe: MoeConfig, hidden: int, prefix: str) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {f"{prefix}.gate.weight": (moe.num_experts, hidden)}
+    inner = moe.intermediate_size
+    for expert in range(moe.num_experts):
+        name = f"{prefix}.experts.{expert}"
+        shapes[f"{name}.{moe.gate_name}.weight"] = (inner, hidden)
+        shapes[f"{name}.{moe.up_name}.weight"] = (inner, hidden)
+        shapes[f"{name}.{moe.down_name}.weight"] = (hidden, inner)
+    return shapes
+
+
+def _linear(name: str, shape: Shape, has_bias: bool) -> dict[str, Shape]:
+    shapes = {f"{name}.weight": shape}
+    return {**shapes, f"{name}.bias": shape[:1]} if has_bias else shapes
 
 
 def is_ignored(name: str) -> bool:

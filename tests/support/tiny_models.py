@@ -130,15 +130,20 @@ def write_tiny_llama(
     model = replace(TinyLlama(), **sizes)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config_json(model, dtype))
+    write_tokenizer(folder)
+    tensors = {name: tensor.to(dtype) for name, tensor in tiny_tensors(model).items()}
+    _write_weights(folder, tensors, num_shards)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json of the tiny vocabulary."""
     _tokenizer().save(str(folder / "tokenizer.json"))
     names = {"bos_token": SPECIAL_TOKENS[BOS], "eos_token": SPECIAL_TOKENS[EOS]}
     write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": CHAT_TEMPLATE},
     )
-    tensors = {name: tensor.to(dtype) for name, tensor in tiny_tensors(model).items()}
-    _write_weights(folder, tensors, num_shards)
-    return folder
 
 
 def write_tiny_gguf(
@@ -154,19 +159,35 @@ def write_tiny_gguf(
     ``fields`` adds metadata, or replaces it (None leaves a key out).
     """
     model = replace(TinyLlama(), **sizes)
-    writer = gguf.GGUFWriter(path, arch="llama")
-    for key, value in (_gguf_fields(model) | (fields or {})).items():
+    tensors = {
+        _gguf_name(name, model): _llama_cpp_rows(name, tensor, model)
+        for name, tensor in tiny_tensors(model).items()
+    }
+    data = _gguf_fields(model) | tokenizer_fields() | (fields or {})
+    return write_gguf(path, data, tensors | (extra_tensors or {}), kind=kind)
+
+
+def write_gguf(
+    path: Path,
+    fields: dict[str, Any],
+    tensors: dict[str, np.ndarray[Any, Any]],
+    *,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    raw_only: bool = False,
+) -> Path:
+    """Writes a GGUF file of these metadata and tensors, matrices as ``kind``; a tensor of
+    bytes is stored as it is, with ``raw_only`` alone as ``kind``."""
+    fields = {"general.architecture": "llama"} | fields
+    writer = gguf.GGUFWriter(path, arch=fields.pop("general.architecture"))
+    for key, value in fields.items():
         _add_field(writer, key, value)
-    for name, tensor in tiny_tensors(model).items():
-        data = _llama_cpp_rows(name, tensor, model)
-        if data.ndim == 2:
-            writer.add_tensor(
-                _gguf_name(name, model), gguf.quants.quantize(data, kind), raw_dtype=kind
-            )
+    for name, data in tensors.items():
+        if data.dtype == np.uint8:
+            writer.add_tensor(name, data, raw_dtype=kind)
+        elif data.ndim > 1 and not raw_only:
+            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(_gguf_name(name, model), data)
-    for name, array in (extra_tensors or {}).items():
-        writer.add_tensor(name, array)
+            writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -201,8 +222,22 @@ def _write_weights(folder: Path, tensors: dict[str, torch.Tensor], num_shards: i
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def _gguf_fields(model: TinyLlama) -> dict[str, Any]:
+def tokenizer_fields() -> dict[str, Any]:
+    """The metadata of a GGUF file that describe the tiny vocabulary."""
     tokens = vocabulary()
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * len(SPECIAL_TOKENS) + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in MERGES],
+        "tokenizer.ggml.bos_token_id": BOS,
+        "tokenizer.ggml.eos_token_id": EOS,
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _gguf_fields(model: TinyLlama) -> dict[str, Any]:
     return {
         "llama.block_count": model.num_layers,
         "llama.context_length": model.max_position,
@@ -215,15 +250,7 @@ def _gguf_fields(model: TinyLlama) -> dict[str, Any]:
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
         "llama.rope.freq_base": model.rope_theta,
         "llama.rope.dimension_count": model.dim,
-        "llama.vocab_size": len(tokens),
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3] * len(SPECIAL_TOKENS) + [1] * (len(tokens) - 3),
-        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in MERGES],
-        "tokenizer.ggml.bos_token_id": BOS,
-        "tokenizer.ggml.eos_token_id": EOS,
-        "tokenizer.chat_template": CHAT_TEMPLATE,
+        "llama.vocab_size": len(vocabulary()),
     }
 
 

@@ -195,7 +195,7 @@ def test_another_converter_makes_another_folder(
 ) -> None:
     path = str(write_tiny_gguf(tmp_path / "tiny.gguf"))
     before = open_checkpoint(path)
-    monkeypatch.setattr("baton.checkpoint.checkpoint.CONVERTER_VERSION", 2)
+    monkeypatch.setattr("baton.checkpoint.checkpoint.CONVERTER_VERSION", -1)
     after = open_checkpoint(path)
     assert after.folder != before.folder
     assert after.revision != before.revision
@@ -266,21 +266,27 @@ def test_a_gguf_that_asks_for_bos_gets_it(tmp_path: Path) -> None:
     assert tokenizer.encode("he", add_special_tokens=False).ids == he()
 
 
+YARN = {"llama.rope.scaling.type": "yarn"}
 KINDS = [3] * 3 + [1] * (len(vocabulary()) - 3)
 
 
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"tokenizer.ggml.pre": "llama-bpe"}, r"tokenizer\.ggml\.pre 'llama-bpe'.*'smollm'"),
+        ({"tokenizer.ggml.pre": "gpt-2"}, r"tokenizer\.ggml\.pre 'gpt-2'.*'smollm'"),
         ({"tokenizer.ggml.pre": None}, r"tokenizer\.ggml\.pre None"),
-        ({"tokenizer.ggml.model": "llama"}, r"tokenizer\.ggml\.model 'llama'"),
+        ({"tokenizer.ggml.model": "t5"}, r"tokenizer\.ggml\.model 't5'"),
+        ({"tokenizer.ggml.model": "llama"}, r"tokenizer\.ggml\.scores is missing"),
         ({"tokenizer.ggml.merges": ["no such"]}, "'no such'"),
         ({"tokenizer.ggml.merges": None}, r"tokenizer\.ggml\.merges is missing"),
         ({"tokenizer.ggml.token_type": KINDS[1:]}, "287 entries; expected 288"),
         ({"tokenizer.ggml.bos_token_id": 288}, "bos_token_id 288"),
-        ({"llama.rope.scaling.type": "yarn"}, r"llama\.rope\.scaling\.type = 'yarn'"),
-        ({"llama.expert_count": 8}, r"llama\.expert_count = 8"),
+        ({"llama.rope.scaling.type": "longrope"}, r"llama\.rope\.scaling\.type = 'longrope'"),
+        ({"llama.rope.scaling.factor": 2.0, **YARN}, r"original_context_length is missing"),
+        ({"llama.expert_count": 8}, r"llama\.expert_used_count is missing"),
+        ({"llama.expert_gating_func": 2}, r"llama\.expert_gating_func = 2"),
+        ({"llama.attention.sliding_window": 512}, r"attention\.sliding_window = 512"),
+        ({"general.architecture": "falcon"}, "architecture 'falcon'.*'llama', 'qwen2'"),
         ({"llama.new_kind_of_scale": 2.0}, r"llama\.new_kind_of_scale"),
         ({"llama.attention.value_length": 4}, r"value_length 4 .*the head's 8"),
         ({"llama.vocab_size": 300}, "vocab_size 300"),

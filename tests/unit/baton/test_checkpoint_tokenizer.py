@@ -91,7 +91,7 @@ def test_the_default_model_is_described(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     assert (config.num_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
-    assert (config.rope_theta, config.rms_norm_eps, config.max_position) == (1e5, 1e-5, 8192)
+    assert (config.rope.theta, config.rms_norm_eps, config.max_position) == (1e5, 1e-5, 8192)
     assert config.tie_word_embeddings
     assert checkpoint.eos_token_ids == (2,)
 

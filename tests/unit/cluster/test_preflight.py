@@ -6,10 +6,12 @@ import socket
 from pathlib import Path
 
 import pytest
+from support.tiny_models import write_tiny_llama
 
 from baton.config import parse_config
 from baton.errors import CheckpointError, ConfigurationError
 from cluster import preflight
+from router.main import _open_model
 
 
 def test_port_in_use_is_named_with_the_way_out() -> None:
@@ -95,16 +97,29 @@ def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing is downloaded"):
-        preflight.local_model(str(tmp_path / "none"))
+        preflight.local_model(parse_config({"model": str(tmp_path / "none")}))
+
+
+def test_dummy_weights_need_no_file(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    settings = {"model": str(folder)}
+    with pytest.raises(CheckpointError, match=r"lacks model\.safetensors"):
+        preflight.local_model(parse_config(settings))
+    dummy = parse_config({**settings, "engine": {"load_format": "dummy"}})
+    assert preflight.local_model(dummy) == str(folder)
+    checkpoint, tokenizer = _open_model(dummy)
+    assert checkpoint.load_format == "dummy"
+    assert tokenizer.get_vocab_size() == checkpoint.config.vocab_size
 
 
 def test_model_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import baton.checkpoint.checkpoint
 
-    monkeypatch.setattr(baton.checkpoint.checkpoint, "open_checkpoint", lambda _: None)
+    monkeypatch.setattr(baton.checkpoint.checkpoint, "open_checkpoint", lambda *_: None)
     monkeypatch.chdir(tmp_path)
-    assert preflight.local_model("./llama") == str(tmp_path / "llama")
-    assert preflight.local_model("smollm2-135m-instruct") == "smollm2-135m-instruct"
+    assert preflight.local_model(parse_config({"model": "./llama"})) == str(tmp_path / "llama")
+    assert preflight.local_model(parse_config({})) == "smollm2-135m-instruct"
 
 
 @pytest.mark.parametrize(

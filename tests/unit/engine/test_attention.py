@@ -31,6 +31,7 @@ class Case:
     query: torch.Tensor
     key_value: torch.Tensor
     num_heads: int
+    windows: tuple[int | None, ...] = ()
 
 
 def make_case(
@@ -40,6 +41,7 @@ def make_case(
     block_size: int = 4,
     group: int = 3,
     dtype: KvDtype = "float32",
+    window: int | None = None,
 ) -> Case:
     random = torch.Generator().manual_seed(seed)
     counts = [-(-(before + new) // block_size) for before, new in spans]
@@ -64,19 +66,20 @@ def make_case(
         query=normal(num_tokens, num_heads, 8),
         key_value=normal(num_tokens, 2, 2, 8),
         num_heads=num_heads,
+        windows=() if window is None else (None, window, None),
     )
 
 
 def run_paged(case: Case) -> torch.Tensor:
-    step = PagedCpuAttention(case.layout, case.kv, case.num_heads).begin(case.batch)
-    return step(LAYER, case.query, case.key_value)
+    attention = PagedCpuAttention(case.layout, case.kv, case.num_heads, case.windows)
+    return attention.begin(case.batch)(LAYER, case.query, case.key_value)
 
 
 def run_both(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs of the paged path and of the reference; both leave the same pool."""
     expected_kv = case.kv.clone()
-    reference = ReferenceAttention(case.layout, expected_kv).begin(case.batch)
-    expected = reference(LAYER, case.query, case.key_value)
+    reference = ReferenceAttention(case.layout, expected_kv, case.windows)
+    expected = reference.begin(case.batch)(LAYER, case.query, case.key_value)
     out = run_paged(case)
     assert torch.equal(case.kv, expected_kv)
     assert out.is_contiguous()
@@ -95,18 +98,26 @@ spans = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    spans=spans, seed=st.integers(0, 1000), block_size=st.integers(1, 5), group=st.integers(1, 3)
+    spans=spans,
+    seed=st.integers(0, 1000),
+    block_size=st.integers(1, 5),
+    group=st.integers(1, 3),
+    window=st.one_of(st.none(), st.integers(1, 45)),
 )
 def test_any_mixture_over_any_tables_equals_the_reference(
-    spans: list[tuple[int, int]], seed: int, block_size: int, group: int
+    spans: list[tuple[int, int]], seed: int, block_size: int, group: int, window: int | None
 ) -> None:
-    out, expected = run_both(make_case(spans, seed=seed, block_size=block_size, group=group))
+    case = make_case(spans, seed=seed, block_size=block_size, group=group, window=window)
+    out, expected = run_both(case)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 1, 17, 150])
 @pytest.mark.parametrize(("before", "new"), [(0, 300), (37, 300), (130, 129), (5, 128)])
-def test_a_chunk_of_several_products_equals_the_reference(before: int, new: int) -> None:
-    out, expected = run_both(make_case([(before, new)], block_size=16))
+def test_a_chunk_of_several_products_equals_the_reference(
+    before: int, new: int, window: int | None
+) -> None:
+    out, expected = run_both(make_case([(before, new)], block_size=16, window=window))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -122,6 +133,36 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     out, expected = run_both(case)
     exact = expected.float()
     assert (out.float() - exact).norm() / exact.norm() < 8e-3
+
+
+@pytest.mark.parametrize("visible", [1, 7, 8, 9])
+def test_the_reference_sees_a_window_and_no_more(visible: int) -> None:
+    """The newest token has the visible values' mean where all scores are equal."""
+    case = make_case([(20, 1)], window=visible)
+    case.query.zero_()
+    reference = ReferenceAttention(case.layout, case.kv, case.windows).begin(case.batch)
+    out = reference(LAYER, case.query, case.key_value)
+    blocks = case.kv[case.batch.block_table[0].long(), :, LAYER, 1]
+    values = blocks.transpose(1, 2).reshape(-1, 2, 8)[21 - visible : 21]
+    expected = values.double().mean(0).repeat_interleave(3, dim=0)
+    torch.testing.assert_close(out[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_blocks_that_a_window_reaches_are_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = make_case([(90, 1), (60, 9)], window=10)
+    gathered: list[int] = []
+    gather = PagedCpuAttention.gather
+
+    def watched(self: PagedCpuAttention, rows: torch.Tensor) -> torch.Tensor:
+        gathered.append(len(rows) // (2 * case.layout.num_kv_heads))
+        return gather(self, rows)
+
+    monkeypatch.setattr(PagedCpuAttention, "gather", watched)
+    run_paged(case)
+    # Tokens 81 to 90 of the one, 51 to 68 of the other, in blocks of 4.
+    assert gathered == [3, 6]
 
 
 def test_sharp_scores_are_exact_with_the_scale_applied_once() -> None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from baton.checkpoint.rope_config import RopeConfig
 from engine import layers
 from engine.layers import Linear, RMSNorm, Rotary, swiglu
+from engine.models.rope import rope_frequencies
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,17 +60,23 @@ def test_rms_norm_equals_its_definition(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, (exact * weight.double()).to(dtype))
 
 
-def test_rotary_rotates_pairs_of_halves_by_position_times_frequency() -> None:
+def rotary_of(head_dim: int, theta: float, scale: float = 1.0) -> Rotary:
+    frequencies, _ = rope_frequencies(RopeConfig(theta), head_dim)
+    return Rotary(frequencies, torch.float32, scale)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.25])
+def test_rotary_rotates_pairs_of_halves_by_position_times_frequency(scale: float) -> None:
     torch.manual_seed(0)
     head_dim, theta = 8, 500.0
     heads = torch.randn(3, 2, head_dim)
     positions = torch.tensor([0, 5, 411])
-    rotary = Rotary(head_dim, theta, torch.float32)
+    rotary = rotary_of(head_dim, theta, scale)
     out = heads.clone()
     rotary.rotate_(out, rotary.angles(positions))
     pairs = torch.complex(heads[..., :4].double(), heads[..., 4:].double())
     frequencies = theta ** (-torch.arange(4).double() / 4)
-    turned = pairs * torch.exp(1j * positions[:, None, None] * frequencies)
+    turned = scale * pairs * torch.exp(1j * positions[:, None, None] * frequencies)
     torch.testing.assert_close(
         out.double(), torch.cat([turned.real, turned.imag], dim=-1), rtol=1e-4, atol=1e-4
     )
@@ -77,7 +85,7 @@ def test_rotary_rotates_pairs_of_halves_by_position_times_frequency() -> None:
 def test_rotary_of_a_part_of_a_packed_tensor_leaves_the_rest_alone() -> None:
     packed = torch.randn(4, 6, 8)
     before = packed.clone()
-    rotary = Rotary(8, 100.0, torch.float32)
+    rotary = rotary_of(8, 100.0)
     rotary.rotate_(packed[:, :4], rotary.angles(torch.tensor([3, 1, 4, 1])))
     assert torch.equal(packed[:, 4:], before[:, 4:])
     assert not torch.equal(packed[:, :4], before[:, :4])

@@ -15,7 +15,7 @@ from engine.attention.paged_cpu import PagedCpuAttention
 from engine.attention.reference import ReferenceAttention
 from engine.batch import build_batch
 from engine.kv_cache.kv_cache import KvCache
-from engine.models.llama import LlamaModel
+from engine.models.decoder import Decoder
 from engine.sequence import Scheduled, Sequence
 
 VARIANTS = {
@@ -36,7 +36,7 @@ class Runner:
         config = model_config(variant)
         layout = kv_layout(config, num_blocks=40, block_size=8)
         self.kv = KvCache(layout, memoryview(bytearray(layout.num_bytes)), DOMAIN)
-        self.model = LlamaModel(config, tiny_tensors(variant))
+        self.model = Decoder(config, tiny_tensors(variant))
         self.attention: Attention = (
             ReferenceAttention(layout, self.kv.tensor)
             if reference

@@ -1,0 +1,83 @@
+"""A decoder of the Llama kind: RMSNorm, rotary embedding, grouped-query attention and
+SwiGLU (Touvron et al., 2023), over one packed step of tokens of many sequences.
+
+What architectures differ in is in ``ModelConfig.parts``; each part is a file beside this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baton.checkpoint.model_config import ModelConfig
+from engine.attention.interface import AttentionStep
+from engine.layers import Linear, RMSNorm, Rotary
+from engine.models.mlp import DenseMlp, Mlp
+from engine.models.moe import SparseMlp
+from engine.models.rope import rope_frequencies
+from engine.models.self_attention import Angles, SelfAttention
+from engine.models.tensors import Tensors
+
+
+class _Layer:
+    def __init__(self, config: ModelConfig, index: int, tensors: Tensors) -> None:
+        eps = config.rms_norm_eps
+        self._attention_norm = tensors.norm("input_layernorm", eps)
+        self._attention = SelfAttention(config, index, tensors.under("self_attn"))
+        self._mlp_norm = tensors.norm("post_attention_layernorm", eps)
+        self._mlp = _mlp(config, index, tensors)
+
+    def add_to(self, x: Tensor, angles: Angles, attention: AttentionStep) -> None:
+        """Adds this layer's part to the residual stream ``x``, float32 [tokens, hidden]."""
+        x += self._attention(self._attention_norm(x), angles, attention)
+        x += self._mlp(self._mlp_norm(x))
+
+
+def _mlp(config: ModelConfig, index: int, tensors: Tensors) -> Mlp:
+    moe = config.parts.moe
+    if moe is not None and config.parts.is_sparse(index):
+        return SparseMlp(moe, tensors.under(moe.block_name))
+    return DenseMlp(tensors.under("mlp"))
+
+
+class Decoder:
+    """One model's weights, ready to run. ``weights`` go by their Hugging Face names,
+    all of one dtype; those that a Linear lays out anew are not kept."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+        self.vocab_size = config.vocab_size
+        self._embedding = weights["model.embed_tokens.weight"]
+        self._layers = [
+            _Layer(config, index, Tensors(weights, f"model.layers.{index}"))
+            for index in range(config.num_layers)
+        ]
+        self._norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self._head = Linear(self._embedding if tied else weights["lm_head.weight"])
+        frequencies, scale = rope_frequencies(config.rope, config.head_dim)
+        self._rotary = Rotary(frequencies, self._embedding.dtype, scale)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        sampled_rows: Tensor,
+        attention: AttentionStep,
+    ) -> Tensor:
+        """Computes a packed step of ``token_ids`` at ``positions``, int64 [tokens] each.
+
+        Writes every token's KV through ``attention``. Returns the logits, float32
+        [len(sampled_rows), vocabulary], of the rows that are asked for.
+        """
+        # The residual stream is float32 whatever the weights are: kept in bfloat16, its
+        # 2 × layers additions would make the logits' error 1.6 times as large.
+        x = F.embedding(token_ids, self._embedding).float()
+        angles = self._rotary.angles(positions)
+        for layer in self._layers:
+            layer.add_to(x, angles, attention)
+        if len(sampled_rows) == 0:
+            return torch.empty(0, self.vocab_size)
+        return self._head.in_float32(self._norm(x[sampled_rows]))

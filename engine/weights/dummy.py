@@ -1,0 +1,32 @@
+"""Random weights of a model's shapes: they cost what real ones cost, and say nothing."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from baton.checkpoint.model_config import ModelConfig
+from engine.weights.tensor_shapes import Shape, expected_shapes
+
+
+def dummy_tensors(
+    config: ModelConfig, dtype: torch.dtype, *, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """All tensors of the model by their Hugging Face names; a pure function of the arguments.
+
+    Each tensor is drawn by itself, so that who needs some of them gets the same.
+    """
+    return {
+        name: _draw(name, shape, seed).to(dtype) for name, shape in expected_shapes(config).items()
+    }
+
+
+def _draw(name: str, shape: Shape, seed: int) -> torch.Tensor:
+    """Norms of 1; of matrices, outputs that are about as large as the inputs."""
+    if len(shape) == 1 and not name.endswith(".bias"):
+        return torch.ones(shape)
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    bound = (3 / shape[-1]) ** 0.5 if len(shape) > 1 else 0.1
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
