@@ -265,6 +265,11 @@ class BatonConfig(_Section):
     @model_validator(mode="after")
     def _pools_fit(self) -> BatonConfig:
         for name, pool in self.pools.items():
+            if "load_format" in pool.engine:
+                raise ValueError(
+                    f"pools.{name}.engine.load_format: every pool serves the same weights; set "
+                    "engine.load_format"
+                )
             for part, section, changes in (
                 ("engine", self.engine, pool.engine),
                 ("worker", self.worker, pool.worker),

@@ -45,6 +45,7 @@ def test_default_deadline_over_the_maximum_is_refused() -> None:
         ({"cluster": {"fence_s": 1.5}}, "fence_s"),
         ({"session": {"report_s": 30}}, "report_s"),
         ({"pools": {"decode": {"tensor_parallel_size": 2}}}, "tensor_parallel_size"),
+        ({"pools": {"decode": {"engine": {"load_format": "dummy"}}}}, r"set engine\.load_format"),
         ({"pools": {"decode": {"engine": {"thraeds": 1}}}}, r"pools\.decode\.engine\.thraeds"),
         ({"pools": {"decode": {"worker": {"drain_s": -1}}}}, r"pools\.decode\.worker\.drain_s"),
         ({"pools": {"decode": {"replicas": 3, "max_replicas": 2}}}, "max_replicas"),
