@@ -177,6 +177,39 @@ def test_probes_do_not_need_rays_dashboard(name: str) -> None:
             assert container[probe]["tcpSocket"]["port"] == int(group["rayStartParams"][port])
 
 
+def _container(rendered: Rendered, pod: str) -> Json:
+    container: Json = dict(rendered.pod_specs())[pod]["containers"][0]
+    return container
+
+
+PROBED: dict[str, tuple[str, Json]] = {
+    "decode": ("poolDefaults", {"tcpSocket": {"port": 6380}}),
+    "head": ("ray.head", {"tcpSocket": {"port": 6379}}),
+    "chat-baton-gateway": ("gateway", {"httpGet": {"path": "/health", "port": "http"}}),
+    "chat-baton-controller": ("controller", {"httpGet": {"path": "/health", "port": "http"}}),
+}
+"""By pod: where its values are, and what its startup probe asks."""
+
+
+@pytest.mark.parametrize("pod", PROBED)
+def test_keys_of_a_probe_go_over_the_charts(pod: str) -> None:
+    path, asks = PROBED[pod]
+
+    def probe(given: Json) -> Json:
+        values: Json = {"startupProbe": given}
+        for key in reversed(path.split(".")):
+            values = {key: values}
+        found: Json = _container(render(GIVEN, values), pod)["startupProbe"]
+        return found
+
+    own = probe({})
+    assert asks.items() <= own.items()
+    assert probe({"failureThreshold": 600}) == {**own, "failureThreshold": 600}
+    # Another question takes the place of the chart's: Kubernetes wants one.
+    asked = {"exec": {"command": ["true"]}}
+    assert probe(asked) == {k: v for k, v in own.items() if k not in asks} | asked
+
+
 @every_values_file
 def test_pods_are_confined(name: str) -> None:
     rendered = render(COMPLETE[name])

@@ -6,6 +6,7 @@
 {{- $pools := include "baton.pools" . | fromJson -}}
 {{- include "baton.checkAllLabels" (dict "root" . "pools" $pools) -}}
 {{- include "baton.checkConfig" (dict "root" . "config" $config) -}}
+{{- include "baton.checkTimes" (dict "config" $config) -}}
 {{- range $name, $pool := $pools -}}
 {{- include "baton.checkPool" (dict "root" $ "name" $name "pool" $pool "config" $config) -}}
 {{- end -}}

@@ -50,9 +50,16 @@ runtimeClassName: {{ . }}
 {{- toYaml (mergeOverwrite $spec $extra) -}}
 {{- end -}}
 
-{{/* A probe of the user's, or the chart's. (dict "given" … "own" <YAML>) */}}
+{{/* The chart's probe, with the user's keys over it. What it asks is one of these keys, so a
+     user's takes the place of the chart's. (dict "given" … "own" <YAML>) */}}
 {{- define "baton.probe" -}}
-{{- if .given }}{{ toYaml .given }}{{ else }}{{ .own }}{{ end -}}
+{{- $probe := fromYaml .own -}}
+{{- $asks := list "exec" "httpGet" "tcpSocket" "grpc" -}}
+{{- range $key := keys .given -}}
+{{- if has $key $asks -}}{{- range $asks -}}{{- $_ := unset $probe . -}}{{- end -}}{{- end -}}
+{{- end -}}
+{{- range $key, $value := .given -}}{{- $_ := set $probe $key $value -}}{{- end -}}
+{{- toYaml $probe -}}
 {{- end -}}
 
 {{/* The volumes that hold the model, and where they are mounted. */}}
