@@ -350,6 +350,20 @@ MISFITS: dict[str, tuple[Json, str]] = {
         {"serviceAccount": {"create": False}, "ray": {"autoscaling": {"enabled": True}}},
         "set serviceAccount.names.head",
     ),
+    "clients named and all the world let in to scrape": (
+        {
+            "networkPolicy": {"clients": [{"podSelector": {"matchLabels": {"app": "web"}}}]},
+            "monitoring": {"serviceMonitor": {"enabled": True}},
+        },
+        "networkPolicy.clients is set, but .* set networkPolicy.monitoring",
+    ),
+    "the controller's clients named and all the world let in to scrape": (
+        {
+            "networkPolicy": {"controllerClients": [{"podSelector": {}}]},
+            "monitoring": {"serviceMonitor": {"enabled": True}},
+        },
+        "networkPolicy.controllerClients is set, but",
+    ),
     "no claim": ({"model": {"source": "pvc"}}, "set model.pvc.claimName"),
     "no folder": ({"model": {"source": "hostPath"}}, "set model.hostPath.path"),
     "no model image": ({"model": {"source": "image"}}, "set model.image.reference"),

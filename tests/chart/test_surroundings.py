@@ -141,8 +141,11 @@ PODS: dict[str, dict[str, str]] = {
         "app.kubernetes.io/component": "worker",
         "ray.io/node-type": "worker",
     },
+    "prometheus": {"app": "prometheus"},
     "stranger": {"app.kubernetes.io/instance": "other"},
 }
+_ELSEWHERE = {"stranger": "other", "prometheus": "monitoring"}
+"""Namespaces of pods that are not in the release's own."""
 PORTS = {"http": 8000, "session": 7100, "baton-metrics": 7101, "redis": 6379, "client": 10001}
 
 
@@ -160,11 +163,21 @@ def _allows(rules: list[Json], side: str, peer: str, port: int | str) -> bool:
         if ports and port not in ports and PORTS.get(str(port)) not in ports:
             continue
         peers = rule.get(side)
-        if peers is None or any(
-            _selects(p["podSelector"], PODS[peer]) for p in peers if "podSelector" in p
-        ):
+        if peers is None or any(_is_meant(each, peer) for each in peers):
             return True
     return False
+
+
+def _is_meant(selectors: Json, pod: str) -> bool:
+    """Whether one entry of a rule's peers selects that pod, a namespace's selector included."""
+    namespace = _ELSEWHERE.get(pod, "llm")
+    if "namespaceSelector" in selectors:
+        labels = {"kubernetes.io/metadata.name": namespace}
+        if not _selects(selectors["namespaceSelector"], labels):
+            return False
+    elif "podSelector" not in selectors or namespace != "llm":
+        return False
+    return _selects(selectors.get("podSelector", {}), PODS[pod])
 
 
 def _passes(rendered: Rendered, pod: str, rules: str, peer: str, port: int | str) -> bool:
@@ -246,7 +259,7 @@ def test_a_pod_defends_itself(source: str, target: str, port: int | str) -> None
 
 
 @pytest.mark.parametrize(
-    "pod", [name for name in PODS if name not in ("stranger", "redis", "ray-redis")]
+    "pod", [name for name in PODS if name not in (*_ELSEWHERE, "redis", "ray-redis")]
 )
 def test_pods_may_ask_for_names(pod: str) -> None:
     assert _may(render(COMPLETE["values-cpu.yaml"]), pod, "stranger", 53)
@@ -276,6 +289,31 @@ def test_clients_can_be_named() -> None:
     rendered = render(GIVEN, {"networkPolicy": {"clients": [peer]}})
     (rule,) = rendered.one("NetworkPolicy", "gateway")["spec"]["ingress"]
     assert rule["from"] == [peer]
+
+
+PROMETHEUS: Json = {
+    "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
+    "podSelector": {"matchLabels": {"app": "prometheus"}},
+}
+
+
+def test_who_scrapes_is_let_in_beside_the_clients_and_nobody_else() -> None:
+    web = {"podSelector": {"matchLabels": {"app": "web"}}}
+    policy = {"clients": [web], "monitoring": [PROMETHEUS]}
+    on = {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}
+    rendered = render(GIVEN, {"networkPolicy": policy, "monitoring": on})
+    for target, port in (("gateway", "http"), ("controller", "http"), ("worker", "baton-metrics")):
+        assert _passes(rendered, target, "ingress", "prometheus", port)
+        assert not _passes(rendered, target, "ingress", "stranger", port)
+
+
+def test_workers_monitored_alone_open_no_other_port() -> None:
+    web = {"podSelector": {"matchLabels": {"app": "web"}}}
+    over = {"networkPolicy": {"clients": [web]}, "monitoring": {"podMonitor": {"enabled": True}}}
+    rendered = render(GIVEN, over)
+    assert _passes(rendered, "worker", "ingress", "stranger", "baton-metrics")
+    for target in ("gateway", "controller"):
+        assert not _passes(rendered, target, "ingress", "stranger", "http")
 
 
 def test_a_download_of_the_model_may_leave_the_cluster() -> None:

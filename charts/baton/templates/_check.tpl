@@ -14,6 +14,7 @@
 {{- include "baton.checkGateway" . -}}
 {{- include "baton.checkHead" (dict "root" . "config" $config) -}}
 {{- include "baton.checkAccounts" . -}}
+{{- include "baton.checkScraping" . -}}
 {{- include "baton.checkRedis" . -}}
 {{- include "baton.checkRayRedis" . -}}
 {{- include "baton.checkOneRedis" . -}}
@@ -137,6 +138,18 @@
 {{- $account := .Values.serviceAccount -}}
 {{- if and .Values.ray.autoscaling.enabled (not $account.create) (not $account.names.head) -}}
 {{- fail "serviceAccount.create is false and ray.autoscaling is enabled: KubeRay would give the autoscaler's rights over pods to the namespace's default account; set serviceAccount.names.head" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Gateways and the controller are scraped on the port that clients use. */}}
+{{- define "baton.checkScraping" -}}
+{{- $policy := .Values.networkPolicy -}}
+{{- if and $policy.enabled .Values.monitoring.serviceMonitor.enabled (not $policy.monitoring) -}}
+{{- range $clients := list "clients" "controllerClients" -}}
+{{- if index $policy $clients -}}
+{{- fail (printf "networkPolicy.%s is set, but with monitoring.serviceMonitor any pod of any namespace may reach the same port to scrape it; set networkPolicy.monitoring to where your Prometheus is" $clients) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
