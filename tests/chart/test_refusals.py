@@ -9,11 +9,17 @@ import helm_python as helm
 import pytest
 from support.chart import COMPLETE, GIVEN, merged, render
 
+from baton.config import parse_config
+
 Json = dict[str, Any]
 
 
 def _pool(**settings: Any) -> Json:
     return {"pools": {"decode": settings}}
+
+
+def _extra(**entries: Any) -> Json:
+    return {"gateway": {"extraPodSpec": entries}}
 
 
 NOT_IN_THE_SCHEMA: dict[str, Json] = {
@@ -36,7 +42,6 @@ NOT_IN_THE_SCHEMA: dict[str, Json] = {
     "upgrade strategy": {"ray": {"upgradeStrategy": "RollingUpdate"}},
     "Ray's version": {"ray": {"version": "latest"}},
     "small object store": {"ray": {"objectStoreBytes": 1000}},
-    "URL": {"redis": {"url": "http://redis"}},
     "environment": {"gateway": {"env": {"A": "b"}}},
     "generation as a number": {"config": {"generation": 7}},
     "pull policy": {"images": {"pullPolicy": "Sometimes"}},
@@ -48,7 +53,6 @@ NOT_IN_THE_SCHEMA: dict[str, Json] = {
     "unknown setting of all engines": {"poolDefaults": {"engine": {"max_num_seq": 8}}},
     "a setting out of its bounds": {"config": {"engine": {"block_size": 0}}},
     "a setting of another type": {"config": {"kv_transfer": {"verify": "yes"}}},
-    "a socket that pods do not share": {"redis": {"url": "unix:///run/redis.sock"}},
 }
 
 
@@ -155,6 +159,135 @@ MISFITS: dict[str, tuple[Json, str]] = {
     "a Redis of Ray's in every pod": (
         {"rayRedis": {"address": "redis://127.0.0.1"}},
         "rayRedis.address is on 127.0.0.1:6379",
+    ),
+    "another protocol": ({"redis": {"url": "http://redis"}}, "redis.url is no URL of a Redis"),
+    "a socket that pods do not share": (
+        {"redis": {"url": "unix:///run/redis.sock"}},
+        "redis.url is no URL of a Redis",
+    ),
+    "a Redis without a host": ({"redis": {"url": "redis:///0"}}, "redis.url is no URL"),
+    "another protocol of Ray's": (
+        {"rayRedis": {"address": "http://redis"}},
+        "rayRedis.address is no URL of a Redis",
+    ),
+    "a password of two words for Ray": (
+        {"rayRedis": {"password": {"value": "two words"}}},
+        "rayRedis.password.value becomes a word",
+    ),
+    "a password in quotes for Ray": (
+        {"rayRedis": {"password": {"value": "'quoted'"}}},
+        "rayRedis.password.value becomes a word",
+    ),
+    "a variable of the chart's in a pool": (
+        _pool(env=[{"name": "BATON_ADVERTISE_HOST", "value": "x"}]),
+        "pools.decode.env has BATON_ADVERTISE_HOST, which the chart sets",
+    ),
+    "UCX over TCP by a variable": (
+        {
+            "config": {"kv_transfer": {"transport": "nixl"}},
+            "poolDefaults": {
+                "rdma": {"enabled": True, "resourceName": "rdma/x"},
+                "env": [{"name": "UCX_TLS", "value": "tcp"}],
+            },
+        },
+        "env has UCX_TLS, which the chart sets",
+    ),
+    "a variable of the chart's in gateways": (
+        {"gateway": {"env": [{"name": "BATON_SECRET", "value": "x"}]}},
+        "gateway.env has BATON_SECRET, which the chart sets",
+    ),
+    "a variable twice": (
+        {"controller": {"env": [{"name": "A", "value": "x"}, {"name": "A", "value": "y"}]}},
+        "controller.env has A, which .* is there twice",
+    ),
+    "a container named like the chart's": (
+        _extra(containers=[{"name": "gateway", "image": "x"}]),
+        "gateway.extraPodSpec has a container named gateway",
+    ),
+    "a container named like KubeRay's": (
+        _pool(extraPodSpec={"containers": [{"name": "wait-gcs-ready", "image": "x"}]}),
+        "pools.decode.extraPodSpec has a container named wait-gcs-ready",
+    ),
+    "a volume named like the chart's": (
+        _extra(volumes=[{"name": "tmp", "emptyDir": {}}]),
+        "gateway.extraPodSpec has a volume named tmp",
+    ),
+    "two volumes at one place": (
+        {"paths": {"run": "/tmp/"}},
+        "the volumes tmp and run are both mounted at /tmp; choose another path",
+    ),
+    "a request over its limit": (
+        {"poolDefaults": {"resources": {"limits": {"cpu": "2"}}}},
+        r"resources: requests.cpu \(4\) is over limits.cpu \(2\); lower the request",
+    ),
+    "a request over its limit in another unit": (
+        {"gateway": {"resources": {"limits": {"cpu": "500m"}}}},
+        r"gateway.resources: requests.cpu \(1\) is over limits.cpu \(500m\)",
+    ),
+    "a head's request over its limit": (
+        {"ray": {"head": {"resources": {"limits": {"memory": "1G"}}}}},
+        "ray.head.resources: requests.memory",
+    ),
+    "an autoscaler's request over its limit": (
+        {"ray": {"autoscaling": {"resources": {"limits": {"memory": 1000000}}}}},
+        "ray.autoscaling.resources: requests.memory",
+    ),
+    "GPUs asked for without a limit": (
+        _pool(resources={"requests": {"nvidia.com/gpu": 1}}),
+        "pools.decode.resources.requests has nvidia.com/gpu without a limit",
+    ),
+    "fewer GPUs asked for than given": (
+        _pool(resources={"requests": {"nvidia.com/gpu": 1}, **GPUS}),
+        "devices are not shared; set the limit alone",
+    ),
+    "half a GPU": (
+        _pool(resources={"limits": {"nvidia.com/gpu": "1.5"}}),
+        "has 1.5 of nvidia.com/gpu: devices are given whole",
+    ),
+    "memory for less than the cache": (
+        {"config": {"engine": {"kv_cache_bytes": 64 * 2**30}}},
+        r"limits.memory is 16Gi, but shmSize \(2Gi\) and engine.kv_cache_bytes \(68719476736\)",
+    ),
+    "memory for less than one pool's cache": (
+        _pool(engine={"kv_cache_bytes": 15 * 2**30}),
+        "pools.decode.resources.limits.memory is 16Gi",
+    ),
+    "shared memory over the pod's": (_pool(shmSize="17Gi"), r"shmSize \(17Gi\) and"),
+    "HPA without a request for CPUs": (
+        {
+            "gateway": {
+                "autoscaling": {"enabled": True},
+                "resources": {"requests": {"cpu": None}},
+            }
+        },
+        "gateway.autoscaling goes by the share of gateway.resources.requests.cpu",
+    ),
+    "an idle time that the old autoscaler does not know": (
+        {
+            "ray": {"autoscaling": {"enabled": True, "version": "v1"}},
+            **_pool(idleTimeoutSeconds=60),
+        },
+        "pools.decode.idleTimeoutSeconds is for version v2 of the autoscaler",
+    ),
+    "labels of Ray's for a pool": (
+        _pool(rayStartParams={"labels": "a=b"}),
+        "pools.decode.rayStartParams.labels is refused by KubeRay",
+    ),
+    "labels of Ray's for the head": (
+        {"ray": {"head": {"rayStartParams": {"labels": "a=b"}}}},
+        "ray.head.rayStartParams.labels is refused by KubeRay",
+    ),
+    "a password for everybody to read in the head's parameters": (
+        {"ray": {"head": {"rayStartParams": {"redis-password": "x"}}}},
+        "redis-password is refused by KubeRay; set rayRedis.password",
+    ),
+    "a password of Ray's Redis by a variable": (
+        {"ray": {"head": {"env": [{"name": "REDIS_PASSWORD", "value": "x"}]}}},
+        "ray.head.env has REDIS_PASSWORD, which is refused by KubeRay",
+    ),
+    "a Ray without tokens": (
+        {"ray": {"version": "2.51.1"}},
+        "ray.version is 2.51.1, but token authentication came with 2.52.0",
     ),
     "a password for everybody to read": (
         {"rayRedis": {"address": "redis://:p@ray-redis.example:6379"}},
@@ -417,6 +550,48 @@ def test_the_right_tag_may_be_said_and_pinned() -> None:
     over = {"images": {"gateway": {"tag": "0.1.0", "digest": digest}}}
     spec = render(GIVEN, over).one("Deployment", "gateway")["spec"]["template"]["spec"]
     assert spec["containers"][0]["image"] == f"baton-gateway:0.1.0@{digest}"
+
+
+@pytest.mark.parametrize("password", ["pa%zz", "pa#ss", "p@ss/w", "p ss"])
+def test_a_password_that_is_not_escaped_is_not_shown(password: str) -> None:
+    url = f"redis://:{password}@redis.data:6379/0"
+    with pytest.raises(helm.HelmRenderError, match="as in %2F for /") as refused:
+        render(GIVEN, {"redis": {"url": url}})
+    assert password not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:p%23ss~!@redis.data:6379/0",
+        "rediss://user:p@redis.data:6379/1?ssl_cert_reqs=none",
+        "redis://[fd00::1]:6379",
+        "redis://10.0.0.7",
+    ],
+)
+def test_urls_of_a_redis_are_taken(url: str) -> None:
+    assert render(GIVEN, {"redis": {"url": url}})
+
+
+def test_resources_that_fit_are_taken() -> None:
+    """Each at its bound, and in different units."""
+    cache = parse_config({}).engine.kv_cache_bytes
+    over: Json = {
+        "gateway": {"resources": {"requests": {"cpu": "1"}, "limits": {"cpu": "1000m"}}},
+        "pools": {
+            "decode": {
+                "shmSize": "512Mi",
+                "resources": {
+                    "requests": {"nvidia.com/gpu": 2},
+                    "limits": {"memory": cache + 512 * 2**20, "nvidia.com/gpu": "2"},
+                },
+            }
+        },
+    }
+    assert render(GIVEN, over)
+    over["pools"]["decode"]["resources"]["limits"]["memory"] -= 1
+    with pytest.raises(helm.HelmRenderError, match="the model comes on top"):
+        render(GIVEN, over)
 
 
 @pytest.mark.parametrize("name", COMPLETE)

@@ -5,6 +5,7 @@
 {{- $config := include "baton.bareConfig" . | fromJson -}}
 {{- $pools := include "baton.pools" . | fromJson -}}
 {{- include "baton.checkAllLabels" (dict "root" . "pools" $pools) -}}
+{{- include "baton.checkAllResources" (dict "root" . "pools" $pools) -}}
 {{- include "baton.checkConfig" (dict "root" . "config" $config) -}}
 {{- include "baton.checkTimes" (dict "config" $config) -}}
 {{- range $name, $pool := $pools -}}
@@ -118,6 +119,19 @@
 {{- define "baton.checkHead" -}}
 {{- $values := .root.Values -}}
 {{- $params := include "baton.headStartParams" .root | fromJson -}}
+{{- range $key, $instead := dict "labels" "ray.head.labels" "redis-password" "rayRedis.password" -}}
+{{- if hasKey $params $key -}}
+{{- fail (printf "ray.head.rayStartParams.%s is refused by KubeRay; set %s" $key $instead) -}}
+{{- end -}}
+{{- end -}}
+{{- range $values.ray.head.env -}}
+{{- if has .name (list "REDIS_PASSWORD" "REDIS_USERNAME" "RAY_REDIS_ADDRESS") -}}
+{{- fail (printf "ray.head.env has %s, which is refused by KubeRay; rayRedis says where Ray's Redis is" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $values.ray.auth.enabled (semverCompare "<2.52.0" $values.ray.version) -}}
+{{- fail (printf "ray.version is %s, but token authentication came with 2.52.0; take a newer Ray, or set ray.auth.enabled=false if nobody but these pods can reach the head" $values.ray.version) -}}
+{{- end -}}
 {{- $client := index $params "ray-client-server-port" -}}
 {{- if ne (int $client) (int $values.ray.ports.client) -}}
 {{- fail (printf "ray.head.rayStartParams has ray-client-server-port %s, but the controller and the network policies go by ray.ports.client (%d); set that" $client (int $values.ray.ports.client)) -}}
@@ -170,6 +184,11 @@
 {{- end -}}
 {{- if lt (int $scaling.maxReplicas) (int $scaling.minReplicas) -}}
 {{- fail "gateway.autoscaling.maxReplicas is below minReplicas; raise it" -}}
+{{- end -}}
+{{- $resources := default (dict) .Values.gateway.resources -}}
+{{- $cpu := or (default (dict) $resources.requests).cpu (default (dict) $resources.limits).cpu -}}
+{{- if and $scaling.enabled (not $scaling.metrics) (not $cpu) -}}
+{{- fail "gateway.autoscaling goes by the share of gateway.resources.requests.cpu that is used, and there is none; set it, or other metrics" -}}
 {{- end -}}
 {{- $_ := include "baton.gatewayGrace" . -}}
 {{- end -}}

@@ -38,6 +38,14 @@
 {{- if and (eq $transport "shared_memory") (eq $pool.role "prefill") (gt (int $pool.replicas) 0) -}}
 {{- fail (printf "config.kv_transfer.transport is shared_memory, but workers of pools.%s are in other pods than those of decode pools; use auto or gloo" $name) -}}
 {{- end -}}
+{{- $scaling := .root.Values.ray.autoscaling -}}
+{{- if and $scaling.enabled (eq $scaling.version "v1") (int $pool.idleTimeoutSeconds) -}}
+{{- fail (printf "pools.%s.idleTimeoutSeconds is for version v2 of the autoscaler, and ray.autoscaling.version is v1; leave it out or take v2" $name) -}}
+{{- end -}}
+{{- if hasKey $pool.rayStartParams "labels" -}}
+{{- fail (printf "pools.%s.rayStartParams.labels is refused by KubeRay; leave it out" $name) -}}
+{{- end -}}
+{{- include "baton.checkMemory" . -}}
 {{- $_ := include "baton.workerGrace" . -}}
 {{- end -}}
 

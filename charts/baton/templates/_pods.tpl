@@ -47,7 +47,44 @@ runtimeClassName: {{ . }}
 {{- $_ := set $extra $key (concat (default (list) (index $spec $key)) (index $extra $key)) -}}
 {{- end -}}
 {{- end -}}
-{{- toYaml (mergeOverwrite $spec $extra) -}}
+{{- $spec = mergeOverwrite $spec $extra -}}
+{{- include "baton.checkTwice" (dict "spec" $spec "part" (trimSuffix ".extraPodSpec" .what)) -}}
+{{- toYaml $spec -}}
+{{- end -}}
+
+{{/* Names that are there twice, which Kubernetes refuses, or of which the later one wins.
+     (dict "spec" <pod's spec> "part" <values' path of the component>) */}}
+{{- define "baton.checkTwice" -}}
+{{- /* KubeRay's own are in pods of Ray's. */ -}}
+{{- $containers := dict "wait-gcs-ready" true "autoscaler" true -}}
+{{- range $container := concat (default (list) .spec.initContainers) .spec.containers -}}
+{{- if hasKey $containers $container.name -}}
+{{- fail (printf "%s.extraPodSpec has a container named %s, as the chart or KubeRay has one; choose another name" $.part $container.name) -}}
+{{- end -}}
+{{- $_ := set $containers $container.name true -}}
+{{- $variables := dict -}}
+{{- range $container.env -}}
+{{- if hasKey $variables .name -}}
+{{- fail (printf "%s.env has %s, which the chart sets by itself or which is there twice; leave it out" $.part .name) -}}
+{{- end -}}
+{{- $_ := set $variables .name true -}}
+{{- end -}}
+{{- $places := dict -}}
+{{- range $container.volumeMounts -}}
+{{- $place := clean (default "" .mountPath) -}}
+{{- if hasKey $places $place -}}
+{{- fail (printf "%s: the volumes %s and %s are both mounted at %s; choose another path (paths, or extraPodSpec)" $.part (index $places $place) .name $place) -}}
+{{- end -}}
+{{- $_ := set $places $place .name -}}
+{{- end -}}
+{{- end -}}
+{{- $volumes := dict -}}
+{{- range .spec.volumes -}}
+{{- if hasKey $volumes .name -}}
+{{- fail (printf "%s.extraPodSpec has a volume named %s, as the chart has one; choose another name" $.part .name) -}}
+{{- end -}}
+{{- $_ := set $volumes .name true -}}
+{{- end -}}
 {{- end -}}
 
 {{/* The chart's probe, with the user's keys over it. What it asks is one of these keys, so a
