@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import helm_python as helm
 import pytest
-from support.chart import COMPLETE, GIVEN, merged, render
+import yaml
+from support.chart import CHART, COMPLETE, GIVEN, merged, render
 
 from baton.config import parse_config
 
@@ -497,6 +499,18 @@ MISFITS: dict[str, tuple[Json, str]] = {
         },
         "networkPolicy.controllerClients is set, but",
     ),
+    "an annotation of the chart's for gateways": (
+        {"gateway": {"annotations": {"checksum/config": "x"}}},
+        "gateway.annotations has checksum/config, by which",
+    ),
+    "an annotation of the chart's for a pool": (
+        _pool(annotations={"baton.dev/generation": "x"}),
+        "pools.decode.annotations has baton.dev/generation, by which",
+    ),
+    "a Redis in the place of the API key": (
+        {"redis": {"key": "api-key"}},
+        'redis.key is "api-key", which another secret has already',
+    ),
     "no claim": ({"model": {"source": "pvc"}}, "set model.pvc.claimName"),
     "no folder": ({"model": {"source": "hostPath"}}, "set model.hostPath.path"),
     "no model image": ({"model": {"source": "image"}}, "set model.image.reference"),
@@ -598,3 +612,28 @@ def test_resources_that_fit_are_taken() -> None:
 def test_the_chart_alone_refuses_nothing_that_its_values_files_say(name: str) -> None:
     """So each refusal above is of what the case adds."""
     assert render(merged(COMPLETE[name], {})).documents
+
+
+def _sections(values: Json, *path: str) -> Iterator[tuple[str, ...]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield (*path, key)
+            yield from _sections(value, *path, key)
+
+
+SECTIONS = list(_sections(yaml.safe_load((CHART / "values.yaml").read_text())))
+
+
+@pytest.mark.parametrize("path", SECTIONS, ids=".".join)
+def test_a_section_that_is_emptied_is_taken_or_refused_by_name(path: tuple[str, ...]) -> None:
+    over: Any = None
+    for key in reversed(path):
+        over = {key: over}
+    said = ""
+    try:
+        render(merged(GIVEN, {}), over)
+    except helm.HelmError as error:
+        said = str(error)
+    # The schema's words, or a sentence of the templates', but no fault inside of them.
+    named = f"missing property '{path[-1]}'|got null|execution error"
+    assert not said or re.search(named, said), said

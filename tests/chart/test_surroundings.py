@@ -379,6 +379,39 @@ def test_labels_of_the_user_are_on_everything() -> None:
         assert metadata["labels"]["team"] == "a"
 
 
+def test_labels_of_monitors_go_over_those_of_everything() -> None:
+    on = {"labels": {"team": "b"}, "serviceMonitor": {"enabled": True}}
+    over = {"commonLabels": {"team": "a"}, "monitoring": {**on, "podMonitor": {"enabled": True}}}
+    rendered = render(GIVEN, over)
+    monitors = rendered.all("ServiceMonitor") + rendered.all("PodMonitor")
+    assert [each["metadata"]["labels"]["team"] for each in monitors] == ["b", "b", "b"]
+    assert rendered.one("Deployment", "gateway")["metadata"]["labels"]["team"] == "a"
+
+
+@pytest.mark.parametrize("word", ["true", "null", "on", "yes"])
+def test_names_that_yaml_takes_for_something_else_stay_names(word: str) -> None:
+    over: Json = {
+        "fullnameOverride": word,
+        "pools": {word: {"role": "decode", "replicas": 2}},
+        "secrets": {"apiKey": {"key": word}},
+    }
+    rendered = render(COMPLETE["values-cpu.yaml"], over, name=word)
+    assert rendered.one("RayCluster")["metadata"]["name"] == word
+    pod = rendered.group(word)["template"]["metadata"]["labels"]
+    assert pod["baton.dev/pool"] == pod["app.kubernetes.io/instance"] == word
+    assert word in rendered.one("Secret", "secrets")["data"]
+    policy = rendered.one("NetworkPolicy", "-head")["spec"]
+    assert policy["podSelector"]["matchLabels"] == {"ray.io/cluster": word}
+    for document in rendered.documents:
+        labels = document["metadata"]["labels"]
+        assert labels["app.kubernetes.io/instance"] == word
+
+
+def test_a_release_may_be_named_by_a_number() -> None:
+    labels = render(GIVEN, {"fullnameOverride": "x"}, name="123").one("ConfigMap")["metadata"]
+    assert labels["labels"]["app.kubernetes.io/instance"] == "123"
+
+
 def _given_anew(over: Json) -> set[str]:
     """Whose pods are others when ``over`` is given."""
 

@@ -5,6 +5,7 @@
 {{- $config := include "baton.bareConfig" . | fromJson -}}
 {{- $pools := include "baton.pools" . | fromJson -}}
 {{- include "baton.checkAllLabels" (dict "root" . "pools" $pools) -}}
+{{- include "baton.checkAllAnnotations" (dict "root" . "pools" $pools) -}}
 {{- include "baton.checkAllResources" (dict "root" . "pools" $pools) -}}
 {{- include "baton.checkConfig" (dict "root" . "config" $config) -}}
 {{- include "baton.checkTimes" (dict "config" $config) -}}
@@ -53,6 +54,20 @@
 {{- range $key, $_ := $labels -}}
 {{- if regexMatch "^(helm[.]sh/chart|app[.]kubernetes[.]io/(name|instance|component|part-of|version|managed-by)|(baton[.]dev|ray[.]io)/.*)$" $key -}}
 {{- fail (printf "%s has %s, by which the chart or KubeRay tells its own pods from others; choose another name" $what $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Annotations of the user's beside the chart's own. (dict "root" $ "pools" …) */}}
+{{- define "baton.checkAllAnnotations" -}}
+{{- $values := .root.Values -}}
+{{- $all := dict "gateway" $values.gateway.annotations "controller" $values.controller.annotations "ray.head" $values.ray.head.annotations -}}
+{{- range $name, $pool := .pools -}}{{- $_ := set $all (printf "pools.%s" $name) $pool.annotations -}}{{- end -}}
+{{- range $what, $annotations := $all -}}
+{{- range $key, $_ := $annotations -}}
+{{- if has $key (list "checksum/config" "checksum/secrets" "baton.dev/generation") -}}
+{{- fail (printf "%s.annotations has %s, by which the chart replaces pods when they have to be; choose another name" $what $key) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -25,7 +25,7 @@ containers:
       {{- end }}
       {{- include "baton.redisEnv" . | nindent 6 }}
       - name: BATON_CACHE
-        value: {{ .Values.paths.cache }}
+        value: {{ .Values.paths.cache | quote }}
       {{- with $gateway.env }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
@@ -42,9 +42,9 @@ containers:
     securityContext: {{- toYaml .Values.securityContext | nindent 6 }}
     resources: {{- toYaml $gateway.resources | nindent 6 }}
     volumeMounts:
-      - {name: config, mountPath: {{ .Values.paths.config }}, readOnly: true}
+      - {name: config, mountPath: {{ .Values.paths.config | quote }}, readOnly: true}
       - {name: tmp, mountPath: /tmp}
-      - {name: cache, mountPath: {{ .Values.paths.cache }}}
+      - {name: cache, mountPath: {{ .Values.paths.cache | quote }}}
       {{- with include "baton.modelMounts" . }}
       {{- . | nindent 6 }}
       {{- end }}
@@ -95,7 +95,7 @@ containers:
     securityContext: {{- toYaml .Values.securityContext | nindent 6 }}
     resources: {{- toYaml $controller.resources | nindent 6 }}
     volumeMounts:
-      - {name: config, mountPath: {{ .Values.paths.config }}, readOnly: true}
+      - {name: config, mountPath: {{ .Values.paths.config | quote }}, readOnly: true}
       - {name: tmp, mountPath: /tmp}
 volumes:
   - name: config

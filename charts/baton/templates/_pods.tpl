@@ -1,14 +1,14 @@
 {{/* What every pod's spec begins with. (dict "root" $ "part" <values of the component>
      "for" <ServiceAccount>) */}}
 {{- define "baton.podBasics" -}}
-serviceAccountName: {{ include "baton.serviceAccountName" . }}
+serviceAccountName: {{ include "baton.serviceAccountName" . | quote }}
 automountServiceAccountToken: {{ default false .token }}
 enableServiceLinks: false
 securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
 {{- with .root.Values.images.pullSecrets }}
 imagePullSecrets:
 {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- with .part.nodeSelector }}
@@ -24,10 +24,10 @@ affinity: {{- toYaml . | nindent 2 }}
 topologySpreadConstraints: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .part.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .part.runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
@@ -91,11 +91,12 @@ runtimeClassName: {{ . }}
      user's takes the place of the chart's. (dict "given" … "own" <YAML>) */}}
 {{- define "baton.probe" -}}
 {{- $probe := fromYaml .own -}}
+{{- $given := default (dict) .given -}}
 {{- $asks := list "exec" "httpGet" "tcpSocket" "grpc" -}}
-{{- range $key := keys .given -}}
+{{- range $key := keys $given -}}
 {{- if has $key $asks -}}{{- range $asks -}}{{- $_ := unset $probe . -}}{{- end -}}{{- end -}}
 {{- end -}}
-{{- range $key, $value := .given -}}{{- $_ := set $probe $key $value -}}{{- end -}}
+{{- range $key, $value := $given -}}{{- $_ := set $probe $key $value -}}{{- end -}}
 {{- toYaml $probe -}}
 {{- end -}}
 
@@ -104,13 +105,13 @@ runtimeClassName: {{ . }}
 {{- $model := .Values.model -}}
 {{- if eq $model.source "pvc" -}}
 - name: model
-  persistentVolumeClaim: {claimName: {{ $model.pvc.claimName }}, readOnly: true}
+  persistentVolumeClaim: {claimName: {{ $model.pvc.claimName | quote }}, readOnly: true}
 {{- else if eq $model.source "hostPath" -}}
 - name: model
-  hostPath: {path: {{ $model.hostPath.path }}, type: Directory}
+  hostPath: {path: {{ $model.hostPath.path | quote }}, type: Directory}
 {{- else if eq $model.source "image" -}}
 - name: model
-  image: {reference: {{ $model.image.reference }}, pullPolicy: {{ $model.image.pullPolicy }}}
+  image: {reference: {{ $model.image.reference | quote }}, pullPolicy: {{ $model.image.pullPolicy }}}
 {{- else if eq $model.source "huggingFace" -}}
 - name: model
   emptyDir: {sizeLimit: {{ $model.huggingFace.sizeLimit }}}
@@ -120,7 +121,7 @@ runtimeClassName: {{ . }}
 {{- define "baton.modelMounts" -}}
 {{- if ne .Values.model.source "embedded" -}}
 - name: model
-  mountPath: {{ .Values.paths.model }}
+  mountPath: {{ .Values.paths.model | quote }}
   readOnly: true
 {{- end -}}
 {{- end -}}
@@ -151,7 +152,7 @@ runtimeClassName: {{ . }}
     requests: {cpu: 500m, memory: 512Mi}
     limits: {memory: 2Gi}
   volumeMounts:
-    - {name: model, mountPath: {{ .root.Values.paths.model }}}
+    - {name: model, mountPath: {{ .root.Values.paths.model | quote }}}
     - {name: tmp, mountPath: /tmp}
 {{- end -}}
 {{- end -}}
