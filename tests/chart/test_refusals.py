@@ -46,6 +46,8 @@ NOT_IN_THE_SCHEMA: dict[str, Json] = {
     "small object store": {"ray": {"objectStoreBytes": 1000}},
     "environment": {"gateway": {"env": {"A": "b"}}},
     "generation as a number": {"config": {"generation": 7}},
+    "a peer that is none": {"networkPolicy": {"clients": [{"foo": 1}]}},
+    "a peer that is everybody": {"networkPolicy": {"clients": [{}]}},
     "pull policy": {"images": {"pullPolicy": "Sometimes"}},
     "digest": {"images": {"worker": {"digest": "abc"}}},
     "unknown section of the configuration": {"config": {"engin": {}}},

@@ -73,41 +73,6 @@
 {{- end -}}
 {{- end -}}
 
-{{/* (dict "root" $ "config" <baton.bareConfig>) */}}
-{{- define "baton.checkConfig" -}}
-{{- range $key := list "pools" "model" -}}
-{{- if hasKey $.root.Values.config $key -}}
-{{- fail (printf "config.%s has a place of its own: set %s at the top of the values" $key $key) -}}
-{{- end -}}
-{{- end -}}
-{{- $config := .config -}}
-{{- if ne $config.cluster.backend "ray" -}}
-{{- fail (printf "config.cluster.backend is %q, but in this chart Ray starts the workers; leave it out" $config.cluster.backend) -}}
-{{- end -}}
-{{- if hasKey $config.gateway "replicas" -}}
-{{- fail "config.gateway.replicas is of `baton serve`, which starts no gateways here; set gateway.replicas" -}}
-{{- end -}}
-{{- range $section := list "gateway" "controller" -}}
-{{- $settings := index $config $section -}}
-{{- if not (int $settings.port) -}}
-{{- fail (printf "config.%s.port has to be a fixed port: Services, probes and network policies name it" $section) -}}
-{{- end -}}
-{{- include "baton.checkHost" (dict "what" (printf "config.%s.host" $section) "host" $settings.host) -}}
-{{- end -}}
-{{- end -}}
-
-{{/* A loopback address is Baton's default, and in a pod nobody else's. (dict "what" … "host" …) */}}
-{{- define "baton.checkHost" -}}
-{{- $host := default "127.0.0.1" .host -}}
-{{- if eq (include "baton.isLoopback" $host) "true" -}}
-{{- fail (printf "%s is %s, where nobody outside of the pod is heard, its probes included; use 0.0.0.0 or \"::\"" .what $host) -}}
-{{- end -}}
-{{- end -}}
-
-{{- define "baton.isLoopback" -}}
-{{- regexMatch "^(localhost|127[.][0-9.]+|\\[?::1\\]?)$" (lower .) -}}
-{{- end -}}
-
 {{/* No two on one port. (dict "what" <values' path> "ports" {name: port}) */}}
 {{- define "baton.checkPorts" -}}
 {{- $taken := dict -}}

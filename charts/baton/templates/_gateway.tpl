@@ -39,7 +39,7 @@ containers:
       preStop:
         exec:
           command: [sleep, {{ int $gateway.preStopSeconds | quote }}]
-    securityContext: {{- toYaml .Values.securityContext | nindent 6 }}
+    securityContext: {{- toYaml (default (dict) .Values.securityContext) | nindent 6 }}
     resources: {{- toYaml $gateway.resources | nindent 6 }}
     volumeMounts:
       - {name: config, mountPath: {{ .Values.paths.config | quote }}, readOnly: true}
@@ -92,7 +92,7 @@ containers:
       {{- include "baton.probe" (dict "given" $controller.livenessProbe "own" "httpGet: {path: /health, port: http}\nperiodSeconds: 10\ntimeoutSeconds: 5\nfailureThreshold: 6") | nindent 6 }}
     readinessProbe:
       {{- include "baton.probe" (dict "given" $controller.readinessProbe "own" "httpGet: {path: /ready, port: http}\nperiodSeconds: 5\ntimeoutSeconds: 5\nfailureThreshold: 3") | nindent 6 }}
-    securityContext: {{- toYaml .Values.securityContext | nindent 6 }}
+    securityContext: {{- toYaml (default (dict) .Values.securityContext) | nindent 6 }}
     resources: {{- toYaml $controller.resources | nindent 6 }}
     volumeMounts:
       - {name: config, mountPath: {{ .Values.paths.config | quote }}, readOnly: true}

@@ -4,7 +4,7 @@
 serviceAccountName: {{ include "baton.serviceAccountName" . | quote }}
 automountServiceAccountToken: {{ default false .token }}
 enableServiceLinks: false
-securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
+securityContext: {{- toYaml (default (dict) .root.Values.podSecurityContext) | nindent 2 }}
 {{- with .root.Values.images.pullSecrets }}
 imagePullSecrets:
 {{- range . }}
@@ -147,7 +147,7 @@ runtimeClassName: {{ . | quote }}
     {{- if or .root.Values.secrets.huggingFace.value .root.Values.secrets.huggingFace.existingSecret }}
     {{- include "baton.secretEnv" (dict "root" .root "name" "HF_TOKEN" "entry" .root.Values.secrets.huggingFace) | nindent 4 }}
     {{- end }}
-  securityContext: {{- toYaml .root.Values.securityContext | nindent 4 }}
+  securityContext: {{- toYaml (default (dict) .root.Values.securityContext) | nindent 4 }}
   resources:
     requests: {cpu: 500m, memory: 512Mi}
     limits: {memory: 2Gi}

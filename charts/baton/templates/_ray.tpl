@@ -75,7 +75,7 @@ containers:
       {{- with .Values.ray.head.env }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
-    securityContext: {{- toYaml .Values.securityContext | nindent 6 }}
+    securityContext: {{- toYaml (default (dict) .Values.securityContext) | nindent 6 }}
     resources: {{- toYaml .Values.ray.head.resources | nindent 6 }}
     {{- include "baton.rayProbes" (dict "part" .Values.ray.head "port" (index $params "port")) | nindent 4 }}
     volumeMounts:

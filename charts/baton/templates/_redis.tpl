@@ -48,7 +48,7 @@ spec:
             exec: {command: [sh, -c, redis-cli ping | grep -q PONG]}
             periodSeconds: 3
             timeoutSeconds: 3
-          securityContext: {{- toYaml $root.Values.securityContext | nindent 12 }}
+          securityContext: {{- toYaml (default (dict) $root.Values.securityContext) | nindent 12 }}
           resources: {{- toYaml .redis.resources | nindent 12 }}
           volumeMounts:
             - {name: data, mountPath: /data}
