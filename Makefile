@@ -1,5 +1,6 @@
 # make serve    set up and serve; ARGS="--prefill 2" and the like are passed on
-# make test     set up, check, and run the tests; ARGS="-k name" and the like are passed on
+# make test     set up, check, and run the tests in two processes; ARGS="-k name" and the like
+#               are passed on, ARGS="-n 0" runs them in one
 # make setup    the set-up alone; PYTHON=python3.12 chooses the interpreter
 # make chaos    outages that take minutes; ARGS="-s" shows what they cost
 # make check    what needs no running: style, types, import contracts, stubs, settings' page, chart
@@ -26,7 +27,7 @@ serve: setup
 	@exec $(BIN)/baton serve $(ARGS)
 
 test: check
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest -n 2 $(ARGS)
 
 chaos: setup
 	@exec $(BIN)/python -m pytest -m chaos $(ARGS)

@@ -1,7 +1,7 @@
 """Every test begins with the environment of a machine on which Baton was never set up.
 
-Under ``pytest -n`` the tests of a file stay together, and files with something in common that
-is dear to make, or that would take the machine from each other, stay in one process.
+Under ``pytest -n`` the tests of a file stay in one process, and so do files that share what is
+dear to make, or that would disturb each other.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ for _name in list(os.environ):
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _TOGETHER = ("tests/e2e/", "tests/integration/test_deploy_")
+"""Whole servers that would take the cores from each other; environments of 1.6 GB."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -32,5 +33,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file: str = nodeid.split("::")[0]
             return next((start for start in _TOGETHER if file.startswith(start)), file)
+
+        def _assign_work_unit(self, node: Any) -> None:
+            """The longest first: what is left at the end is then short."""
+            for start in reversed(_TOGETHER):
+                if start in self.workqueue:
+                    self.workqueue.move_to_end(start, last=False)
+            super()._assign_work_unit(node)
 
     return Scheduling(config, log)
