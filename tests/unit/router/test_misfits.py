@@ -53,7 +53,7 @@ def test_pools_that_cannot_pair_are_named_with_what_differs(
     prefill = [_added(workers, "prefill", "prefill-0")]
     decode = [
         _added(workers, "decode", name, digest="other", **differing)
-        for name in ("decode-0", "decode-1")
+        for name in ("decode-1", "decode-0")
     ]
     assert all(pairing.prefill is None for pairing in pairings(prefill, decode))
     sentence = without_partner(prefill, decode)
