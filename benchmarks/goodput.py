@@ -168,6 +168,7 @@ def section(kept: Path = KEPT) -> str:
 
 
 def _publish(path: Path) -> None:
+    page.expect_results(path, "benchmarks.goodput")
     results = Results.read(path)
     results.write(KEPT)
     goodput_plot.draw(results, PLOT)

@@ -18,6 +18,12 @@ RESULTS = _ROOT / "benchmarks" / "results"
 NO_RESULTS = "No results are kept here yet."
 
 
+def expect_results(path: Path, module: str) -> None:
+    """Raises FileNotFoundError where ``path`` is not there yet, naming what writes it."""
+    if not path.exists():
+        raise FileNotFoundError(f"there are no results at {path}; run `python -m {module}` first")
+
+
 def section_of(name: str, page: Path = PAGE) -> str:
     """What is between the marks of ``name``. Raises ValueError for a page without them."""
     return _parts(name, page)[1]

@@ -14,6 +14,12 @@ from cluster.commands import CONTROLLER_TOKEN
 from cluster.server_client import server_url
 from cluster.state import RunFolder, state_root
 
+_WHERE = (
+    "Without --url, `baton scale` finds the controller of the `baton serve` that runs here; one in "
+    "a process of its own prints its address when it starts (`controller listening on ...`)"
+)
+"""Where the address is found that ``--url`` wants."""
+
 
 @dataclass(frozen=True, slots=True)
 class PoolRow:
@@ -89,8 +95,12 @@ class ControllerAddress:
             ) from None
         if answer.status_code == 401:
             raise AuthenticationError(
-                f"the controller at {self.url} refuses the token; put its own into "
-                f"{CONTROLLER_TOKEN}"
+                f"{self.url} refuses the token; put that of the controller there into "
+                f"{CONTROLLER_TOKEN}. {_WHERE}"
+            )
+        if code in ("not_found", "method_not_allowed"):
+            raise UnavailableError(
+                f"what answers at {self.url} is no controller, but perhaps a gateway. {_WHERE}"
             )
         raise from_code(code, message)
 

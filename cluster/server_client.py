@@ -62,6 +62,7 @@ class ServerStatus:
 
     workers: tuple[WorkerRow, ...]
     missing: tuple[str, ...]
+    degraded: tuple[str, ...]
     raw: Mapping[str, Any]
 
     def ready_workers(self, role: str) -> list[WorkerRow]:
@@ -73,11 +74,13 @@ def parse_status(data: Mapping[str, Any]) -> ServerStatus:
     fields = WorkerRow.__dataclass_fields__
     try:
         rows = [WorkerRow(**{name: w[name] for name in fields}) for w in data["workers"]]
-        missing = tuple(str(sentence) for sentence in data["missing"])
+        missing, degraded = (
+            tuple(str(sentence) for sentence in data[what]) for what in ("missing", "degraded")
+        )
     except (KeyError, TypeError):
         raise UnavailableError("the server there is no Baton gateway of this version") from None
     rows.sort(key=lambda row: (row.role != "prefill", len(row.worker_id), row.worker_id))
-    return ServerStatus(tuple(rows), missing, data)
+    return ServerStatus(tuple(rows), missing, degraded, data)
 
 
 def refused(url: str, error: httpx.HTTPError) -> UnavailableError:

@@ -81,8 +81,9 @@ def show_status(cluster: str, url: str | None, *, as_json: bool) -> None:
         console.print()
     for name, pool in pools.items():
         console.print(f"{name}: {pool}", markup=False, soft_wrap=True)
-    for sentence in status.missing:
-        console.print(f"missing: {sentence}", markup=False, soft_wrap=True)
+    for what, sentences in (("missing", status.missing), ("degraded", status.degraded)):
+        for sentence in sentences:
+            console.print(f"{what}: {sentence}", markup=False, soft_wrap=True)
 
 
 def stop_server(cluster: str, *, now: bool) -> str:

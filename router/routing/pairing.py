@@ -64,6 +64,10 @@ def pairings(prefill: Sequence[WorkerSession], decode: Sequence[WorkerSession]) 
     return pairs or [Pairing(None, session) for session in decode]
 
 
+def kind_of(session: WorkerSession) -> tuple[str, str]:
+    """What a prefill and a decode worker must have equal to be paired."""
+    return session.record.digest, session.record.generation
+
+
 def _fit(prefill: WorkerSession, decode: WorkerSession) -> bool:
-    one, other = prefill.record, decode.record
-    return (one.digest, one.generation) == (other.digest, other.generation)
+    return kind_of(prefill) == kind_of(decode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,9 +11,12 @@ from baton.config import RegistryConfig, SessionConfig
 from baton.records import Role, WorkerRecord
 from baton.telemetry import GatewayMetrics
 from router.routing.kv_index import KvIndex
+from router.routing.misfits import strangers, without_partner
 from router.workers.handshake import GatewayIdentity
 from router.workers.link import WorkerLink
 from router.workers.session import WorkerSession
+
+logger = logging.getLogger(__name__)
 
 
 class WorkerPool:
@@ -46,6 +50,7 @@ class WorkerPool:
         self._links: dict[str, WorkerLink] = {}
         self._watchers: set[asyncio.Event] = set()
         self._closed = False
+        self._complaint: str | None = None
         self._changed()
 
     @property
@@ -96,6 +101,15 @@ class WorkerPool:
             and link.unlisted_s < self._registry.ttl_s
         )
 
+    def without_partner(self) -> str | None:
+        """Names live workers that none of the other role can be paired with, and says why."""
+        return without_partner(self.sessions("prefill"), self.sessions("decode"))
+
+    def strangers(self, role: Role) -> str | None:
+        """Names listed workers of that role which are of no use to this gateway, and says why."""
+        listed = [link.record for link in self.links if link.listed and link.record.role == role]
+        return strangers(listed, self._identity.generation)
+
     def knows(self, epoch: bytes) -> bool:
         """The process is listed or has a live Session."""
         return epoch.hex() in self._links
@@ -134,5 +148,9 @@ class WorkerPool:
                 link for link in self._links.values() if link.session and link.record.role == role
             ]
             self._metrics.workers.labels(role=role).set(len(live))
+        complaint = self.without_partner()
+        if complaint is not None and complaint != self._complaint:
+            logger.warning("%s", complaint)
+        self._complaint = complaint
         for event in self._watchers:
             event.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from baton.records import Role
 from baton.v1 import session_pb2 as pb
 from router.routing.kv_index import KvIndex
 from router.routing.policy import PeerLoad, PeerShare
@@ -46,6 +47,11 @@ def _worker_status(
     )
 
 
+def _none_ready(role: Role, pool: WorkerPool) -> str:
+    strangers = pool.strangers(role)
+    return f"No {role} worker is ready{'' if strangers is None else f': {strangers}'}."
+
+
 def cluster_status(
     pool: WorkerPool,
     *,
@@ -61,14 +67,16 @@ def cluster_status(
     ready_roles = {worker.role for worker in workers if worker.ready}
     lacks = []
     if prefill_wanted and "prefill" not in ready_roles:
-        lacks.append("No prefill worker is ready.")
+        lacks.append(_none_ready("prefill", pool))
+    if (misfits := pool.without_partner()) is not None:
+        lacks.append(misfits)
     if not registry_up:
         lacks.append("The registry (Redis) does not answer.")
     if not peers_up:
         lacks.append("Load is not shared with other gateways: Redis does not answer.")
     # Decode workers prefill by themselves where they must, and what is known stays known
     # without Redis: with a decode worker there is an answer, if a slower one.
-    missing = [] if "decode" in ready_roles else ["No decode worker is ready.", *lacks]
+    missing = [] if "decode" in ready_roles else [_none_ready("decode", pool), *lacks]
     degraded = [] if missing else lacks
     return ClusterStatus(
         workers=workers,

@@ -530,6 +530,18 @@ MISFITS: dict[str, tuple[Json, str]] = {
         {"secrets": {"apiKey": {"key": "cluster-secret"}}},
         "which another secret has already",
     ),
+    "block sizes that differ": (
+        _pool(engine={"block_size": 32}),
+        r"block_size differs between pools \(32 in decode, 16 in prefill\).* set config\.engine",
+    ),
+    "dtypes that differ": (
+        {"config": {"engine": {"dtype": "float32"}}, **_pool(engine={"dtype": "bfloat16"})},
+        r"dtype differs between pools \(bfloat16 in decode, float32 in prefill\)",
+    ),
+    "weights of one pool alone": (
+        _pool(engine={"load_format": "dummy"}),
+        r"pools\.decode\.engine\.load_format: every pool serves the same weights",
+    ),
     "long name": ({"fullnameOverride": "a" * 41}, "at most 40 characters"),
 }
 
@@ -559,6 +571,11 @@ def test_other_tags_are_taken_from_who_knows_better() -> None:
     rendered = render(GIVEN, over)
     assert rendered.worker("prefill")["image"] == "baton-worker:mine"
     assert rendered.worker("decode")["image"] == "special:yours"
+
+
+def test_pools_may_say_one_by_one_what_they_have_equal() -> None:
+    engine = {"block_size": 16, "dtype": "auto"}
+    assert render(GIVEN, _pool(engine=engine)).documents  # the other pool's by default
 
 
 def test_the_right_tag_may_be_said_and_pinned() -> None:

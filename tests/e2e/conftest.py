@@ -72,6 +72,17 @@ class Oracle:
         )
         return self.encode(text)
 
+    def greedy_at(self, prompt: list[int], answer: list[int]) -> list[int]:
+        """Its own choice at each place of ``answer``, after what stands before that place:
+        ``answer`` itself if that is greedy. One pass, where ``greedy`` takes one a token.
+        """
+        with self._torch.inference_mode():
+            output = self._model(
+                self._torch.tensor([prompt + answer]), logits_to_keep=len(answer) + 1
+            )
+        choices: list[int] = output.logits[0, :-1].argmax(1).tolist()
+        return choices
+
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         """What follows ``prompt``; ends after an end-of-sequence token."""
         with self._torch.inference_mode():

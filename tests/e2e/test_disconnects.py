@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import socket
-import time
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from e2e.conftest import Serving
 from support.prompts import long_text
-from support.server import BatonServer
+from support.server import BatonServer, wait_until
 
 MOMENTS = (
     "gateway.admitted",
@@ -25,26 +26,53 @@ MOMENTS = (
     "decode.release",
     "decode.step",
 )
-DELAY_S = 0.5
-LEAVE_AFTER_S = 0.3
+HAND_OFF = MOMENTS[MOMENTS.index("prefill.proceed") : MOMENTS.index("decode.step")]
+"""Where the transport matters."""
+WHOLE = ("gateway.admitted", "prefill.chunk", "decode.copy", "decode.step")
+"""An answer that is not streamed is given up in another way, and cancelled in the same: one
+moment for each of those who are told of it."""
+TELLING = {
+    *(("shared_memory", moment, "streaming") for moment in MOMENTS),
+    *(("shared_memory", moment, "whole") for moment in WHOLE),
+    *(("gloo", moment, "streaming") for moment in HAND_OFF),
+}
+CASES = [
+    pytest.param(*case, marks=[] if case in TELLING else pytest.mark.exhaustive)
+    for case in itertools.product(("shared_memory", "gloo"), MOMENTS, ("streaming", "whole"))
+]
+DELAY_S = 0.4
 PROMPT_CHARACTERS = 2400
 
 
-@pytest.fixture(scope="module", params=["shared_memory", "gloo"])
-def server(request: pytest.FixtureRequest, serving: Serving) -> BatonServer:
-    server = serving(
-        settings={
-            "kv_transfer": {"transport": request.param, "verify": True},
-            "session": {"report_s": 0.1},
-            "engine": {"kv_cache_bytes": 134_217_728},
-        }
-    )
-    server.complete(prompt="warm", max_tokens=2)
-    return server
+@pytest.fixture(scope="module")
+def servers(serving: Serving) -> Callable[[str], BatonServer]:
+    """By transport, each started when it is first asked for."""
+
+    @functools.cache
+    def start(transport: str) -> BatonServer:
+        server = serving(
+            settings={
+                "kv_transfer": {"transport": transport, "verify": True},
+                "session": {"report_s": 0.1},
+                "engine": {"kv_cache_bytes": 134_217_728},
+            }
+        )
+        server.complete(prompt="warm", max_tokens=2)
+        return server
+
+    return start
 
 
-def leave(server: BatonServer, *, prompt: str, stream: bool, salt: str) -> None:
-    """Sends a request and closes the connection before it can have been answered."""
+@pytest.fixture
+def server(request: pytest.FixtureRequest, servers: Callable[[str], BatonServer]) -> BatonServer:
+    return servers(request.param)
+
+
+def leave(server: BatonServer, moment: str, *, prompt: str, stream: bool, salt: str) -> None:
+    """Sends a request and closes the connection while that moment is drawn out."""
+    reached = server.folder / "reached"
+    reached.unlink(missing_ok=True)
+    drawn_out = {"action": "delay", "seconds": DELAY_S, "reached": str(reached)}
     body = {
         "model": server.model(),
         "prompt": prompt,
@@ -55,29 +83,24 @@ def leave(server: BatonServer, *, prompt: str, stream: bool, salt: str) -> None:
         "cache_salt": salt,
     }
     payload = json.dumps(body).encode()
+    server.inject(**{moment.replace(".", "__"): drawn_out})
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: baton\r\n"
             b"Content-Type: application/json\r\n"
             b"Content-Length: " + str(len(payload)).encode() + b"\r\n\r\n" + payload
         )
-        time.sleep(LEAVE_AFTER_S)
+        wait_until(reached.exists, timeout_s=30, what=moment, poll_s=0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("server", "moment", "kind"), CASES, indirect=["server"])
 def test_client_that_leaves_gives_every_block_back(
-    server: BatonServer, moment: str, stream: bool
+    server: BatonServer, moment: str, kind: str
 ) -> None:
     before = server.page()
-    server.inject(**{moment.replace(".", "__"): {"action": "delay", "seconds": DELAY_S}})
-    leave(
-        server,
-        prompt=long_text()[:PROMPT_CHARACTERS],
-        stream=stream,
-        salt=f"{moment} {stream}",
-    )
+    prompt = long_text()[:PROMPT_CHARACTERS]
+    leave(server, moment, prompt=prompt, stream=kind == "streaming", salt=f"{moment} {kind}")
     after = server.wait_at_rest()
     print(f"at rest {server.rest_s:.2f} s after the client had gone")
     server.inject()
@@ -90,13 +113,19 @@ def test_client_that_leaves_gives_every_block_back(
 
 
 @pytest.mark.slow
-def test_repeated_request_that_is_left_changes_no_block_state(server: BatonServer) -> None:
+@pytest.mark.parametrize(
+    ("server", "moments"),
+    [("shared_memory", MOMENTS), ("gloo", HAND_OFF)],
+    ids=["shared_memory", "gloo"],
+    indirect=["server"],
+)
+def test_repeated_request_that_is_left_changes_no_block_state(
+    server: BatonServer, moments: tuple[str, ...]
+) -> None:
     prompt = long_text()[:PROMPT_CHARACTERS]
-    options: dict[str, Any] = {"prompt": prompt, "max_tokens": 300, "ignore_eos": True}
-    server.complete(**options, cache_salt="whole")
+    server.complete(prompt=prompt, max_tokens=2, cache_salt="repeated")
     baseline = server.wait_at_rest().blocks()
-    for moment in MOMENTS:
-        server.inject(**{moment.replace(".", "__"): {"action": "delay", "seconds": DELAY_S}})
-        leave(server, prompt=prompt, stream=True, salt="whole")
+    for moment in moments:
+        leave(server, moment, prompt=prompt, stream=True, salt="repeated")
         assert server.wait_at_rest().blocks() == baseline, moment
     server.inject()

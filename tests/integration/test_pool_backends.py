@@ -92,7 +92,8 @@ def redis_url(short_folder: Path) -> Iterator[str]:
 
 
 def configuration(folder: Path, kind: str) -> BatonConfig:
-    pool = {"engine": {"kv_cache_bytes": 2 << 20, "block_size": 8}}
+    engine = {"kv_cache_bytes": 2 << 20, "block_size": 8}
+    pool = {"engine": engine}
     return parse_config(
         {
             "model": str(write_tiny_llama(folder / "model")),
@@ -101,7 +102,7 @@ def configuration(folder: Path, kind: str) -> BatonConfig:
             "pools": {
                 "prefill": pool,
                 "decode": pool,
-                "broken": {"role": "decode", "engine": {"max_model_len": 100_000}},
+                "broken": {"role": "decode", "engine": {**engine, "max_model_len": 100_000}},
                 # On a Ray that we start, only GPUs can be lacking.
                 "nowhere": {"role": "prefill", "num_gpus": 64, **pool},
             },

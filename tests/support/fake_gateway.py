@@ -202,7 +202,7 @@ class Gateway:
     async def served(self) -> AsyncIterator[str]:
         """A real server on a free port; gives its base URL."""
         listener = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(self.app, log_level="error", lifespan="off", http="httptools")
+        config = uvicorn.Config(self.app, log_config=None, lifespan="off", http="httptools")
         server = _Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -27,7 +27,8 @@ class Installed:
             done = subprocess.run(
                 [*command, "--into", str(into)],
                 cwd=ROOT,
-                env=bare_environment(),
+                # Of 30,000 files some hundred are imported: those are compiled then.
+                env=bare_environment({"PIP_NO_COMPILE": "1"}),
                 capture_output=True,
                 text=True,
                 timeout=INSTALL_S,

@@ -35,7 +35,7 @@ def rows() -> list[dict[str, Any]]:
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        body = json.dumps({"missing": [], "workers": rows()}).encode()
+        body = json.dumps({"missing": [], "degraded": [], "workers": rows()}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()

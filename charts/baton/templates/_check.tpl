@@ -13,6 +13,7 @@
 {{- include "baton.checkPool" (dict "root" $ "name" $name "pool" $pool "config" $config) -}}
 {{- end -}}
 {{- include "baton.checkDecode" $pools -}}
+{{- include "baton.checkEngines" (dict "pools" $pools "config" $config) -}}
 {{- include "baton.checkGateway" . -}}
 {{- include "baton.checkHead" (dict "root" . "config" $config) -}}
 {{- include "baton.checkAccounts" . -}}

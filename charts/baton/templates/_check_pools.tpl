@@ -73,3 +73,25 @@
 {{- include "baton.checkPorts" (dict "what" (printf "pools.%s" .name) "ports" $ports) -}}
 {{- include "baton.checkHost" (dict "what" (printf "worker.host of pools.%s" .name) "host" $worker.host) -}}
 {{- end -}}
+
+{{/* What gives a hand-off's bytes their meaning. (dict "pools" … "config" <baton.bareConfig>) */}}
+{{- define "baton.checkEngines" -}}
+{{- $common := default (dict) .config.engine -}}
+{{- range $name, $pool := .pools -}}
+{{- if hasKey $pool.engine "load_format" -}}
+{{- fail (printf "pools.%s.engine.load_format: every pool serves the same weights; set config.engine.load_format" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- range $setting, $default := dict "dtype" "auto" "block_size" 16 -}}
+{{- $values := dict -}}
+{{- $each := list -}}
+{{- range $name, $pool := $.pools -}}
+{{- $value := index $pool.engine $setting | default (index $common $setting) | default $default | toString -}}
+{{- $_ := set $values $value $name -}}
+{{- $each = append $each (printf "%s in %s" $value $name) -}}
+{{- end -}}
+{{- if gt (len $values) 1 -}}
+{{- fail (printf "engine.%s differs between pools (%s): none could hand a request over to another; set config.engine.%s for all of them, and none in pools.*.engine" $setting (join ", " $each) $setting) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

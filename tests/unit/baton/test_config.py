@@ -46,6 +46,14 @@ def test_default_deadline_over_the_maximum_is_refused() -> None:
         ({"session": {"report_s": 30}}, "report_s"),
         ({"pools": {"decode": {"tensor_parallel_size": 2}}}, "tensor_parallel_size"),
         ({"pools": {"decode": {"engine": {"load_format": "dummy"}}}}, r"set engine\.load_format"),
+        (
+            {"pools": {"prefill": {}, "decode": {"engine": {"block_size": 32}}}},
+            r"block_size .*16 in prefill, 32 in decode.* set engine\.block_size",
+        ),
+        (
+            {"pools": {"prefill": {"engine": {"dtype": "float32"}}, "decode": {}}},
+            r"dtype .*float32 in prefill, auto in decode.* set engine\.dtype",
+        ),
         ({"pools": {"decode": {"engine": {"thraeds": 1}}}}, r"pools\.decode\.engine\.thraeds"),
         ({"pools": {"decode": {"worker": {"drain_s": -1}}}}, r"pools\.decode\.worker\.drain_s"),
         ({"pools": {"decode": {"replicas": 3, "max_replicas": 2}}}, "max_replicas"),
@@ -57,6 +65,33 @@ def test_default_deadline_over_the_maximum_is_refused() -> None:
 def test_setting_that_could_never_work_is_refused(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigurationError, match=named):
         parse_config(settings)
+
+
+def test_pools_may_differ_in_what_no_hand_off_depends_on() -> None:
+    own = {"kv_cache_bytes": 2**22, "threads": 1, "max_num_seqs": 3, "max_model_len": 64}
+    pools = {
+        "prefill": {"engine": {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 8}},
+        "decode": {"engine": {"block_size": 32, **own}},
+    }
+    config = parse_config({"engine": {"dtype": "float32"}, "pools": pools})
+    assert config.for_pool("decode").engine.max_model_len == 64
+    assert {config.for_pool(name).engine.block_size for name in pools} == {32}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pools": {"decode": {"replicas": 3, "max_replicas": 2}}},
+        {"pools": {"decode": {}, "Long/1": {"role": "decode"}}},
+        {"pools": {"decode": {"engine": {"block_size": 0}}}},
+        {"pools": {"decode": {"replicas": 0}}},
+        {"gateway": {"default_deadline_s": 10, "max_deadline_s": 5}},
+    ],
+)
+def test_fault_is_said_in_our_words_alone(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_config(settings)
+    assert "value error" not in caught.value.message.lower()
 
 
 def test_section_that_is_no_mapping_is_refused_though_the_command_line_sets_it_too(

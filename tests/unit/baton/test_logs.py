@@ -11,14 +11,23 @@ import pytest
 from baton.errors import ConfigurationError
 from baton.logs import configure
 
+LIBRARIES = ("uvicorn", "uvicorn.error")
+
 
 @pytest.fixture(autouse=True)
 def _restore() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    """Loggers as in a process that has just begun, whichever servers ran in this one before."""
+    root, libraries = logging.getLogger(), [logging.getLogger(name) for name in LIBRARIES]
+    before = [(each, each.handlers[:], each.level, each.propagate) for each in (root, *libraries)]
+    for library in libraries:
+        library.handlers[:] = []
+        library.setLevel(logging.NOTSET)
+        library.propagate = True
     yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def test_line_has_time_level_process_and_message(capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,6 +206,22 @@ def test_another_program_at_that_address_is_told_apart(
     assert "no Baton controller" in result.output
 
 
+@pytest.mark.parametrize(
+    ("status", "code"), [(404, "not_found"), (405, "method_not_allowed"), (401, "invalid_api_key")]
+)
+def test_address_of_a_gateway_is_answered_with_where_controllers_are(
+    served: ServerState, controller: FakeController, status: int, code: str
+) -> None:
+    controller.will_refuse(status, code, "PUT /v1/pools: Not Found")
+    result = runner.invoke(app, ["scale", "decode=1", "--url", URL])
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert URL in said
+    assert "Without --url" in said
+    assert "controller listening on" in said
+    assert "Not Found" not in said
+
+
 # --------------------------------------------------------------------- waiting
 
 

@@ -131,6 +131,7 @@ def worker(worker_id: str, role: str, **over: Any) -> dict[str, Any]:
 PAGE = {
     "model": "m",
     "missing": [],
+    "degraded": [],
     "workers": [
         worker("decode-10", "decode"),
         worker("decode-2", "decode", ready=False),
@@ -164,6 +165,17 @@ def test_status_table_shows_use_of_the_cache() -> None:
     row = next(line for line in console.file.getvalue().splitlines() if "prefill-0" in line)
     assert "30.0%" in row
     assert "20.0%" in row
+
+
+def test_status_says_what_is_missing_or_degraded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = {**PAGE, "missing": ["No one."], "degraded": ["No hand-offs."]}
+    monkeypatch.setattr(status_module, "fetch_json", lambda url, path: page)
+    status_module.show_status("none-runs-here", "http://127.0.0.1:1", as_json=False)
+    said = capsys.readouterr().out
+    assert "missing: No one.\n" in said
+    assert "degraded: No hand-offs.\n" in said
 
 
 def state_of(pid: int, **over: Any) -> ServerState:

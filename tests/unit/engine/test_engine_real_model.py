@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.tiny_engine import generate, prompt
@@ -19,10 +17,8 @@ QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_sta
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BATON_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield open_checkpoint(DEFAULT_MODEL)
+def checkpoint() -> Checkpoint:
+    return open_checkpoint(DEFAULT_MODEL)
 
 
 @pytest.mark.slow
