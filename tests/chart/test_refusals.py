@@ -3,81 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import helm_python as helm
 import pytest
-import yaml
-from support.chart import CHART, COMPLETE, GIVEN, merged, render
-
-from baton.config import parse_config
+from support.chart import COMPLETE, GIVEN, merged, render
 
 Json = dict[str, Any]
 
 
 def _pool(**settings: Any) -> Json:
     return {"pools": {"decode": settings}}
-
-
-def _extra(**entries: Any) -> Json:
-    return {"gateway": {"extraPodSpec": entries}}
-
-
-NOT_IN_THE_SCHEMA: dict[str, Json] = {
-    "unknown key": {"gatway": {}},
-    "unknown key of a section": {"gateway": {"replica": 2}},
-    "unknown key of a pool": _pool(tensorParallel=2),
-    "unknown key of RDMA": _pool(rdma={"enabled": True, "resource": "x"}),
-    "unknown role": {"pools": {"x": {"role": "both"}}},
-    "negative replicas": _pool(replicas=-1),
-    "half a replica": _pool(replicas=1.5),
-    "replicas as text": _pool(replicas="2"),
-    "no parallelism at all": _pool(tensorParallelSize=0),
-    "a number for ray start": _pool(rayStartParams={"num-cpus": 1}),
-    "a quantity that is none": _pool(shmSize="lots"),
-    "UCX over TCP": _pool(rdma={"enabled": True, "resourceName": "r", "ucxTls": "rc,tcp"}),
-    "UCX over anything": _pool(rdma={"enabled": True, "resourceName": "r", "ucxTls": "all"}),
-    "port": {"gateway": {"service": {"port": 70000}}},
-    "source": {"model": {"source": "s3"}},
-    "relative path": {"paths": {"config": "etc"}},
-    "upgrade strategy": {"ray": {"upgradeStrategy": "RollingUpdate"}},
-    "Ray's version": {"ray": {"version": "latest"}},
-    "small object store": {"ray": {"objectStoreBytes": 1000}},
-    "environment": {"gateway": {"env": {"A": "b"}}},
-    "generation as a number": {"config": {"generation": 7}},
-    "a peer that is none": {"networkPolicy": {"clients": [{"foo": 1}]}},
-    "a peer that is everybody": {"networkPolicy": {"clients": [{}]}},
-    "pull policy": {"images": {"pullPolicy": "Sometimes"}},
-    "digest": {"images": {"worker": {"digest": "abc"}}},
-    "unknown section of the configuration": {"config": {"engin": {}}},
-    "unknown setting of the configuration": {"config": {"engine": {"max_num_seq": 8}}},
-    "unknown setting of a pool's engine": _pool(engine={"max_num_seq": 8}),
-    "unknown setting of a pool's worker": _pool(worker={"prot": 7100}),
-    "unknown setting of all engines": {"poolDefaults": {"engine": {"max_num_seq": 8}}},
-    "a setting out of its bounds": {"config": {"engine": {"block_size": 0}}},
-    "a setting of another type": {"config": {"kv_transfer": {"verify": "yes"}}},
-}
-
-
-@pytest.mark.parametrize("name", NOT_IN_THE_SCHEMA)
-def test_the_schema_refuses(name: str) -> None:
-    with pytest.raises(helm.HelmError, match="values don't meet the specifications"):
-        render(GIVEN, NOT_IN_THE_SCHEMA[name])
-
-
-@pytest.mark.parametrize(
-    ("values", "place"),
-    [
-        ({"config": {"engine": {"max_num_seq": 8}}}, "/config/engine"),
-        (_pool(engine={"max_num_seq": 8}), "/pools/decode/engine"),
-    ],
-)
-def test_an_unknown_setting_of_batons_is_named(values: Json, place: str) -> None:
-    with pytest.raises(helm.HelmError) as refused:
-        render(GIVEN, values)
-    assert place in str(refused.value)
-    assert "max_num_seq" in str(refused.value)
 
 
 GPUS = {"limits": {"nvidia.com/gpu": 2}}
@@ -181,117 +117,6 @@ MISFITS: dict[str, tuple[Json, str]] = {
     "a password in quotes for Ray": (
         {"rayRedis": {"password": {"value": "'quoted'"}}},
         "rayRedis.password.value becomes a word",
-    ),
-    "a variable of the chart's in a pool": (
-        _pool(env=[{"name": "BATON_ADVERTISE_HOST", "value": "x"}]),
-        "pools.decode.env has BATON_ADVERTISE_HOST, which the chart sets",
-    ),
-    "UCX over TCP by a variable": (
-        {
-            "config": {"kv_transfer": {"transport": "nixl"}},
-            "poolDefaults": {
-                "rdma": {"enabled": True, "resourceName": "rdma/x"},
-                "env": [{"name": "UCX_TLS", "value": "tcp"}],
-            },
-        },
-        "env has UCX_TLS, which the chart sets",
-    ),
-    "a variable of the chart's in gateways": (
-        {"gateway": {"env": [{"name": "BATON_SECRET", "value": "x"}]}},
-        "gateway.env has BATON_SECRET, which the chart sets",
-    ),
-    "a variable twice": (
-        {"controller": {"env": [{"name": "A", "value": "x"}, {"name": "A", "value": "y"}]}},
-        "controller.env has A, which .* is there twice",
-    ),
-    "a container named like the chart's": (
-        _extra(containers=[{"name": "gateway", "image": "x"}]),
-        "gateway.extraPodSpec has a container named gateway",
-    ),
-    "a container named like KubeRay's": (
-        _pool(extraPodSpec={"containers": [{"name": "wait-gcs-ready", "image": "x"}]}),
-        "pools.decode.extraPodSpec has a container named wait-gcs-ready",
-    ),
-    "a volume named like the chart's": (
-        _extra(volumes=[{"name": "tmp", "emptyDir": {}}]),
-        "gateway.extraPodSpec has a volume named tmp",
-    ),
-    "two volumes at one place": (
-        {"paths": {"run": "/tmp/"}},
-        "the volumes tmp and run are both mounted at /tmp; choose another path",
-    ),
-    "a request over its limit": (
-        {"poolDefaults": {"resources": {"limits": {"cpu": "2"}}}},
-        r"resources: requests.cpu \(4\) is over limits.cpu \(2\); lower the request",
-    ),
-    "a request over its limit in another unit": (
-        {"gateway": {"resources": {"limits": {"cpu": "500m"}}}},
-        r"gateway.resources: requests.cpu \(1\) is over limits.cpu \(500m\)",
-    ),
-    "a head's request over its limit": (
-        {"ray": {"head": {"resources": {"limits": {"memory": "1G"}}}}},
-        "ray.head.resources: requests.memory",
-    ),
-    "an autoscaler's request over its limit": (
-        {"ray": {"autoscaling": {"resources": {"limits": {"memory": 1000000}}}}},
-        "ray.autoscaling.resources: requests.memory",
-    ),
-    "GPUs asked for without a limit": (
-        _pool(resources={"requests": {"nvidia.com/gpu": 1}}),
-        "pools.decode.resources.requests has nvidia.com/gpu without a limit",
-    ),
-    "fewer GPUs asked for than given": (
-        _pool(resources={"requests": {"nvidia.com/gpu": 1}, **GPUS}),
-        "devices are not shared; set the limit alone",
-    ),
-    "half a GPU": (
-        _pool(resources={"limits": {"nvidia.com/gpu": "1.5"}}),
-        "has 1.5 of nvidia.com/gpu: devices are given whole",
-    ),
-    "memory for less than the cache": (
-        {"config": {"engine": {"kv_cache_bytes": 64 * 2**30}}},
-        r"limits.memory is 16Gi, but shmSize \(2Gi\) and engine.kv_cache_bytes \(68719476736\)",
-    ),
-    "memory for less than one pool's cache": (
-        _pool(engine={"kv_cache_bytes": 15 * 2**30}),
-        "pools.decode.resources.limits.memory is 16Gi",
-    ),
-    "shared memory over the pod's": (_pool(shmSize="17Gi"), r"shmSize \(17Gi\) and"),
-    "HPA without a request for CPUs": (
-        {
-            "gateway": {
-                "autoscaling": {"enabled": True},
-                "resources": {"requests": {"cpu": None}},
-            }
-        },
-        "gateway.autoscaling goes by the share of gateway.resources.requests.cpu",
-    ),
-    "an idle time that the old autoscaler does not know": (
-        {
-            "ray": {"autoscaling": {"enabled": True, "version": "v1"}},
-            **_pool(idleTimeoutSeconds=60),
-        },
-        "pools.decode.idleTimeoutSeconds is for version v2 of the autoscaler",
-    ),
-    "labels of Ray's for a pool": (
-        _pool(rayStartParams={"labels": "a=b"}),
-        "pools.decode.rayStartParams.labels is refused by KubeRay",
-    ),
-    "labels of Ray's for the head": (
-        {"ray": {"head": {"rayStartParams": {"labels": "a=b"}}}},
-        "ray.head.rayStartParams.labels is refused by KubeRay",
-    ),
-    "a password for everybody to read in the head's parameters": (
-        {"ray": {"head": {"rayStartParams": {"redis-password": "x"}}}},
-        "redis-password is refused by KubeRay; set rayRedis.password",
-    ),
-    "a password of Ray's Redis by a variable": (
-        {"ray": {"head": {"env": [{"name": "REDIS_PASSWORD", "value": "x"}]}}},
-        "ray.head.env has REDIS_PASSWORD, which is refused by KubeRay",
-    ),
-    "a Ray without tokens": (
-        {"ray": {"version": "2.51.1"}},
-        "ray.version is 2.51.1, but token authentication came with 2.52.0",
     ),
     "a password for everybody to read": (
         {"rayRedis": {"address": "redis://:p@ray-redis.example:6379"}},
@@ -606,53 +431,7 @@ def test_urls_of_a_redis_are_taken(url: str) -> None:
     assert render(GIVEN, {"redis": {"url": url}})
 
 
-def test_resources_that_fit_are_taken() -> None:
-    """Each at its bound, and in different units."""
-    cache = parse_config({}).engine.kv_cache_bytes
-    over: Json = {
-        "gateway": {"resources": {"requests": {"cpu": "1"}, "limits": {"cpu": "1000m"}}},
-        "pools": {
-            "decode": {
-                "shmSize": "512Mi",
-                "resources": {
-                    "requests": {"nvidia.com/gpu": 2},
-                    "limits": {"memory": cache + 512 * 2**20, "nvidia.com/gpu": "2"},
-                },
-            }
-        },
-    }
-    assert render(GIVEN, over)
-    over["pools"]["decode"]["resources"]["limits"]["memory"] -= 1
-    with pytest.raises(helm.HelmRenderError, match="the model comes on top"):
-        render(GIVEN, over)
-
-
 @pytest.mark.parametrize("name", COMPLETE)
 def test_the_chart_alone_refuses_nothing_that_its_values_files_say(name: str) -> None:
     """So each refusal above is of what the case adds."""
     assert render(merged(COMPLETE[name], {})).documents
-
-
-def _sections(values: Json, *path: str) -> Iterator[tuple[str, ...]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield (*path, key)
-            yield from _sections(value, *path, key)
-
-
-SECTIONS = list(_sections(yaml.safe_load((CHART / "values.yaml").read_text())))
-
-
-@pytest.mark.parametrize("path", SECTIONS, ids=".".join)
-def test_a_section_that_is_emptied_is_taken_or_refused_by_name(path: tuple[str, ...]) -> None:
-    over: Any = None
-    for key in reversed(path):
-        over = {key: over}
-    said = ""
-    try:
-        render(merged(GIVEN, {}), over)
-    except helm.HelmError as error:
-        said = str(error)
-    # The schema's words, or a sentence of the templates', but no fault inside of them.
-    named = f"missing property '{path[-1]}'|got null|execution error"
-    assert not said or re.search(named, said), said

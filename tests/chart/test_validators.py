@@ -70,6 +70,13 @@ MISFITS: dict[str, list[tuple[Json, Json, str]]] = {
             "block_size",
         ),
     ],
+    "BatonConfig._pools_can_pair": [
+        (
+            {"pools": {**_POOLS, "decode": {"engine": {"block_size": 32}}}},
+            {"pools": {"decode": {"engine": {"block_size": 32}}}},
+            "block_size differs between pools .*32 in decode.* none could hand a request over",
+        )
+    ],
     "BatonConfig._fence_after_some_beats": [
         (
             {"cluster": {"fence_s": 1.5}},

@@ -7,9 +7,6 @@
 {{- if eq $name "gateway" -}}
 {{- fail "pools.gateway: its workers would be named like gateways; choose another name" -}}
 {{- end -}}
-{{- if hasKey $pool.engine "load_format" -}}
-{{- fail (printf "pools.%s.engine.load_format: every pool serves the same weights; set config.engine.load_format" $name) -}}
-{{- end -}}
 {{- $transport := (default (dict) .root.Values.config.kv_transfer).transport | default "auto" -}}
 {{- $degree := mul (int $pool.tensorParallelSize) (int $pool.expertParallelSize) -}}
 {{- if and (gt (int $degree) 1) (lt (int $pool.numGpus) (int $degree)) -}}
