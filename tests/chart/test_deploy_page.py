@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import shlex
 
+import httpx
 import yaml
 from support.chart import CHART, COMPLETE, ROOT, render
+from support.controller_rig import ControllerRig
+
+from cluster.controller_app import Seat, create_controller_app
 
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
 
@@ -44,3 +50,32 @@ def test_settings_on_the_page_exist() -> None:
         for key in path.split("."):
             assert key in here["properties"], path
             here = here["properties"][key]
+
+
+async def test_the_pages_way_to_scale_scales() -> None:
+    """Its curl command, read by a shell's rules and sent to the controller's application."""
+    (command,) = re.findall(r"^curl (?:.*\\\n)*.*/v1/pools(?:.*\\\n)*.*$", PAGE, re.MULTILINE)
+    words = shlex.split(command.replace("\\\n", " "))
+    options = argparse.ArgumentParser()
+    options.add_argument("-s", action="store_true")
+    options.add_argument("-X", dest="method")
+    options.add_argument("-H", dest="headers", action="append")
+    options.add_argument("-d", dest="body")
+    options.add_argument("url")
+    given = options.parse_args(words[1:])
+    # What curl says of a body by itself.
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    for line in given.headers:
+        name, value = line.replace("$BATON_CONTROLLER_TOKEN", "t0ken").split(": ", 1)
+        headers[name] = value
+    rig = ControllerRig()
+    await rig.begin()
+    app = create_controller_app(Seat(rig.controller), token="t0ken", samples=rig.samples)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
+        answer = await client.request(
+            given.method, given.url, headers=headers, content=given.body.encode()
+        )
+    await rig.close()
+    assert answer.status_code == 200, answer.text
+    sizes = {name: pool["desired"] for name, pool in answer.json()["pools"].items()}
+    assert sizes == json.loads(given.body)

@@ -16,62 +16,6 @@ def _pool(**settings: Any) -> Json:
     return {"pools": {"decode": settings}}
 
 
-NOT_IN_THE_SCHEMA: dict[str, Json] = {
-    "unknown key": {"gatway": {}},
-    "unknown key of a section": {"gateway": {"replica": 2}},
-    "unknown key of a pool": _pool(tensorParallel=2),
-    "unknown key of RDMA": _pool(rdma={"enabled": True, "resource": "x"}),
-    "unknown role": {"pools": {"x": {"role": "both"}}},
-    "negative replicas": _pool(replicas=-1),
-    "half a replica": _pool(replicas=1.5),
-    "replicas as text": _pool(replicas="2"),
-    "no parallelism at all": _pool(tensorParallelSize=0),
-    "a number for ray start": _pool(rayStartParams={"num-cpus": 1}),
-    "a quantity that is none": _pool(shmSize="lots"),
-    "UCX over TCP": _pool(rdma={"enabled": True, "resourceName": "r", "ucxTls": "rc,tcp"}),
-    "UCX over anything": _pool(rdma={"enabled": True, "resourceName": "r", "ucxTls": "all"}),
-    "port": {"gateway": {"service": {"port": 70000}}},
-    "source": {"model": {"source": "s3"}},
-    "relative path": {"paths": {"config": "etc"}},
-    "upgrade strategy": {"ray": {"upgradeStrategy": "RollingUpdate"}},
-    "Ray's version": {"ray": {"version": "latest"}},
-    "small object store": {"ray": {"objectStoreBytes": 1000}},
-    "URL": {"redis": {"url": "http://redis"}},
-    "environment": {"gateway": {"env": {"A": "b"}}},
-    "generation as a number": {"config": {"generation": 7}},
-    "pull policy": {"images": {"pullPolicy": "Sometimes"}},
-    "digest": {"images": {"worker": {"digest": "abc"}}},
-    "unknown section of the configuration": {"config": {"engin": {}}},
-    "unknown setting of the configuration": {"config": {"engine": {"max_num_seq": 8}}},
-    "unknown setting of a pool's engine": _pool(engine={"max_num_seq": 8}),
-    "unknown setting of a pool's worker": _pool(worker={"prot": 7100}),
-    "unknown setting of all engines": {"poolDefaults": {"engine": {"max_num_seq": 8}}},
-    "a setting out of its bounds": {"config": {"engine": {"block_size": 0}}},
-    "a setting of another type": {"config": {"kv_transfer": {"verify": "yes"}}},
-    "a socket that pods do not share": {"redis": {"url": "unix:///run/redis.sock"}},
-}
-
-
-@pytest.mark.parametrize("name", NOT_IN_THE_SCHEMA)
-def test_the_schema_refuses(name: str) -> None:
-    with pytest.raises(helm.HelmError, match="values don't meet the specifications"):
-        render(GIVEN, NOT_IN_THE_SCHEMA[name])
-
-
-@pytest.mark.parametrize(
-    ("values", "place"),
-    [
-        ({"config": {"engine": {"max_num_seq": 8}}}, "/config/engine"),
-        (_pool(engine={"max_num_seq": 8}), "/pools/decode/engine"),
-    ],
-)
-def test_an_unknown_setting_of_batons_is_named(values: Json, place: str) -> None:
-    with pytest.raises(helm.HelmError) as refused:
-        render(GIVEN, values)
-    assert place in str(refused.value)
-    assert "max_num_seq" in str(refused.value)
-
-
 GPUS = {"limits": {"nvidia.com/gpu": 2}}
 REDIS_AWAY: Json = {"redis": {"url": ""}}
 RAY_REDIS_AWAY: Json = {"rayRedis": {"address": ""}}
@@ -155,6 +99,24 @@ MISFITS: dict[str, tuple[Json, str]] = {
     "a Redis of Ray's in every pod": (
         {"rayRedis": {"address": "redis://127.0.0.1"}},
         "rayRedis.address is on 127.0.0.1:6379",
+    ),
+    "another protocol": ({"redis": {"url": "http://redis"}}, "redis.url is no URL of a Redis"),
+    "a socket that pods do not share": (
+        {"redis": {"url": "unix:///run/redis.sock"}},
+        "redis.url is no URL of a Redis",
+    ),
+    "a Redis without a host": ({"redis": {"url": "redis:///0"}}, "redis.url is no URL"),
+    "another protocol of Ray's": (
+        {"rayRedis": {"address": "http://redis"}},
+        "rayRedis.address is no URL of a Redis",
+    ),
+    "a password of two words for Ray": (
+        {"rayRedis": {"password": {"value": "two words"}}},
+        "rayRedis.password.value becomes a word",
+    ),
+    "a password in quotes for Ray": (
+        {"rayRedis": {"password": {"value": "'quoted'"}}},
+        "rayRedis.password.value becomes a word",
     ),
     "a password for everybody to read": (
         {"rayRedis": {"address": "redis://:p@ray-redis.example:6379"}},
@@ -350,6 +312,32 @@ MISFITS: dict[str, tuple[Json, str]] = {
         {"serviceAccount": {"create": False}, "ray": {"autoscaling": {"enabled": True}}},
         "set serviceAccount.names.head",
     ),
+    "clients named and all the world let in to scrape": (
+        {
+            "networkPolicy": {"clients": [{"podSelector": {"matchLabels": {"app": "web"}}}]},
+            "monitoring": {"serviceMonitor": {"enabled": True}},
+        },
+        "networkPolicy.clients is set, but .* set networkPolicy.monitoring",
+    ),
+    "the controller's clients named and all the world let in to scrape": (
+        {
+            "networkPolicy": {"controllerClients": [{"podSelector": {}}]},
+            "monitoring": {"serviceMonitor": {"enabled": True}},
+        },
+        "networkPolicy.controllerClients is set, but",
+    ),
+    "an annotation of the chart's for gateways": (
+        {"gateway": {"annotations": {"checksum/config": "x"}}},
+        "gateway.annotations has checksum/config, by which",
+    ),
+    "an annotation of the chart's for a pool": (
+        _pool(annotations={"baton.dev/generation": "x"}),
+        "pools.decode.annotations has baton.dev/generation, by which",
+    ),
+    "a Redis in the place of the API key": (
+        {"redis": {"key": "api-key"}},
+        'redis.key is "api-key", which another secret has already',
+    ),
     "no claim": ({"model": {"source": "pvc"}}, "set model.pvc.claimName"),
     "no folder": ({"model": {"source": "hostPath"}}, "set model.hostPath.path"),
     "no model image": ({"model": {"source": "image"}}, "set model.image.reference"),
@@ -420,6 +408,27 @@ def test_the_right_tag_may_be_said_and_pinned() -> None:
     over = {"images": {"gateway": {"tag": "0.1.0", "digest": digest}}}
     spec = render(GIVEN, over).one("Deployment", "gateway")["spec"]["template"]["spec"]
     assert spec["containers"][0]["image"] == f"baton-gateway:0.1.0@{digest}"
+
+
+@pytest.mark.parametrize("password", ["pa%zz", "pa#ss", "p@ss/w", "p ss"])
+def test_a_password_that_is_not_escaped_is_not_shown(password: str) -> None:
+    url = f"redis://:{password}@redis.data:6379/0"
+    with pytest.raises(helm.HelmRenderError, match="as in %2F for /") as refused:
+        render(GIVEN, {"redis": {"url": url}})
+    assert password not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:p%23ss~!@redis.data:6379/0",
+        "rediss://user:p@redis.data:6379/1?ssl_cert_reqs=none",
+        "redis://[fd00::1]:6379",
+        "redis://10.0.0.7",
+    ],
+)
+def test_urls_of_a_redis_are_taken(url: str) -> None:
+    assert render(GIVEN, {"redis": {"url": url}})
 
 
 @pytest.mark.parametrize("name", COMPLETE)

@@ -86,6 +86,29 @@ def test_an_upgrade_takes_away_what_is_no_longer_wanted(
 
 
 @APPLIES
+def test_the_hpa_takes_over_the_gateways_that_there_are(
+    chat: Release, server_side_apply: str
+) -> None:
+    def gateways() -> int:
+        found: int = chat.cluster.find("Deployment", "chat-baton-gateway")["spec"]["replicas"]
+        return found
+
+    chat.install(
+        merged(CPU, {"gateway": {"replicas": 4}}), server_side_apply=server_side_apply == "true"
+    )
+    scaling: Json = {"enabled": True, "minReplicas": 3}
+    scaled = merged(CPU, {"gateway": {"replicas": None, "autoscaling": scaling}})
+    chat.upgrade(scaled, server_side_apply=server_side_apply)
+    assert gateways() == 4
+    # What the HPA does, and after it an upgrade that asks for more.
+    size = [{"op": "replace", "path": "/spec/replicas", "value": 6}]
+    chat.cluster.patch("Deployment", "chat-baton-gateway", size, manager="kube-controller-manager")
+    more = merged(scaled, {"gateway": {"autoscaling": {"minReplicas": 8}, "preStopSeconds": 9}})
+    chat.upgrade(more, server_side_apply=server_side_apply)
+    assert gateways() == 6
+
+
+@APPLIES
 @pytest.mark.parametrize("size", [0, 2, 5])
 def test_an_upgrade_keeps_the_sizes_of_the_autoscaler(
     chat: Release, size: int, server_side_apply: str

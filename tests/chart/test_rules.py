@@ -159,6 +159,17 @@ def test_rdma_is_there_or_the_pod_is_not() -> None:
         assert worker["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
 
 
+def test_a_pool_may_ask_for_more_cards_than_others() -> None:
+    """One key of its RDMA, and the others by default."""
+    over = {"pools": {"decode": {"rdma": {"count": 2}}}}
+    rendered = render(COMPLETE["values-h100-rdma.yaml"], over)
+    counts = {
+        pool: rendered.worker(pool)["resources"]["limits"]["rdma/rdma_shared_device_a"]
+        for pool in ("prefill", "decode")
+    }
+    assert counts == {"prefill": 1, "decode": 2}
+
+
 def test_workers_without_rdma_have_nothing_of_it() -> None:
     worker = render().worker()
     assert "UCX_TLS" not in {each["name"] for each in worker["env"]}
@@ -175,6 +186,39 @@ def test_probes_do_not_need_rays_dashboard(name: str) -> None:
         port = "port" if group is groups[0] else "node-manager-port"
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             assert container[probe]["tcpSocket"]["port"] == int(group["rayStartParams"][port])
+
+
+def _container(rendered: Rendered, pod: str) -> Json:
+    container: Json = dict(rendered.pod_specs())[pod]["containers"][0]
+    return container
+
+
+PROBED: dict[str, tuple[str, Json]] = {
+    "decode": ("poolDefaults", {"tcpSocket": {"port": 6380}}),
+    "head": ("ray.head", {"tcpSocket": {"port": 6379}}),
+    "chat-baton-gateway": ("gateway", {"httpGet": {"path": "/health", "port": "http"}}),
+    "chat-baton-controller": ("controller", {"httpGet": {"path": "/health", "port": "http"}}),
+}
+"""By pod: where its values are, and what its startup probe asks."""
+
+
+@pytest.mark.parametrize("pod", PROBED)
+def test_keys_of_a_probe_go_over_the_charts(pod: str) -> None:
+    path, asks = PROBED[pod]
+
+    def probe(given: Json) -> Json:
+        values: Json = {"startupProbe": given}
+        for key in reversed(path.split(".")):
+            values = {key: values}
+        found: Json = _container(render(GIVEN, values), pod)["startupProbe"]
+        return found
+
+    own = probe({})
+    assert asks.items() <= own.items()
+    assert probe({"failureThreshold": 600}) == {**own, "failureThreshold": 600}
+    # Another question takes the place of the chart's: Kubernetes wants one.
+    asked = {"exec": {"command": ["true"]}}
+    assert probe(asked) == {k: v for k, v in own.items() if k not in asks} | asked
 
 
 @every_values_file
@@ -239,6 +283,7 @@ def test_a_drained_node_takes_one_worker_of_a_pool_at_a_time(
     assert budgets.keys() == ({"prefill"} if least else set())
     for budget in budgets.values():
         assert budget["minAvailable"] == least
+        assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
         assert "maxUnavailable" not in budget
 
 
@@ -247,6 +292,17 @@ def test_the_autoscalers_budget_is_right_for_every_size_that_it_may_choose() -> 
     pools = {"decode": {"replicas": 6, "minReplicas": 3}, "prefill": {"replicas": 4}}
     budgets = _budgets(AUTOSCALED, {"pools": pools})
     assert {name: budget["minAvailable"] for name, budget in budgets.items()} == {"decode": 2}
+
+
+def test_a_gateway_that_does_not_come_up_holds_no_drain() -> None:
+    budget = render().one("PodDisruptionBudget", "baton-gateway")["spec"]
+    assert (budget["maxUnavailable"], budget["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow")
+
+
+def test_a_pool_that_may_lose_no_pod_keeps_them_all() -> None:
+    """One key of the budget, and the other by default."""
+    none = {"replicas": 3, "podDisruptionBudget": {"maxUnavailable": 0}}
+    assert _budgets({"pools": {"decode": none}})["decode"]["minAvailable"] == 3
 
 
 def _environment(rendered: Rendered, pod: str) -> dict[str, Json]:

@@ -141,8 +141,11 @@ PODS: dict[str, dict[str, str]] = {
         "app.kubernetes.io/component": "worker",
         "ray.io/node-type": "worker",
     },
+    "prometheus": {"app": "prometheus"},
     "stranger": {"app.kubernetes.io/instance": "other"},
 }
+_ELSEWHERE = {"stranger": "other", "prometheus": "monitoring"}
+"""Namespaces of pods that are not in the release's own."""
 PORTS = {"http": 8000, "session": 7100, "baton-metrics": 7101, "redis": 6379, "client": 10001}
 
 
@@ -160,11 +163,21 @@ def _allows(rules: list[Json], side: str, peer: str, port: int | str) -> bool:
         if ports and port not in ports and PORTS.get(str(port)) not in ports:
             continue
         peers = rule.get(side)
-        if peers is None or any(
-            _selects(p["podSelector"], PODS[peer]) for p in peers if "podSelector" in p
-        ):
+        if peers is None or any(_is_meant(each, peer) for each in peers):
             return True
     return False
+
+
+def _is_meant(selectors: Json, pod: str) -> bool:
+    """Whether one entry of a rule's peers selects that pod, a namespace's selector included."""
+    namespace = _ELSEWHERE.get(pod, "llm")
+    if "namespaceSelector" in selectors:
+        labels = {"kubernetes.io/metadata.name": namespace}
+        if not _selects(selectors["namespaceSelector"], labels):
+            return False
+    elif "podSelector" not in selectors or namespace != "llm":
+        return False
+    return _selects(selectors.get("podSelector", {}), PODS[pod])
 
 
 def _passes(rendered: Rendered, pod: str, rules: str, peer: str, port: int | str) -> bool:
@@ -246,7 +259,7 @@ def test_a_pod_defends_itself(source: str, target: str, port: int | str) -> None
 
 
 @pytest.mark.parametrize(
-    "pod", [name for name in PODS if name not in ("stranger", "redis", "ray-redis")]
+    "pod", [name for name in PODS if name not in (*_ELSEWHERE, "redis", "ray-redis")]
 )
 def test_pods_may_ask_for_names(pod: str) -> None:
     assert _may(render(COMPLETE["values-cpu.yaml"]), pod, "stranger", 53)
@@ -276,6 +289,31 @@ def test_clients_can_be_named() -> None:
     rendered = render(GIVEN, {"networkPolicy": {"clients": [peer]}})
     (rule,) = rendered.one("NetworkPolicy", "gateway")["spec"]["ingress"]
     assert rule["from"] == [peer]
+
+
+PROMETHEUS: Json = {
+    "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
+    "podSelector": {"matchLabels": {"app": "prometheus"}},
+}
+
+
+def test_who_scrapes_is_let_in_beside_the_clients_and_nobody_else() -> None:
+    web = {"podSelector": {"matchLabels": {"app": "web"}}}
+    policy = {"clients": [web], "monitoring": [PROMETHEUS]}
+    on = {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}
+    rendered = render(GIVEN, {"networkPolicy": policy, "monitoring": on})
+    for target, port in (("gateway", "http"), ("controller", "http"), ("worker", "baton-metrics")):
+        assert _passes(rendered, target, "ingress", "prometheus", port)
+        assert not _passes(rendered, target, "ingress", "stranger", port)
+
+
+def test_workers_monitored_alone_open_no_other_port() -> None:
+    web = {"podSelector": {"matchLabels": {"app": "web"}}}
+    over = {"networkPolicy": {"clients": [web]}, "monitoring": {"podMonitor": {"enabled": True}}}
+    rendered = render(GIVEN, over)
+    assert _passes(rendered, "worker", "ingress", "stranger", "baton-metrics")
+    for target in ("gateway", "controller"):
+        assert not _passes(rendered, target, "ingress", "stranger", "http")
 
 
 def test_a_download_of_the_model_may_leave_the_cluster() -> None:
@@ -339,6 +377,39 @@ def test_labels_of_the_user_are_on_everything() -> None:
     pods += [each["spec"]["template"]["metadata"] for each in rendered.all("Deployment")]
     for metadata in [*pods, *(document["metadata"] for document in rendered.documents)]:
         assert metadata["labels"]["team"] == "a"
+
+
+def test_labels_of_monitors_go_over_those_of_everything() -> None:
+    on = {"labels": {"team": "b"}, "serviceMonitor": {"enabled": True}}
+    over = {"commonLabels": {"team": "a"}, "monitoring": {**on, "podMonitor": {"enabled": True}}}
+    rendered = render(GIVEN, over)
+    monitors = rendered.all("ServiceMonitor") + rendered.all("PodMonitor")
+    assert [each["metadata"]["labels"]["team"] for each in monitors] == ["b", "b", "b"]
+    assert rendered.one("Deployment", "gateway")["metadata"]["labels"]["team"] == "a"
+
+
+@pytest.mark.parametrize("word", ["true", "null", "on", "yes"])
+def test_names_that_yaml_takes_for_something_else_stay_names(word: str) -> None:
+    over: Json = {
+        "fullnameOverride": word,
+        "pools": {word: {"role": "decode", "replicas": 2}},
+        "secrets": {"apiKey": {"key": word}},
+    }
+    rendered = render(COMPLETE["values-cpu.yaml"], over, name=word)
+    assert rendered.one("RayCluster")["metadata"]["name"] == word
+    pod = rendered.group(word)["template"]["metadata"]["labels"]
+    assert pod["baton.dev/pool"] == pod["app.kubernetes.io/instance"] == word
+    assert word in rendered.one("Secret", "secrets")["data"]
+    policy = rendered.one("NetworkPolicy", "-head")["spec"]
+    assert policy["podSelector"]["matchLabels"] == {"ray.io/cluster": word}
+    for document in rendered.documents:
+        labels = document["metadata"]["labels"]
+        assert labels["app.kubernetes.io/instance"] == word
+
+
+def test_a_release_may_be_named_by_a_number() -> None:
+    labels = render(GIVEN, {"fullnameOverride": "x"}, name="123").one("ConfigMap")["metadata"]
+    assert labels["labels"]["app.kubernetes.io/instance"] == "123"
 
 
 def _given_anew(over: Json) -> set[str]:

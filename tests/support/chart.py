@@ -62,6 +62,15 @@ COMPLETE: dict[str, Json] = {
 """Values that render, by a name for tests."""
 
 
+class _Loader(yaml.CSafeLoader):
+    """Refuses a key that is there twice, as Kubernetes does where it is strict."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"twice: {keys} {node.start_mark}"
+        return super().construct_mapping(node, deep)
+
+
 class Rendered:
     """The documents of one rendering."""
 
@@ -70,7 +79,7 @@ class Rendered:
         self.text = "\n---\n".join(
             text for name, text in sorted(files.items()) if name.endswith(".yaml")
         )
-        loaded = yaml.load_all(self.text, Loader=yaml.CSafeLoader)
+        loaded = yaml.load_all(self.text, Loader=_Loader)
         self.documents: list[Json] = [document for document in loaded if document]
 
     def all(self, kind: str) -> list[Json]:

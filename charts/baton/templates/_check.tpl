@@ -5,7 +5,10 @@
 {{- $config := include "baton.bareConfig" . | fromJson -}}
 {{- $pools := include "baton.pools" . | fromJson -}}
 {{- include "baton.checkAllLabels" (dict "root" . "pools" $pools) -}}
+{{- include "baton.checkAllAnnotations" (dict "root" . "pools" $pools) -}}
+{{- include "baton.checkAllResources" (dict "root" . "pools" $pools) -}}
 {{- include "baton.checkConfig" (dict "root" . "config" $config) -}}
+{{- include "baton.checkTimes" (dict "config" $config) -}}
 {{- range $name, $pool := $pools -}}
 {{- include "baton.checkPool" (dict "root" $ "name" $name "pool" $pool "config" $config) -}}
 {{- end -}}
@@ -14,6 +17,7 @@
 {{- include "baton.checkGateway" . -}}
 {{- include "baton.checkHead" (dict "root" . "config" $config) -}}
 {{- include "baton.checkAccounts" . -}}
+{{- include "baton.checkScraping" . -}}
 {{- include "baton.checkRedis" . -}}
 {{- include "baton.checkRayRedis" . -}}
 {{- include "baton.checkOneRedis" . -}}
@@ -56,39 +60,18 @@
 {{- end -}}
 {{- end -}}
 
-{{/* (dict "root" $ "config" <baton.bareConfig>) */}}
-{{- define "baton.checkConfig" -}}
-{{- range $key := list "pools" "model" -}}
-{{- if hasKey $.root.Values.config $key -}}
-{{- fail (printf "config.%s has a place of its own: set %s at the top of the values" $key $key) -}}
+{{/* Annotations of the user's beside the chart's own. (dict "root" $ "pools" …) */}}
+{{- define "baton.checkAllAnnotations" -}}
+{{- $values := .root.Values -}}
+{{- $all := dict "gateway" $values.gateway.annotations "controller" $values.controller.annotations "ray.head" $values.ray.head.annotations -}}
+{{- range $name, $pool := .pools -}}{{- $_ := set $all (printf "pools.%s" $name) $pool.annotations -}}{{- end -}}
+{{- range $what, $annotations := $all -}}
+{{- range $key, $_ := $annotations -}}
+{{- if has $key (list "checksum/config" "checksum/secrets" "baton.dev/generation") -}}
+{{- fail (printf "%s.annotations has %s, by which the chart replaces pods when they have to be; choose another name" $what $key) -}}
 {{- end -}}
 {{- end -}}
-{{- $config := .config -}}
-{{- if ne $config.cluster.backend "ray" -}}
-{{- fail (printf "config.cluster.backend is %q, but in this chart Ray starts the workers; leave it out" $config.cluster.backend) -}}
 {{- end -}}
-{{- if hasKey $config.gateway "replicas" -}}
-{{- fail "config.gateway.replicas is of `baton serve`, which starts no gateways here; set gateway.replicas" -}}
-{{- end -}}
-{{- range $section := list "gateway" "controller" -}}
-{{- $settings := index $config $section -}}
-{{- if not (int $settings.port) -}}
-{{- fail (printf "config.%s.port has to be a fixed port: Services, probes and network policies name it" $section) -}}
-{{- end -}}
-{{- include "baton.checkHost" (dict "what" (printf "config.%s.host" $section) "host" $settings.host) -}}
-{{- end -}}
-{{- end -}}
-
-{{/* A loopback address is Baton's default, and in a pod nobody else's. (dict "what" … "host" …) */}}
-{{- define "baton.checkHost" -}}
-{{- $host := default "127.0.0.1" .host -}}
-{{- if eq (include "baton.isLoopback" $host) "true" -}}
-{{- fail (printf "%s is %s, where nobody outside of the pod is heard, its probes included; use 0.0.0.0 or \"::\"" .what $host) -}}
-{{- end -}}
-{{- end -}}
-
-{{- define "baton.isLoopback" -}}
-{{- regexMatch "^(localhost|127[.][0-9.]+|\\[?::1\\]?)$" (lower .) -}}
 {{- end -}}
 
 {{/* No two on one port. (dict "what" <values' path> "ports" {name: port}) */}}
@@ -117,6 +100,19 @@
 {{- define "baton.checkHead" -}}
 {{- $values := .root.Values -}}
 {{- $params := include "baton.headStartParams" .root | fromJson -}}
+{{- range $key, $instead := dict "labels" "ray.head.labels" "redis-password" "rayRedis.password" -}}
+{{- if hasKey $params $key -}}
+{{- fail (printf "ray.head.rayStartParams.%s is refused by KubeRay; set %s" $key $instead) -}}
+{{- end -}}
+{{- end -}}
+{{- range $values.ray.head.env -}}
+{{- if has .name (list "REDIS_PASSWORD" "REDIS_USERNAME" "RAY_REDIS_ADDRESS") -}}
+{{- fail (printf "ray.head.env has %s, which is refused by KubeRay; rayRedis says where Ray's Redis is" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $values.ray.auth.enabled (semverCompare "<2.52.0" $values.ray.version) -}}
+{{- fail (printf "ray.version is %s, but token authentication came with 2.52.0; take a newer Ray, or set ray.auth.enabled=false if nobody but these pods can reach the head" $values.ray.version) -}}
+{{- end -}}
 {{- $client := index $params "ray-client-server-port" -}}
 {{- if ne (int $client) (int $values.ray.ports.client) -}}
 {{- fail (printf "ray.head.rayStartParams has ray-client-server-port %s, but the controller and the network policies go by ray.ports.client (%d); set that" $client (int $values.ray.ports.client)) -}}
@@ -140,6 +136,18 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Gateways and the controller are scraped on the port that clients use. */}}
+{{- define "baton.checkScraping" -}}
+{{- $policy := .Values.networkPolicy -}}
+{{- if and $policy.enabled .Values.monitoring.serviceMonitor.enabled (not $policy.monitoring) -}}
+{{- range $clients := list "clients" "controllerClients" -}}
+{{- if index $policy $clients -}}
+{{- fail (printf "networkPolicy.%s is set, but with monitoring.serviceMonitor any pod of any namespace may reach the same port to scrape it; set networkPolicy.monitoring to where your Prometheus is" $clients) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "baton.gatewayGrace" -}}
 {{- $drain := (index .Values.config "gateway").drain_s | default 10 | ceil | int -}}
 {{- $least := add (int .Values.gateway.preStopSeconds) $drain 10 -}}
@@ -157,6 +165,11 @@
 {{- end -}}
 {{- if lt (int $scaling.maxReplicas) (int $scaling.minReplicas) -}}
 {{- fail "gateway.autoscaling.maxReplicas is below minReplicas; raise it" -}}
+{{- end -}}
+{{- $resources := default (dict) .Values.gateway.resources -}}
+{{- $cpu := or (default (dict) $resources.requests).cpu (default (dict) $resources.limits).cpu -}}
+{{- if and $scaling.enabled (not $scaling.metrics) (not $cpu) -}}
+{{- fail "gateway.autoscaling goes by the share of gateway.resources.requests.cpu that is used, and there is none; set it, or other metrics" -}}
 {{- end -}}
 {{- $_ := include "baton.gatewayGrace" . -}}
 {{- end -}}

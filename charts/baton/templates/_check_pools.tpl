@@ -4,6 +4,9 @@
 {{- include "baton.checkWorkerPorts" . -}}
 {{- $name := .name -}}
 {{- $pool := .pool -}}
+{{- if eq $name "gateway" -}}
+{{- fail "pools.gateway: its workers would be named like gateways; choose another name" -}}
+{{- end -}}
 {{- $transport := (default (dict) .root.Values.config.kv_transfer).transport | default "auto" -}}
 {{- $degree := mul (int $pool.tensorParallelSize) (int $pool.expertParallelSize) -}}
 {{- if and (gt (int $degree) 1) (lt (int $pool.numGpus) (int $degree)) -}}
@@ -32,6 +35,14 @@
 {{- if and (eq $transport "shared_memory") (eq $pool.role "prefill") (gt (int $pool.replicas) 0) -}}
 {{- fail (printf "config.kv_transfer.transport is shared_memory, but workers of pools.%s are in other pods than those of decode pools; use auto or gloo" $name) -}}
 {{- end -}}
+{{- $scaling := .root.Values.ray.autoscaling -}}
+{{- if and $scaling.enabled (eq $scaling.version "v1") (int $pool.idleTimeoutSeconds) -}}
+{{- fail (printf "pools.%s.idleTimeoutSeconds is for version v2 of the autoscaler, and ray.autoscaling.version is v1; leave it out or take v2" $name) -}}
+{{- end -}}
+{{- if hasKey $pool.rayStartParams "labels" -}}
+{{- fail (printf "pools.%s.rayStartParams.labels is refused by KubeRay; leave it out" $name) -}}
+{{- end -}}
+{{- include "baton.checkMemory" . -}}
 {{- $_ := include "baton.workerGrace" . -}}
 {{- end -}}
 

@@ -29,6 +29,9 @@
 {{- else if $redis.embedded.enabled -}}
 {{- fail "rayRedis.embedded.enabled is of no use without ray.gcsFaultTolerance.enabled" -}}
 {{- end -}}
+{{- if not (regexMatch "^[A-Za-z0-9._~+/=-]*$" $redis.password.value) -}}
+{{- fail "rayRedis.password.value becomes a word of a shell's and of Redis' configuration; use letters, digits and . _ ~ + / = - alone" -}}
+{{- end -}}
 {{- include "baton.checkRedisPlace" (dict "policy" .Values.networkPolicy "name" "rayRedis" "setting" "rayRedis.address" "url" .Values.rayRedis.address) -}}
 {{- if contains "@" .Values.rayRedis.address -}}
 {{- fail "rayRedis.address holds a password, which everybody who may read the RayCluster could read; set rayRedis.password" -}}
@@ -66,6 +69,11 @@
      than its own. (dict "policy" … "name" "redis" "setting" "redis.url" "url" …) */}}
 {{- define "baton.checkRedisPlace" -}}
 {{- if .url -}}
+{{- /* Before it is parsed: an error of the parser's shows the password. */ -}}
+{{- $word := "([A-Za-z0-9._~!$&'()*+,;=:-]|%[0-9A-Fa-f]{2})*" -}}
+{{- if not (regexMatch (printf "^rediss?://(%s@)?([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:[0-9]{1,5})?(/[0-9]*)?([?][^#%% ]*)?$" $word) .url) -}}
+{{- fail (printf "%s is no URL of a Redis: redis://:password@host:6379/0, or rediss://, where a password has its special characters escaped, as in %%2F for /" .setting) -}}
+{{- end -}}
 {{- $place := include "baton.hostPort" .url -}}
 {{- if eq (include "baton.isLoopback" (regexReplaceAll ":[0-9]+$" $place "")) "true" -}}
 {{- fail (printf "%s is on %s, which is another place in every pod; name a Service or a host" .setting $place) -}}

@@ -25,7 +25,7 @@ containers:
       {{- end }}
       {{- include "baton.redisEnv" . | nindent 6 }}
       - name: BATON_CACHE
-        value: {{ .Values.paths.cache }}
+        value: {{ .Values.paths.cache | quote }}
       {{- with $gateway.env }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
@@ -39,12 +39,12 @@ containers:
       preStop:
         exec:
           command: [sleep, {{ int $gateway.preStopSeconds | quote }}]
-    securityContext: {{- toYaml .Values.securityContext | nindent 6 }}
+    securityContext: {{- toYaml (default (dict) .Values.securityContext) | nindent 6 }}
     resources: {{- toYaml $gateway.resources | nindent 6 }}
     volumeMounts:
-      - {name: config, mountPath: {{ .Values.paths.config }}, readOnly: true}
+      - {name: config, mountPath: {{ .Values.paths.config | quote }}, readOnly: true}
       - {name: tmp, mountPath: /tmp}
-      - {name: cache, mountPath: {{ .Values.paths.cache }}}
+      - {name: cache, mountPath: {{ .Values.paths.cache | quote }}}
       {{- with include "baton.modelMounts" . }}
       {{- . | nindent 6 }}
       {{- end }}
@@ -92,10 +92,10 @@ containers:
       {{- include "baton.probe" (dict "given" $controller.livenessProbe "own" "httpGet: {path: /health, port: http}\nperiodSeconds: 10\ntimeoutSeconds: 5\nfailureThreshold: 6") | nindent 6 }}
     readinessProbe:
       {{- include "baton.probe" (dict "given" $controller.readinessProbe "own" "httpGet: {path: /ready, port: http}\nperiodSeconds: 5\ntimeoutSeconds: 5\nfailureThreshold: 3") | nindent 6 }}
-    securityContext: {{- toYaml .Values.securityContext | nindent 6 }}
+    securityContext: {{- toYaml (default (dict) .Values.securityContext) | nindent 6 }}
     resources: {{- toYaml $controller.resources | nindent 6 }}
     volumeMounts:
-      - {name: config, mountPath: {{ .Values.paths.config }}, readOnly: true}
+      - {name: config, mountPath: {{ .Values.paths.config | quote }}, readOnly: true}
       - {name: tmp, mountPath: /tmp}
 volumes:
   - name: config

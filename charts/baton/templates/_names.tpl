@@ -8,21 +8,22 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Labels of an object. Call with (dict "root" $ "component" "gateway"). */}}
+{{/* Labels of an object. Call with (dict "root" $ "component" "gateway"), and with "over" for
+     labels of the user's that go over commonLabels. */}}
 {{- define "baton.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 app.kubernetes.io/name: {{ .root.Chart.Name }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{ include "baton.selectorLabels" . }}
-{{- with .root.Values.commonLabels }}
+{{- with merge (dict) (default (dict) .over) (default (dict) .root.Values.commonLabels) }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}
 
 {{/* What pods are selected by. KubeRay gives its pods an app.kubernetes.io/name of its own. */}}
 {{- define "baton.selectorLabels" -}}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 app.kubernetes.io/part-of: baton
 {{- end -}}
@@ -30,7 +31,7 @@ app.kubernetes.io/part-of: baton
 {{/* Labels of a pod: what selects it, the user's, never the chart's version (it would roll). */}}
 {{- define "baton.podLabels" -}}
 {{ include "baton.selectorLabels" . }}
-{{- with merge (dict) (default (dict) .labels) .root.Values.commonLabels }}
+{{- with merge (dict) (default (dict) .labels) (default (dict) .root.Values.commonLabels) }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}

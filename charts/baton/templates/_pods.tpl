@@ -1,14 +1,14 @@
 {{/* What every pod's spec begins with. (dict "root" $ "part" <values of the component>
      "for" <ServiceAccount>) */}}
 {{- define "baton.podBasics" -}}
-serviceAccountName: {{ include "baton.serviceAccountName" . }}
+serviceAccountName: {{ include "baton.serviceAccountName" . | quote }}
 automountServiceAccountToken: {{ default false .token }}
 enableServiceLinks: false
-securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
+securityContext: {{- toYaml (default (dict) .root.Values.podSecurityContext) | nindent 2 }}
 {{- with .root.Values.images.pullSecrets }}
 imagePullSecrets:
 {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- with .part.nodeSelector }}
@@ -24,10 +24,10 @@ affinity: {{- toYaml . | nindent 2 }}
 topologySpreadConstraints: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .part.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .part.runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
@@ -47,12 +47,57 @@ runtimeClassName: {{ . }}
 {{- $_ := set $extra $key (concat (default (list) (index $spec $key)) (index $extra $key)) -}}
 {{- end -}}
 {{- end -}}
-{{- toYaml (mergeOverwrite $spec $extra) -}}
+{{- $spec = mergeOverwrite $spec $extra -}}
+{{- include "baton.checkTwice" (dict "spec" $spec "part" (trimSuffix ".extraPodSpec" .what)) -}}
+{{- toYaml $spec -}}
 {{- end -}}
 
-{{/* A probe of the user's, or the chart's. (dict "given" … "own" <YAML>) */}}
+{{/* Names that are there twice, which Kubernetes refuses, or of which the later one wins.
+     (dict "spec" <pod's spec> "part" <values' path of the component>) */}}
+{{- define "baton.checkTwice" -}}
+{{- /* KubeRay's own are in pods of Ray's. */ -}}
+{{- $containers := dict "wait-gcs-ready" true "autoscaler" true -}}
+{{- range $container := concat (default (list) .spec.initContainers) .spec.containers -}}
+{{- if hasKey $containers $container.name -}}
+{{- fail (printf "%s.extraPodSpec has a container named %s, as the chart or KubeRay has one; choose another name" $.part $container.name) -}}
+{{- end -}}
+{{- $_ := set $containers $container.name true -}}
+{{- $variables := dict -}}
+{{- range $container.env -}}
+{{- if hasKey $variables .name -}}
+{{- fail (printf "%s.env has %s, which the chart sets by itself or which is there twice; leave it out" $.part .name) -}}
+{{- end -}}
+{{- $_ := set $variables .name true -}}
+{{- end -}}
+{{- $places := dict -}}
+{{- range $container.volumeMounts -}}
+{{- $place := clean (default "" .mountPath) -}}
+{{- if hasKey $places $place -}}
+{{- fail (printf "%s: the volumes %s and %s are both mounted at %s; choose another path (paths, or extraPodSpec)" $.part (index $places $place) .name $place) -}}
+{{- end -}}
+{{- $_ := set $places $place .name -}}
+{{- end -}}
+{{- end -}}
+{{- $volumes := dict -}}
+{{- range .spec.volumes -}}
+{{- if hasKey $volumes .name -}}
+{{- fail (printf "%s.extraPodSpec has a volume named %s, as the chart has one; choose another name" $.part .name) -}}
+{{- end -}}
+{{- $_ := set $volumes .name true -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The chart's probe, with the user's keys over it. What it asks is one of these keys, so a
+     user's takes the place of the chart's. (dict "given" … "own" <YAML>) */}}
 {{- define "baton.probe" -}}
-{{- if .given }}{{ toYaml .given }}{{ else }}{{ .own }}{{ end -}}
+{{- $probe := fromYaml .own -}}
+{{- $given := default (dict) .given -}}
+{{- $asks := list "exec" "httpGet" "tcpSocket" "grpc" -}}
+{{- range $key := keys $given -}}
+{{- if has $key $asks -}}{{- range $asks -}}{{- $_ := unset $probe . -}}{{- end -}}{{- end -}}
+{{- end -}}
+{{- range $key, $value := $given -}}{{- $_ := set $probe $key $value -}}{{- end -}}
+{{- toYaml $probe -}}
 {{- end -}}
 
 {{/* The volumes that hold the model, and where they are mounted. */}}
@@ -60,13 +105,13 @@ runtimeClassName: {{ . }}
 {{- $model := .Values.model -}}
 {{- if eq $model.source "pvc" -}}
 - name: model
-  persistentVolumeClaim: {claimName: {{ $model.pvc.claimName }}, readOnly: true}
+  persistentVolumeClaim: {claimName: {{ $model.pvc.claimName | quote }}, readOnly: true}
 {{- else if eq $model.source "hostPath" -}}
 - name: model
-  hostPath: {path: {{ $model.hostPath.path }}, type: Directory}
+  hostPath: {path: {{ $model.hostPath.path | quote }}, type: Directory}
 {{- else if eq $model.source "image" -}}
 - name: model
-  image: {reference: {{ $model.image.reference }}, pullPolicy: {{ $model.image.pullPolicy }}}
+  image: {reference: {{ $model.image.reference | quote }}, pullPolicy: {{ $model.image.pullPolicy }}}
 {{- else if eq $model.source "huggingFace" -}}
 - name: model
   emptyDir: {sizeLimit: {{ $model.huggingFace.sizeLimit }}}
@@ -76,7 +121,7 @@ runtimeClassName: {{ . }}
 {{- define "baton.modelMounts" -}}
 {{- if ne .Values.model.source "embedded" -}}
 - name: model
-  mountPath: {{ .Values.paths.model }}
+  mountPath: {{ .Values.paths.model | quote }}
   readOnly: true
 {{- end -}}
 {{- end -}}
@@ -102,12 +147,12 @@ runtimeClassName: {{ . }}
     {{- if or .root.Values.secrets.huggingFace.value .root.Values.secrets.huggingFace.existingSecret }}
     {{- include "baton.secretEnv" (dict "root" .root "name" "HF_TOKEN" "entry" .root.Values.secrets.huggingFace) | nindent 4 }}
     {{- end }}
-  securityContext: {{- toYaml .root.Values.securityContext | nindent 4 }}
+  securityContext: {{- toYaml (default (dict) .root.Values.securityContext) | nindent 4 }}
   resources:
     requests: {cpu: 500m, memory: 512Mi}
     limits: {memory: 2Gi}
   volumeMounts:
-    - {name: model, mountPath: {{ .root.Values.paths.model }}}
+    - {name: model, mountPath: {{ .root.Values.paths.model | quote }}}
     - {name: tmp, mountPath: /tmp}
 {{- end -}}
 {{- end -}}

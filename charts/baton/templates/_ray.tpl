@@ -75,7 +75,7 @@ containers:
       {{- with .Values.ray.head.env }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
-    securityContext: {{- toYaml .Values.securityContext | nindent 6 }}
+    securityContext: {{- toYaml (default (dict) .Values.securityContext) | nindent 6 }}
     resources: {{- toYaml .Values.ray.head.resources | nindent 6 }}
     {{- include "baton.rayProbes" (dict "part" .Values.ray.head "port" (index $params "port")) | nindent 4 }}
     volumeMounts:
@@ -123,7 +123,7 @@ volumes:
 {{- end -}}
 
 {{- define "baton.workerSecurityContext" -}}
-{{- $context := deepCopy .root.Values.securityContext -}}
+{{- $context := deepCopy (default (dict) .root.Values.securityContext) -}}
 {{- if .pool.rdma.enabled -}}
 {{- /* Memory that a network card reads has to stay where it is. This lets root alone pin it:
 Kubernetes knows no ambient capabilities. Other users need the nodes' limit (docs/deploy.md). */ -}}
@@ -161,14 +161,14 @@ containers:
       - name: BATON_ADVERTISE_HOST
         valueFrom: {fieldRef: {fieldPath: status.podIP}}
       - name: BATON_RUN_DIR
-        value: {{ .root.Values.paths.run }}
+        value: {{ .root.Values.paths.run | quote }}
       - name: BATON_CACHE
-        value: {{ .root.Values.paths.cache }}
+        value: {{ .root.Values.paths.cache | quote }}
       {{- include "baton.rayEnv" .root | nindent 6 }}
       {{- if .pool.rdma.enabled }}
       # UCX takes the best transport of these: without a working card there is none.
       - name: UCX_TLS
-        value: {{ .pool.rdma.ucxTls }}
+        value: {{ .pool.rdma.ucxTls | quote }}
       {{- end }}
       {{- with .pool.env }}
       {{- toYaml . | nindent 6 }}
@@ -183,8 +183,8 @@ containers:
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
       - {name: shm, mountPath: /dev/shm}
-      - {name: run, mountPath: {{ .root.Values.paths.run }}}
-      - {name: cache, mountPath: {{ .root.Values.paths.cache }}}
+      - {name: run, mountPath: {{ .root.Values.paths.run | quote }}}
+      - {name: cache, mountPath: {{ .root.Values.paths.cache | quote }}}
       {{- with include "baton.modelMounts" .root }}
       {{- . | nindent 6 }}
       {{- end }}

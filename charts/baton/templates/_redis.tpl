@@ -9,7 +9,7 @@ apiVersion: apps/v1
 kind: StatefulSet
 metadata:
   name: {{ $name }}
-  namespace: {{ $root.Release.Namespace }}
+  namespace: {{ $root.Release.Namespace | quote }}
   labels: {{- include "baton.labels" $labels | nindent 4 }}
 spec:
   serviceName: {{ $name }}
@@ -48,7 +48,7 @@ spec:
             exec: {command: [sh, -c, redis-cli ping | grep -q PONG]}
             periodSeconds: 3
             timeoutSeconds: 3
-          securityContext: {{- toYaml $root.Values.securityContext | nindent 12 }}
+          securityContext: {{- toYaml (default (dict) $root.Values.securityContext) | nindent 12 }}
           resources: {{- toYaml .redis.resources | nindent 12 }}
           volumeMounts:
             - {name: data, mountPath: /data}
@@ -67,7 +67,7 @@ spec:
       spec:
         accessModes: [ReadWriteOnce]
         {{- with .redis.persistence.storageClass }}
-        storageClassName: {{ . }}
+        storageClassName: {{ . | quote }}
         {{- end }}
         resources:
           requests: {storage: {{ .redis.persistence.size }}}
@@ -77,7 +77,7 @@ apiVersion: v1
 kind: Service
 metadata:
   name: {{ $name }}
-  namespace: {{ $root.Release.Namespace }}
+  namespace: {{ $root.Release.Namespace | quote }}
   labels: {{- include "baton.labels" $labels | nindent 4 }}
 spec:
   type: ClusterIP
@@ -96,7 +96,7 @@ spec:
 {{- if or .Values.rayRedis.embedded.enabled $password.value $password.existingSecret -}}
 valueFrom:
   secretKeyRef:
-    name: {{ default (include "baton.secretName" .) $password.existingSecret }}
-    key: {{ $password.key }}
+    name: {{ default (include "baton.secretName" .) $password.existingSecret | quote }}
+    key: {{ $password.key | quote }}
 {{- end -}}
 {{- end -}}

@@ -30,8 +30,8 @@
 - name: {{ .name }}
   valueFrom:
     secretKeyRef:
-      name: {{ default (include "baton.secretName" .root) .entry.existingSecret }}
-      key: {{ .entry.key }}
+      name: {{ default (include "baton.secretName" .root) .entry.existingSecret | quote }}
+      key: {{ .entry.key | quote }}
 {{- end -}}
 
 {{/* REDIS_URL, of a Redis of yours or of the embedded one. */}}
@@ -53,7 +53,7 @@
 - name: RAY_AUTH_TOKEN
   valueFrom:
     secretKeyRef:
-      name: {{ include "baton.rayTokenSecretName" . }}
+      name: {{ include "baton.rayTokenSecretName" . | quote }}
       key: auth_token
 {{- end -}}
 {{- end -}}

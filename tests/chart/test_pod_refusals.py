@@ -1,0 +1,166 @@
+"""Pods that Kubernetes or KubeRay would refuse are refused when the chart is rendered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import helm_python as helm
+import pytest
+from support.chart import GIVEN, render
+
+from baton.config import parse_config
+
+Json = dict[str, Any]
+
+
+def _pool(**settings: Any) -> Json:
+    return {"pools": {"decode": settings}}
+
+
+def _extra(**entries: Any) -> Json:
+    return {"gateway": {"extraPodSpec": entries}}
+
+
+GPUS = {"limits": {"nvidia.com/gpu": 2}}
+
+MISFITS: dict[str, tuple[Json, str]] = {
+    "a variable of the chart's in a pool": (
+        _pool(env=[{"name": "BATON_ADVERTISE_HOST", "value": "x"}]),
+        "pools.decode.env has BATON_ADVERTISE_HOST, which the chart sets",
+    ),
+    "UCX over TCP by a variable": (
+        {
+            "config": {"kv_transfer": {"transport": "nixl"}},
+            "poolDefaults": {
+                "rdma": {"enabled": True, "resourceName": "rdma/x"},
+                "env": [{"name": "UCX_TLS", "value": "tcp"}],
+            },
+        },
+        "env has UCX_TLS, which the chart sets",
+    ),
+    "a variable of the chart's in gateways": (
+        {"gateway": {"env": [{"name": "BATON_SECRET", "value": "x"}]}},
+        "gateway.env has BATON_SECRET, which the chart sets",
+    ),
+    "a variable twice": (
+        {"controller": {"env": [{"name": "A", "value": "x"}, {"name": "A", "value": "y"}]}},
+        "controller.env has A, which .* is there twice",
+    ),
+    "a container named like the chart's": (
+        _extra(containers=[{"name": "gateway", "image": "x"}]),
+        "gateway.extraPodSpec has a container named gateway",
+    ),
+    "a container named like KubeRay's": (
+        _pool(extraPodSpec={"containers": [{"name": "wait-gcs-ready", "image": "x"}]}),
+        "pools.decode.extraPodSpec has a container named wait-gcs-ready",
+    ),
+    "a volume named like the chart's": (
+        _extra(volumes=[{"name": "tmp", "emptyDir": {}}]),
+        "gateway.extraPodSpec has a volume named tmp",
+    ),
+    "two volumes at one place": (
+        {"paths": {"run": "/tmp/"}},
+        "the volumes tmp and run are both mounted at /tmp; choose another path",
+    ),
+    "a request over its limit": (
+        {"poolDefaults": {"resources": {"limits": {"cpu": "2"}}}},
+        r"resources: requests.cpu \(4\) is over limits.cpu \(2\); lower the request",
+    ),
+    "a request over its limit in another unit": (
+        {"gateway": {"resources": {"limits": {"cpu": "500m"}}}},
+        r"gateway.resources: requests.cpu \(1\) is over limits.cpu \(500m\)",
+    ),
+    "a head's request over its limit": (
+        {"ray": {"head": {"resources": {"limits": {"memory": "1G"}}}}},
+        "ray.head.resources: requests.memory",
+    ),
+    "an autoscaler's request over its limit": (
+        {"ray": {"autoscaling": {"resources": {"limits": {"memory": 1000000}}}}},
+        "ray.autoscaling.resources: requests.memory",
+    ),
+    "GPUs asked for without a limit": (
+        _pool(resources={"requests": {"nvidia.com/gpu": 1}}),
+        "pools.decode.resources.requests has nvidia.com/gpu without a limit",
+    ),
+    "fewer GPUs asked for than given": (
+        _pool(resources={"requests": {"nvidia.com/gpu": 1}, **GPUS}),
+        "devices are not shared; set the limit alone",
+    ),
+    "half a GPU": (
+        _pool(resources={"limits": {"nvidia.com/gpu": "1.5"}}),
+        "has 1.5 of nvidia.com/gpu: devices are given whole",
+    ),
+    "memory for less than the cache": (
+        {"config": {"engine": {"kv_cache_bytes": 64 * 2**30}}},
+        r"limits.memory is 16Gi, but shmSize \(2Gi\) and engine.kv_cache_bytes \(68719476736\)",
+    ),
+    "memory for less than one pool's cache": (
+        _pool(engine={"kv_cache_bytes": 15 * 2**30}),
+        "pools.decode.resources.limits.memory is 16Gi",
+    ),
+    "shared memory over the pod's": (_pool(shmSize="17Gi"), r"shmSize \(17Gi\) and"),
+    "HPA without a request for CPUs": (
+        {
+            "gateway": {
+                "autoscaling": {"enabled": True},
+                "resources": {"requests": {"cpu": None}},
+            }
+        },
+        "gateway.autoscaling goes by the share of gateway.resources.requests.cpu",
+    ),
+    "an idle time that the old autoscaler does not know": (
+        {
+            "ray": {"autoscaling": {"enabled": True, "version": "v1"}},
+            **_pool(idleTimeoutSeconds=60),
+        },
+        "pools.decode.idleTimeoutSeconds is for version v2 of the autoscaler",
+    ),
+    "labels of Ray's for a pool": (
+        _pool(rayStartParams={"labels": "a=b"}),
+        "pools.decode.rayStartParams.labels is refused by KubeRay",
+    ),
+    "labels of Ray's for the head": (
+        {"ray": {"head": {"rayStartParams": {"labels": "a=b"}}}},
+        "ray.head.rayStartParams.labels is refused by KubeRay",
+    ),
+    "a password for everybody to read in the head's parameters": (
+        {"ray": {"head": {"rayStartParams": {"redis-password": "x"}}}},
+        "redis-password is refused by KubeRay; set rayRedis.password",
+    ),
+    "a password of Ray's Redis by a variable": (
+        {"ray": {"head": {"env": [{"name": "REDIS_PASSWORD", "value": "x"}]}}},
+        "ray.head.env has REDIS_PASSWORD, which is refused by KubeRay",
+    ),
+    "a Ray without tokens": (
+        {"ray": {"version": "2.51.1"}},
+        "ray.version is 2.51.1, but token authentication came with 2.52.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_misfit_is_refused_in_a_sentence(name: str) -> None:
+    values, sentence = MISFITS[name]
+    with pytest.raises(helm.HelmRenderError, match=sentence):
+        render(GIVEN, values)
+
+
+def test_resources_that_fit_are_taken() -> None:
+    """Each at its bound, and in different units."""
+    cache = parse_config({}).engine.kv_cache_bytes
+    over: Json = {
+        "gateway": {"resources": {"requests": {"cpu": "1"}, "limits": {"cpu": "1000m"}}},
+        "pools": {
+            "decode": {
+                "shmSize": "512Mi",
+                "resources": {
+                    "requests": {"nvidia.com/gpu": 2},
+                    "limits": {"memory": cache + 512 * 2**20, "nvidia.com/gpu": "2"},
+                },
+            }
+        },
+    }
+    assert render(GIVEN, over)
+    over["pools"]["decode"]["resources"]["limits"]["memory"] -= 1
+    with pytest.raises(helm.HelmRenderError, match="the model comes on top"):
+        render(GIVEN, over)
