@@ -31,14 +31,12 @@ def test_address_of_another_machine_is_refused() -> None:
         preflight.check_port("192.0.2.1", 8000)
 
 
-def test_every_gateways_port_is_looked_at() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        config = parse_config({"gateway": {"port": port - 1, "replicas": 2}})
-        with pytest.raises(ConfigurationError, match=f"port {port} on 127.0.0.1 is in use"):
-            preflight.gateway_ports(config)
+def test_every_gateways_port_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[tuple[str, int]] = []
+    monkeypatch.setattr(preflight, "check_port", lambda *place: looked_at.append(place))
+    config = parse_config({"gateway": {"port": 8000, "replicas": 3}})
+    assert preflight.gateway_ports(config) == (8000, 8001, 8002)
+    assert looked_at == [("127.0.0.1", 8000), ("127.0.0.1", 8001), ("127.0.0.1", 8002)]
 
 
 def test_gateways_get_the_configured_port_and_those_after_it(
