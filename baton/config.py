@@ -189,7 +189,7 @@ class RoutingConfig(_Section):
 
 
 class RegistryConfig(_Section):
-    cluster: str = Field("default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    cluster: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     heartbeat_s: float = Field(1.0, gt=0)
     ttl_s: float = Field(5.0, gt=0)
     poll_s: float = Field(0.25, gt=0)

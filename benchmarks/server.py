@@ -18,14 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import httpx
 import yaml
 
 from baton.errors import UnavailableError
 from benchmarks.metrics_page import MetricsPage
 from cluster import bound_child
 from cluster.redis_server import free_port
-from cluster.server_client import fetch_json
+from cluster.server_client import fetch_json, get
 
 _POLL_S = 0.05
 _ANSWER_S = 30.0
@@ -154,4 +153,4 @@ class BatonServer:
 
     def metrics_text(self) -> str:
         """Raises httpx.HTTPError."""
-        return httpx.get(self.url + "/metrics", timeout=_ANSWER_S, trust_env=False).text
+        return get(self.url + "/metrics", timeout_s=_ANSWER_S).text

@@ -65,14 +65,15 @@ class PoolController:
         clock: Callable[[], float] = time.monotonic,
         is_sole: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Nothing is started while ``is_sole`` does not say that no other controller can
-        have the pools."""
+        """Nothing is started, and no size is written, while ``is_sole`` does not say that no
+        other controller can have the pools."""
         self._config = config
         self._backend = backend
         self._store = store
         self._metrics = metrics
         self._tell_event = on_event
         self._clock = clock
+        self._is_sole = is_sole
         self._reconciler = Reconciler(
             clock=clock, on_event=self._on_event, may_start=is_sole, told_who_serves=True
         )
@@ -191,6 +192,8 @@ class PoolController:
         try:
             new = [name for pool in wish for name in self._new_ids(pool, sizes[pool])]
             await self._note_old_records(new)
+            if not self._is_sole():
+                raise UnavailableError("another controller may have taken over in Redis")
             await self._store.write_wishes(self._wishes(sizes))
         except UnavailableError as error:
             raise UnavailableError(
@@ -249,15 +252,19 @@ class PoolController:
         try:
             read = await self._store.read([s.worker_id for s in self._reconciler.slots()])
             self._fence(read)
-            if read.wishes != self._wishes() and not self._wishing.locked():
-                await self._store.write_wishes(self._wishes())
-            if read.served != (served := self._fencing.served()):
-                await self._store.write_served(served)
+            if self._is_sole():
+                await self._write_again(read)
         except UnavailableError as error:
             self._fencing.unanswered()
             self._complain(error.message)
         else:
             self._complain("")
+
+    async def _write_again(self, read: RegistryRead) -> None:
+        if read.wishes != self._wishes() and not self._wishing.locked():
+            await self._store.write_wishes(self._wishes())
+        if read.served != (served := self._fencing.served()):
+            await self._store.write_served(served)
 
     def _fence(self, read: RegistryRead) -> None:
         verdicts = self._fencing.answered(read, self._reconciler.slots(), self._clock())

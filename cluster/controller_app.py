@@ -20,7 +20,7 @@ from baton.errors import (
     UnavailableError,
 )
 from cluster.controller import PoolController
-from router.gateway.body import parse_object, read_body
+from router.gateway.body import parse_object, read_body, refuse_repeated_names
 from router.gateway.error_responses import error_response
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ def create_controller_app(seat: Seat, *, token: str, samples: CollectorRegistry)
         authenticate(request)
         controller = seat.taken()
         body = await read_body(request.headers, request.receive, limit=_MAX_BODY_BYTES)
-        await controller.wish(parse_object(body))
+        wish = parse_object(body)
+        refuse_repeated_names(body)
+        await controller.wish(wish)
         return _answer(controller)
 
     return app

@@ -103,8 +103,7 @@ def connect(address: str, *, namespace: str) -> None:
     it: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
     Raises: UnavailableError.
     """
-    if by_client(address):
-        _reach(address)
+    _reach(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -117,10 +116,11 @@ def connect(address: str, *, namespace: str) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raises UnavailableError where nobody listens. Ray Client would take 30 s to say so, and
-    leave a channel behind whose pauses (gRPC's, up to 120 s) delay the next try's."""
+    """Raises UnavailableError where nobody listens; no matter for ``auto``, which names no
+    port. Ray Client would take 30 s to say so, and leave a channel behind whose pauses
+    (gRPC's, up to 120 s) delay the next try's; a driver would try for minutes."""
     try:
-        url = urlsplit(address)
+        url = urlsplit(address if by_client(address) else f"//{address}")
         if url.hostname is not None and url.port is not None:
             socket.create_connection((url.hostname, url.port), timeout=_REACH_S).close()
     except (OSError, ValueError) as error:

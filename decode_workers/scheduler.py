@@ -157,11 +157,21 @@ class DecodeScheduler:
         for stream in list(self._running):
             if stream.state is StreamState.RUNNING and stream.sequence.num_remaining == 1:
                 self._make_room(stream)
+        for stream in self._running:
+            if stream.sequence.num_remaining > 1:
+                self._extend_prefix(stream)
         running = [stream.sequence for stream in self._running]
         decoding = [seq for seq in running if seq.num_remaining == 1][: self._budget]
         prefilling = [seq for seq in running if seq.num_remaining > 1]
         chunks = [Scheduled(sequence, 1) for sequence in decoding]
-        return chunks + prefill_chunks(prefilling, self._budget - len(decoding))
+        return chunks + prefill_chunks(prefilling, self._budget - len(decoding), self._kv)
+
+    def _extend_prefix(self, stream: DecodeStream) -> None:
+        """Takes what another has computed of a local prefill's input meanwhile."""
+        num_found = self._kv.extend_prefix(stream.sequence)
+        if not stream.counted:
+            assert stream.num_cached_tokens is not None
+            stream.num_cached_tokens += num_found
 
     def _make_room(self, stream: DecodeStream) -> None:
         """A block for the stream's next token, preempting from the youngest on."""

@@ -40,7 +40,7 @@ class Sequence:
     num_shared_tokens: int = 0
     """Leading tokens in blocks that the prefix cache shares: never written."""
     num_cached_tokens: int = 0
-    """Found in the prefix cache when blocks were last taken."""
+    """Found in the prefix cache since blocks were last taken."""
     num_published_blocks: int = 0
     """Leading blocks that need no publishing any more."""
     processors: Processors | None = None

@@ -54,6 +54,8 @@ class _Transfer:
     operations: dict[BlockRange, Operation] = field(default_factory=dict)
     timer: asyncio.TimerHandle | None = None
     holds_peer: bool = True
+    is_cancelled: bool = False
+    """By the peer."""
 
 
 class KvReceiver:
@@ -241,7 +243,9 @@ class KvReceiver:
             case "aborted":
                 error = from_code(response.aborted.error_code, response.aborted.error_message)
                 if isinstance(error, CancelledError):
-                    # Whoever cancelled it there knows; here the hand-off has just failed.
+                    # Whoever cancelled it there knows, or the request has ended with its
+                    # first token; for who waits here the hand-off has just failed.
+                    transfer.is_cancelled = True
                     error = TransferError(f"prefill gave the hand-off up: {error.message}")
                 effects = machine.aborted(now, error)
         self._apply(transfer, effects)
@@ -286,8 +290,10 @@ class KvReceiver:
                 case receiver.BecameReady():
                     self._ready(transfer, effect)
                 case receiver.Failed(error):
-                    logger.warning("%s: transfer %s: %s", self._worker_id, key, error)
-                    self._metrics.handoffs(error.code).inc()
+                    cancelled = transfer.is_cancelled
+                    level = logging.DEBUG if cancelled else logging.WARNING
+                    logger.log(level, "%s: transfer %s: %s", self._worker_id, key, error)
+                    self._metrics.handoffs("cancelled" if cancelled else error.code).inc()
                     self._on_failed(key, error)
                 case receiver.Quarantined():
                     logger.warning(

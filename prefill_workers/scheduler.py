@@ -105,10 +105,12 @@ class PrefillScheduler:
             jobs.pop(job.key, None)
 
     def schedule(self) -> tuple[list[Scheduled], list[PrefillJob]]:
-        """Chunks for one step within the token budget, and the jobs admitted by it."""
+        """Chunks for one step within the token budget, and the jobs of which more is cached
+        than before: those that it admits, and those that another has computed a part of."""
+        grown = [job for job in self._running.values() if self._kv.extend_prefix(job.sequence)]
         admitted = self._admit()
         sequences = [job.sequence for job in self._running.values()]
-        return prefill_chunks(sequences, self._budget), admitted
+        return prefill_chunks(sequences, self._budget, self._kv), grown + admitted
 
     def _admit(self) -> list[PrefillJob]:
         """QUEUED → RUNNING, in order, while blocks for the whole input are to be had."""

@@ -155,9 +155,9 @@ class PrefillWorker:
     def step(self) -> bool:
         """One engine step over the scheduled chunks. False: there was nothing to do."""
         self._expire(time.monotonic())
-        chunks, admitted = self._scheduler.schedule()
-        for job in admitted:
-            self._begin(job)
+        chunks, grown = self._scheduler.schedule()
+        for job in grown:
+            self._announce_cached(job)
         if chunks:
             self._outbox.flush()  # what commands had to say does not wait for the step
             self._faults.hit("prefill.chunk")
@@ -180,10 +180,11 @@ class PrefillWorker:
             self._end(job, error)
             self._outbox.failed(job.key, error)
 
-    def _begin(self, job: PrefillJob) -> None:
-        """Announces what the prefix cache holds of a job already."""
-        num_cached = job.sequence.num_computed_tokens
-        job.use = InputUse(num_cached, job.sequence.num_tokens - num_cached)
+    def _announce_cached(self, job: PrefillJob) -> None:
+        """Announces what the prefix cache holds of a job, and need not be computed."""
+        num_tokens = job.sequence.num_tokens
+        num_cached = min(job.sequence.num_cached_tokens, num_tokens - 1)
+        job.use = InputUse(num_cached, num_tokens - num_cached)
         if job.sequence.num_shared_tokens > job.num_held_tokens:
             self._ready(job, job.sequence.num_shared_tokens)
 

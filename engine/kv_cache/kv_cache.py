@@ -56,6 +56,40 @@ class KvCache:
         seq.num_computed_tokens = min(num_held, seq.num_tokens - 1)
         return num_held
 
+    def extend_prefix(self, seq: Sequence) -> int:
+        """Takes what others have published since, in place of blocks that the sequence
+        holds and has not begun to compute.
+
+        Blocks that it has computed stay what they are: somebody may have been told of
+        them. One that is half computed is computed to its end. Returns by how many
+        tokens less are left to compute.
+        """
+        size = self.layout.block_size
+        first, num_begun = divmod(seq.num_computed_tokens, size)
+        if num_begun or seq.num_shared_tokens > seq.num_computed_tokens:
+            return 0
+        found = self._find_prefix(seq, first)
+        if not found:
+            return 0
+        end = first + len(found)
+        self.pool.retain(found)
+        self.pool.release(reversed(seq.block_table[first:end]))
+        seq.block_table[first:end] = found
+        seq.num_published_blocks = end
+        seq.num_shared_tokens = end * size
+        seq.num_cached_tokens += len(found) * size
+        num_remaining = seq.num_remaining
+        seq.num_computed_tokens = min(end * size, seq.num_tokens - 1)
+        return num_remaining - seq.num_remaining
+
+    def next_block_hash(self, seq: Sequence) -> bytes | None:
+        """Of the block that the sequence's next token fills or helps to fill; None where
+        others could not use it."""
+        index = seq.num_computed_tokens // self.layout.block_size
+        is_full = (index + 1) * self.layout.block_size <= seq.num_tokens
+        is_shared = seq.num_shared_tokens > seq.num_computed_tokens
+        return self._block_hash(seq, index) if is_full and not is_shared else None
+
     def ensure_blocks(self, seq: Sequence, num_tokens: int) -> bool:
         """Gives the sequence room for its first ``num_tokens`` tokens, in zeroed blocks.
 
@@ -112,9 +146,10 @@ class KvCache:
         seq.block_table = []
         seq.num_computed_tokens = seq.num_shared_tokens = seq.num_published_blocks = 0
 
-    def _find_prefix(self, seq: Sequence) -> list[int]:
+    def _find_prefix(self, seq: Sequence, first: int = 0) -> list[int]:
+        """The blocks that are published from the ``first``-th of the sequence on."""
         block_ids: list[int] = []
-        for index in range(seq.num_tokens // self.layout.block_size):
+        for index in range(first, seq.num_tokens // self.layout.block_size):
             block_id = self.pool.lookup(self._block_hash(seq, index))
             if block_id is None:
                 break

@@ -43,6 +43,22 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return data
 
 
+def refuse_repeated_names(body: bytes) -> None:
+    """Of a body that ``parse_object`` has read, in which the last of equal names has won.
+
+    Raises InvalidRequestError.
+    """
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        seen = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise InvalidRequestError(f"'{name}' is given more than once", param=name)
+            seen.add(name)
+
+    json.loads(body, object_pairs_hook=look, parse_int=str)
+
+
 def _check_media_type(headers: Headers) -> None:
     declared = headers.get("content-type", "")
     kind, *parameters = (part.strip().lower() for part in declared.split(";"))

@@ -193,7 +193,7 @@ async def test_abort_reaches_decode_with_its_error(pair: tuple[Prefill, Decode])
     assert prefill.freed == [(key, "aborted")]
 
 
-async def test_cancel_on_prefill_is_a_failed_handoff_on_decode(
+async def test_cancel_on_prefill_fails_for_who_waits_on_decode_and_counts_as_cancelled(
     pair: tuple[Prefill, Decode],
 ) -> None:
     prefill, decode = pair
@@ -205,6 +205,8 @@ async def test_cancel_on_prefill_is_a_failed_handoff_on_decode(
     assert type(decode.failed[key]) is TransferError
     assert decode.failed[key].retriable
     assert "the gateway has gone" in decode.failed[key].message
+    assert sample(decode.registry, "baton_kv_handoffs_total", outcome="cancelled") == 1
+    assert not sample(decode.registry, "baton_kv_handoffs_total", outcome="transfer_failed")
 
 
 async def test_attach_after_an_abort_learns_of_it(pair: tuple[Prefill, Decode]) -> None:

@@ -33,6 +33,7 @@ class ControllerRig:
         self.store = FakeStore()
         self.events: list[WorkerEvent] = []
         self.samples = CollectorRegistry()
+        self.is_sole = True
         self.controller = self.another()
 
     def another(self) -> PoolController:
@@ -45,6 +46,7 @@ class ControllerRig:
             metrics=ControllerMetrics(self.samples),
             on_event=self.events.append,
             clock=self.clock,
+            is_sole=lambda: self.is_sole,
         )
         return self.controller
 

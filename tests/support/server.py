@@ -110,7 +110,9 @@ class BatonServer(server.BatonServer):
         raise AssertionError(f"no process is {worker_id}")
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=options.pop("timeout", 120.0), **options)
+        timeout = options.pop("timeout", 120.0)
+        # Nothing here speaks https: to load its certificates takes 20 ms of CPU.
+        return httpx.Client(base_url=self.url, timeout=timeout, verify=False, **options)
 
     def complete(self, **body: Any) -> dict[str, Any]:
         """POST /v1/completions, greedy unless told otherwise; raises on an error status."""

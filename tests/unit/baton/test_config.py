@@ -43,6 +43,7 @@ def test_default_deadline_over_the_maximum_is_refused() -> None:
         ({"model": ""}, "model"),
         ({"registry": {"heartbeat_s": 10}}, "heartbeat_s"),
         ({"cluster": {"fence_s": 1.5}}, "fence_s"),
+        ({"registry": {"cluster": ".."}}, r"registry\.cluster"),
         ({"session": {"report_s": 30}}, "report_s"),
         ({"pools": {"decode": {"tensor_parallel_size": 2}}}, "tensor_parallel_size"),
         ({"pools": {"decode": {"engine": {"load_format": "dummy"}}}}, r"set engine\.load_format"),

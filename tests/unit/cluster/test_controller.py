@@ -153,6 +153,21 @@ async def test_wish_while_redis_is_away_is_refused_and_changes_nothing(
     assert rig.metric("baton_scale_wishes_total", outcome="accepted") == 1
 
 
+async def test_controller_that_may_have_lost_its_lease_writes_nothing(rig: ControllerRig) -> None:
+    await rig.begin()
+    rig.is_sole = False
+    with pytest.raises(UnavailableError, match=r"another controller.*nothing was changed"):
+        await rig.wish(decode=3)
+    assert (rig.stored()["decode"], rig.controller.pools()["decode"].desired) == (2, 2)
+    assert rig.metric("baton_scale_wishes_total", outcome="unavailable") == 1
+    rig.store.wishes = others = b"what the other one has written"
+    await rig.controller.look()
+    assert rig.store.wishes == others
+    rig.is_sole = True
+    await rig.controller.look()
+    assert rig.stored()["decode"] == 2
+
+
 async def test_sizes_are_written_again_where_redis_has_lost_them(rig: ControllerRig) -> None:
     await rig.begin()
     await rig.wish(decode=4)

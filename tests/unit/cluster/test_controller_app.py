@@ -97,6 +97,8 @@ async def test_wrong_token_is_refused_and_changes_nothing(
         (b'{"decode": 99999999999999999999999999}', "decode"),
         (b'{"decoder": 1}', "decoder"),
         (b'{"decode": NaN}', "decode"),
+        (b'{"decode": 1, "decode": 3}', "decode"),
+        (b'{"decode": 1, "d\\u0065code": 3}', "decode"),
         (b"[1]", None),
         (b"3", None),
         (b"", None),

@@ -99,7 +99,10 @@ async def test_backend_that_keeps_none_waits_for_its_opening(
     await opening
 
 
-def test_what_a_failed_connecting_leaves_is_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["ray://", ""])
+def test_what_a_failed_connecting_leaves_is_shut_down(
+    monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
     called: list[str] = []
 
     def init(**_: Any) -> None:
@@ -114,12 +117,12 @@ def test_what_a_failed_connecting_leaves_is_shut_down(monkeypatch: pytest.Monkey
     ray.init, ray.shutdown = init, shutdown  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ray", ray)
     with socket.create_server(("127.0.0.1", 0)) as head:
-        address = f"ray://127.0.0.1:{head.getsockname()[1]}"
+        address = f"{scheme}127.0.0.1:{head.getsockname()[1]}"
         with pytest.raises(UnavailableError, match="ray client connection timeout"):
             ray_cluster.connect(address, namespace="n")
     assert called == ["init", "shutdown"]
     with pytest.raises(UnavailableError, match=r"could not be reached: .*refused"):
         ray_cluster.connect(address, namespace="n")
     with pytest.raises(UnavailableError, match="could not be reached: Port could not"):
-        ray_cluster.connect("ray://head:port", namespace="n")
+        ray_cluster.connect(f"{scheme}head:port", namespace="n")
     assert called == ["init", "shutdown"], "Ray's own way to find that out takes 30 s"

@@ -194,3 +194,20 @@ def test_every_stream_ends_with_all_its_tokens_however_scarce_blocks_are(
     assert emitted == {item.key: item.stop.max_tokens for item in streams}
     counts = kv.pool.counts()
     assert (counts.referenced, counts.quarantined) == (0, 0)
+
+
+def test_common_part_of_local_prefills_that_come_together_is_computed_once() -> None:
+    kv = small_cache(64)
+    chosen = scheduler(kv)
+    streams = [stream(number, [*range(32), 90 + number], local=True) for number in range(3)]
+    for each in streams:
+        chosen.enqueue(each)
+    chosen.admit()
+    num_computed, sampled = 0, 0
+    while sampled < 3:
+        chunks = [c for c in chosen.schedule() if c.seq.num_emitted_tokens == 0]
+        num_computed += sum(chunk.num_tokens for chunk in chunks)
+        sampled += len(pretend_step(kv, chunks, 7))
+        kv.pool.check()
+    assert num_computed == 32 + 3
+    assert [each.num_cached_tokens for each in streams] == [0, 32, 32]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from hypothesis import given
 from hypothesis import strategies as st
-from support.sequences import sequence
+from support.sequences import pretend_step, sequence, small_cache
 
-from engine.chunked_prefill import prefill_chunks
+from engine import chunked_prefill
 from engine.sequence import Scheduled, Sequence
 
 BUDGETS = st.integers(1, 40)
 LENGTHS = st.lists(st.integers(1, 100), max_size=12)
+KV = small_cache(1)
+"""Has no room: nothing is found in it, only hashes are made with it."""
 
 
-def inputs(lengths: list[int]) -> list[Sequence]:
-    return [sequence(number, [0] * length) for number, length in enumerate(lengths)]
+def prefill_chunks(sequences: list[Sequence], budget: int) -> list[Scheduled]:
+    return chunked_prefill.prefill_chunks(sequences, budget, KV)
+
+
+def inputs(lengths: list[int], tokens: count[int] | None = None) -> list[Sequence]:
+    """Sequences that have nothing in common."""
+    tokens = tokens or count()
+    return [sequence(number, [next(tokens)] * length) for number, length in enumerate(lengths)]
 
 
 def compute(chunks: list[Scheduled]) -> None:
@@ -49,7 +59,8 @@ def test_a_step_is_full_or_all_is_computed_and_the_oldest_has_its_half(
 def test_an_input_is_slowed_at_most_twofold_however_many_come_after_it(
     lengths: list[int], later: list[list[int]], budget: int
 ) -> None:
-    sequences = inputs(lengths)
+    tokens = count()
+    sequences = inputs(lengths, tokens)
     half = -(-budget // 2)
     bounds = {number: -(-sum(lengths[: number + 1]) // half) for number in range(len(lengths))}
     running = list(sequences)
@@ -59,7 +70,7 @@ def test_an_input_is_slowed_at_most_twofold_however_many_come_after_it(
         late = [number for number, bound in bounds.items() if step >= bound]
         assert not any(sequences[number].num_remaining for number in late)
         if step <= len(later):
-            running += inputs(later[step - 1])
+            running += inputs(later[step - 1], tokens)
 
 
 @given(lengths=LENGTHS, short=st.integers(1, 20), budget=BUDGETS)
@@ -83,3 +94,26 @@ def test_what_the_short_ones_leave_goes_to_the_oldest_before_its_equals() -> Non
 
 def test_several_short_ones_go_by_length_and_then_by_age() -> None:
     assert given_to(prefill_chunks(inputs([50, 4, 3, 4]), 16)) == {0: 8, 1: 4, 2: 3, 3: 1}
+
+
+def test_what_inputs_have_in_common_is_computed_by_the_oldest_of_them() -> None:
+    document = list(range(100, 116))
+    sequences = [sequence(0, [0] * 40), *(sequence(n, [*document, n]) for n in (1, 2, 3))]
+    # What the short ones get by their length goes to the one that computes for them all.
+    assert given_to(prefill_chunks(sequences, 20)) == {0: 10, 1: 10}
+
+
+def test_a_short_input_is_not_held_up_by_a_long_one_that_begins_alike() -> None:
+    """Its share of the step goes to the long one, which computes the same."""
+    kv = small_cache(200)
+    first, long = sequence(0, [0] * 200), sequence(1, list(range(1000, 1200)))
+    short = sequence(2, [*range(1000, 1012), 7])
+    for each in (first, long, short):
+        assert kv.ensure_blocks(each, each.num_tokens)
+    shares = []
+    for _ in range(3):
+        kv.extend_prefix(short)
+        chunks = chunked_prefill.prefill_chunks([first, long, short], 16, kv)
+        shares.append(given_to(chunks))
+        pretend_step(kv, chunks, 7)
+    assert shares == [{0: 8, 1: 8}, {0: 11, 1: 5}, {0: 15, 2: 1}]

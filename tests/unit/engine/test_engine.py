@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_engine import TINY, generate, prompt, run_step, tiny_engine, tokens
+from support.tiny_engine import DOMAIN, TINY, generate, prompt, run_step, tiny_engine, tokens
 from support.tiny_models import config_json, tiny_tensors
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from engine.chunked_prefill import prefill_chunks
 from engine.engine import Engine, Scheduled
 from engine.sampling.params import SamplingParams
 from engine.sampling.sampler import sample
@@ -88,6 +89,30 @@ def test_a_cached_prefix_changes_no_token_and_is_not_computed_again(
     assert warm.num_computed_tokens == min(num_held, num_prompt - 1)
     assert generate(engine, warm, NUM_TOKENS) == first
     assert warm.num_computed_tokens == num_prompt + NUM_TOKENS - 1
+
+
+@pytest.mark.parametrize("num_prompt", [37, 48])
+def test_inputs_that_take_over_each_others_blocks_get_the_same_tokens(
+    engine: Engine, num_prompt: int
+) -> None:
+    alone = prompt(tokens(num_prompt))
+    alone.root_hash = DOMAIN.root(cache_salt="alone")
+    first = generate(engine, alone, NUM_TOKENS)
+    together = [prompt([*tokens(num_prompt), *own]) for own in ([], [], [9])]
+    for seq in together:
+        assert engine.kv.ensure_blocks(seq, seq.num_tokens)
+    num_computed = 0
+    while waiting := [seq for seq in together if not seq.num_emitted_tokens]:
+        for seq in waiting:
+            engine.kv.extend_prefix(seq)
+        chunks = prefill_chunks(waiting, 10, engine.kv)
+        num_computed += sum(chunk.num_tokens for chunk in chunks)
+        engine.step(chunks)
+        engine.kv.pool.check()
+    # All after the last full block, or the last token alone, is everyone's own.
+    assert num_computed == (32 + 5 + 5 + 6 if num_prompt == 37 else 48 + 1 + 1)
+    for seq in together[:2]:
+        assert generate(engine, seq, NUM_TOKENS) == first
 
 
 def test_a_second_turn_finds_the_first_turn_answer(engine: Engine) -> None:

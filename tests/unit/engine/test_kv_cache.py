@@ -161,3 +161,47 @@ def test_quarantine_keeps_own_blocks_apart_and_releases_shared_ones(kv: KvCache)
     kv.pool.end_quarantine(own)
     kv.free(first)
     assert kv.pool.counts() == BlockCounts(free=6, cached=2, referenced=0, quarantined=0)
+
+
+def test_a_prefix_grows_by_what_others_publish_and_own_blocks_go_back(kv: KvCache) -> None:
+    first, second = prompt(list(range(12))), prompt([*range(12), 50])
+    assert kv.ensure_blocks(first, 12)
+    assert kv.ensure_blocks(second, 13)
+    last = second.block_table[3]
+    compute(kv, first, 8)
+    assert kv.extend_prefix(second) == 8
+    assert second.block_table[:2] == first.block_table[:2]
+    assert kv.pool.counts() == BlockCounts(free=3, cached=0, referenced=5, quarantined=0)
+    compute(kv, first, 12)
+    assert kv.extend_prefix(second) == 4
+    assert second.block_table == [*first.block_table, last]
+    assert second.num_shared_tokens == second.num_computed_tokens == second.num_cached_tokens == 12
+    kv.free(first)
+    kv.free(second)
+    assert kv.pool.counts() == BlockCounts(free=5, cached=3, referenced=0, quarantined=0)
+
+
+def test_a_block_that_is_begun_is_not_exchanged(kv: KvCache) -> None:
+    first, second = prompt(list(range(8))), prompt([*range(8), 50])
+    compute(kv, second, 2)
+    assert kv.ensure_blocks(second, 9)
+    table = list(second.block_table)
+    compute(kv, first, 8)
+    assert kv.extend_prefix(second) == 0
+    assert second.block_table == table
+    compute(kv, second, 4)
+    assert kv.extend_prefix(second) == 4
+    assert second.block_table == [table[0], first.block_table[1], table[2]]
+
+
+def test_an_input_that_others_compute_to_its_end_keeps_its_last_token_to_compute(
+    kv: KvCache,
+) -> None:
+    first, second = prompt(list(range(8))), prompt(list(range(8)))
+    assert kv.ensure_blocks(second, 8)
+    compute(kv, first, 8)
+    assert kv.next_block_hash(second) == first.block_hashes[0]
+    assert kv.extend_prefix(second) == 7
+    assert (second.num_remaining, second.num_shared_tokens) == (1, 8)
+    assert kv.next_block_hash(second) is None
+    assert kv.extend_prefix(second) == 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
-from support.sequences import pretend_step, sequence, small_cache
+from hypothesis import given
+from hypothesis import strategies as st
+from support.sequences import DOMAIN, pretend_step, sequence, small_cache
 
 from baton.worker.session_server import StreamKey
 from engine.intake import StopRule
@@ -41,6 +45,54 @@ def run(kv: KvCache, chosen: PrefillScheduler, arrivals: dict[int, list[PrefillJ
         if len(ended) == len(jobs):
             return ended
     raise AssertionError(f"only {ended} have ended")
+
+
+def run_counting(
+    kv: KvCache,
+    chosen: PrefillScheduler,
+    arrivals: dict[int, list[PrefillJob]],
+    cancels: random.Random | None = None,
+) -> dict[tuple[bytes, int], int]:
+    """How often each token of each full block was computed, a cached input's last one left
+    out. With ``cancels`` jobs end early, and give their blocks back when they end."""
+    jobs = {job.sequence.key: job for arrived in arrivals.values() for job in arrived}
+    announced: dict[object, list[int]] = {key: [] for key in jobs}
+    num_computed: dict[tuple[bytes, int], int] = {}
+    size = kv.layout.block_size
+
+    def leave(ended: PrefillJob) -> None:
+        chosen.remove(ended)
+        kv.free(ended.sequence)
+        del jobs[ended.sequence.key]
+
+    for step in range(1000):
+        for arrived in arrivals.get(step, ()):
+            if arrived.sequence.key in jobs:
+                chosen.enqueue(arrived)
+        chunks, _ = chosen.schedule()
+        kv.pool.check()
+        for seq in (job.sequence for job in jobs.values() if job.state is JobState.RUNNING):
+            table = seq.block_table[: seq.num_computed_tokens // size]
+            before = announced[seq.key]
+            assert table[: len(before)] == before, "a block that was announced is another"
+            announced[seq.key] = table
+        for chunk in chunks:
+            begin = max(chunk.seq.num_computed_tokens, chunk.seq.num_shared_tokens)
+            end = chunk.seq.num_computed_tokens + chunk.num_tokens
+            hashes = DOMAIN.chain(chunk.seq.root_hash, chunk.seq.token_ids, size)
+            for position in range(begin, min(end, len(hashes) * size)):
+                token = hashes[position // size], position % size
+                num_computed[token] = num_computed.get(token, 0) + 1
+        assert chunks or not chosen.num_running, "jobs run, and none is computed"
+        for done in pretend_step(kv, chunks, 7):
+            chosen.finish(jobs[done.key])
+            if cancels:
+                leave(jobs[done.key])
+        if cancels and jobs and cancels.random() < 0.1:
+            leave(cancels.choice(list(jobs.values())))
+        if all(job.state is JobState.LEASED for job in jobs.values()):
+            return num_computed
+    raise AssertionError("not every job has ended")
 
 
 def test_short_job_is_computed_in_the_step_after_it_arrives_behind_a_long_one() -> None:
@@ -166,6 +218,60 @@ def test_cached_prefix_is_not_computed_again() -> None:
     chunks, _ = chosen.schedule()
     assert [(c.seq, c.num_tokens) for c in chunks] == [(two.sequence, 1)]
     assert two.sequence.num_shared_tokens == 8
+
+
+@pytest.mark.parametrize("gap", [0, 1, 4, 9])
+def test_common_part_of_jobs_that_arrive_together_is_computed_once(gap: int) -> None:
+    kv = small_cache(400)
+    document = list(range(128))
+    jobs = [job(number, [*document, 200 + number]) for number in range(8)]
+    arrivals: dict[int, list[PrefillJob]] = {}
+    for number, each in enumerate(jobs):
+        arrivals.setdefault(number * gap, []).append(each)
+    num_computed = run_counting(kv, scheduler(kv, budget=16), arrivals)
+    assert sum(num_computed.values()) == 128
+    assert max(num_computed.values()) == 1
+    assert [each.sequence.num_cached_tokens for each in jobs] == [0] + [128] * 7
+
+
+PROMPTS = st.lists(
+    st.tuples(
+        st.integers(0, 6),  # blocks of the document that all begin with
+        st.integers(0, 2),  # which of three goes on from there
+        st.integers(1, 14),  # for how many tokens
+        st.integers(0, 6),  # the step that it arrives in
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+def prompts(drawn: list[tuple[int, int, int, int]]) -> dict[int, list[PrefillJob]]:
+    arrivals: dict[int, list[PrefillJob]] = {}
+    for number, (num_common, branch, num_own, step) in enumerate(drawn):
+        tokens = [*range(num_common * 4), *([1000 + branch] * num_own)]
+        arrivals.setdefault(step, []).append(job(number, tokens))
+    return arrivals
+
+
+@given(drawn=PROMPTS, budget=st.integers(1, 24))
+def test_no_full_block_is_computed_twice(
+    drawn: list[tuple[int, int, int, int]], budget: int
+) -> None:
+    kv = small_cache(400)
+    num_computed = run_counting(kv, scheduler(kv, budget=budget, most=16), prompts(drawn))
+    assert set(num_computed.values()) <= {1}
+
+
+@given(drawn=PROMPTS, budget=st.integers(1, 24), seed=st.integers(0, 99))
+def test_every_job_ends_whatever_is_cancelled_and_evicted(
+    drawn: list[tuple[int, int, int, int]], budget: int, seed: int
+) -> None:
+    kv = small_cache(24)
+    drawn_by = random.Random(seed)
+    run_counting(kv, scheduler(kv, budget=budget), prompts(drawn), drawn_by)
+    counts = kv.pool.counts()
+    assert (counts.referenced, counts.quarantined) == (0, 0)
 
 
 @pytest.mark.parametrize("running", [False, True])

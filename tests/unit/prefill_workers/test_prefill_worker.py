@@ -188,6 +188,27 @@ async def test_fully_cached_input_is_offered_before_its_last_token_is_recomputed
     assert (rig.counted("computed"), rig.counted("cached")) == (9, 7)
 
 
+async def test_what_another_job_computes_meanwhile_is_offered_and_counts_as_cached() -> None:
+    rig = PrefillRig()
+    first, second = StreamKey(1, 1), StreamKey(1, 2)
+    for key in (first, second):
+        rig.worker.open(rig.job([*range(12), 50 + key.stream_id], key=key))
+        rig.worker.proceed(key, 0)
+    for _ in range(3):
+        await rig.step()
+    ready = {
+        key: [args[1:] for name, args, _ in rig.sender.calls if (name, args[0]) == ("ready", one)]
+        for key, one in ((first, transfer(first)), (second, transfer(second)))
+    }
+    table = ready[first][-1][1]
+    assert [end for end, _ in ready[first]] == [8, 13]
+    assert ready[second][:2] == [(8, table[:2]), (12, table[:3])]
+    assert [end for end, _ in ready[second]] == [8, 12, 13]
+    assert ready[second][-1][1][:3] == table[:3]
+    assert rig.sender.names().count("commit") == 2
+    assert (rig.counted("computed"), rig.counted("cached")) == (13 + 1, 12)
+
+
 async def test_request_that_ends_with_its_first_token_hands_nothing_over() -> None:
     rig = PrefillRig()
     rig.worker.open(rig.job([1, 2, 3], most=1))
