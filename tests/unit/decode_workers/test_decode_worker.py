@@ -266,7 +266,7 @@ async def test_full_queue_and_draining_worker_refuse_what_comes() -> None:
     rig.worker.open(rig.stream([1, 2]))
     await rig.step()
     assert rig.closed[KEY].error_code == "draining"
-    assert report_from(rig.outbox, b"").draining
+    assert report_from(rig.outbox, b"", session=1).draining
 
 
 @pytest.mark.parametrize("moment", ["queued", "receiving", "running"])
