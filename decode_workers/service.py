@@ -31,7 +31,7 @@ class DecodeService:
         try:
             stream = self._stream(key, message)
         except BatonError as error:
-            self._inbox.post(self._outbox.failed, key, error)
+            self._inbox.post(self._outbox.refused, key, error)
         else:
             self._inbox.post(self._worker.open, stream)
 

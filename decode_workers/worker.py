@@ -72,6 +72,7 @@ class DecodeWorker:
     def open(self, stream: DecodeStream) -> None:
         """Queues a stream for room, or refuses it."""
         self._faults.hit("decode.open")
+        self._outbox.opened(stream.key)
         if stream.key in self._streams:
             logger.error("request %s: its stream id is in use; ignored", stream.request_id)
         elif self._draining:
@@ -91,6 +92,7 @@ class DecodeWorker:
 
     def session_lost(self, session: int) -> None:
         """Ends every stream of a gateway that has gone."""
+        self._outbox.session_lost(session)
         for key in [key for key in self._streams if key.session == session]:
             self._end(self._streams[key])
 
@@ -174,6 +176,7 @@ class DecodeWorker:
         self._count_preemptions()
         if chunks:
             self._outbox.flush()  # reservations do not wait for the step
+            self._outbox.set_load(self._load())
             self._faults.hit("decode.step")
             began = time.perf_counter()
             sampled = self._engine.step(chunks)

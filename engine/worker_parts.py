@@ -96,7 +96,9 @@ class WorkerParts:
         sessions = SessionServer(
             welcome=self.identity.welcome(),
             handler=handler,
-            report=lambda: report_from(self.outbox, generate_latest(self.registry)),
+            report=lambda session: report_from(
+                self.outbox, generate_latest(self.registry), session=session
+            ),
             config=self.config.session,
         )
         self.outbox.deliver = sessions.deliver

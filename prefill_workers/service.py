@@ -28,7 +28,7 @@ class PrefillService:
         try:
             job = self._job(key, message)
         except BatonError as error:
-            self._inbox.post(self._outbox.failed, key, error)
+            self._inbox.post(self._outbox.refused, key, error)
         else:
             self._inbox.post(self._worker.open, job)
 

@@ -71,6 +71,7 @@ class PrefillWorker:
 
     def open(self, job: PrefillJob) -> None:
         """Takes a job that waits for Proceed, or refuses it."""
+        self._outbox.opened(job.key)
         if job.key in self._jobs:
             logger.error("request %s: its stream id is in use; ignored", job.request_id)
         elif self._draining:
@@ -106,6 +107,7 @@ class PrefillWorker:
 
     def session_lost(self, session: int) -> None:
         """Ends every job of a gateway that has gone."""
+        self._outbox.session_lost(session)
         for key in [key for key in self._jobs if key.session == session]:
             self._end(self._jobs[key], CancelledError("the gateway's Session was lost"))
 
@@ -160,6 +162,7 @@ class PrefillWorker:
             self._announce_cached(job)
         if chunks:
             self._outbox.flush()  # what commands had to say does not wait for the step
+            self._outbox.set_load(self._load())
             self._faults.hit("prefill.chunk")
             began = time.perf_counter()
             sampled = self._engine.step(chunks)

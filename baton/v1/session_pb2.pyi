@@ -623,6 +623,8 @@ class Report(google.protobuf.message.Message):
     BLOCKS_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    NUM_OPENS_FIELD_NUMBER: builtins.int
+    LOAD_AGE_MS_FIELD_NUMBER: builtins.int
     num_steps: builtins.int
     """engine progress; standing still with work is a hang"""
     num_waiting: builtins.int
@@ -633,6 +635,10 @@ class Report(google.protobuf.message.Message):
     """this process's page in Prometheus text format"""
     draining: builtins.bool
     """it is leaving: open no more streams on it"""
+    num_opens: builtins.int
+    """of this Session, that the counts above include: the first ones"""
+    load_age_ms: builtins.int
+    """since those counts were taken, at a step's beginning or end"""
     @property
     def blocks(self) -> Global___BlockCounts: ...
     def __init__(
@@ -645,10 +651,12 @@ class Report(google.protobuf.message.Message):
         blocks: Global___BlockCounts | None = ...,
         metrics: builtins.bytes = ...,
         draining: builtins.bool = ...,
+        num_opens: builtins.int = ...,
+        load_age_ms: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "draining", b"draining", "metrics", b"metrics", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "draining", b"draining", "load_age_ms", b"load_age_ms", "metrics", b"metrics", "num_opens", b"num_opens", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report

@@ -105,9 +105,11 @@ class LoopWorker(Protocol):
     def step(self) -> bool: ...
 
 
-def report_from(outbox: Outbox, metrics_page: bytes) -> pb.Report:
-    """How the worker stood after its last step, with its metrics page."""
-    load = outbox.load
+def report_from(outbox: Outbox, metrics_page: bytes, *, session: int) -> pb.Report:
+    """How the worker stood when a step last began or ended, with its metrics page, for the
+    gateway of that Session."""
+    standing = outbox.standing
+    load = standing.load
     return pb.Report(
         num_steps=load.num_steps,
         num_waiting=load.num_waiting,
@@ -121,6 +123,8 @@ def report_from(outbox: Outbox, metrics_page: bytes) -> pb.Report:
         ),
         metrics=metrics_page,
         draining=load.draining,
+        num_opens=standing.num_opens.get(session, 0),
+        load_age_ms=max(0, round((outbox.clock() - standing.taken_at) * 1000)),
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from baton.errors import BatonError
 from baton.logprobs import TokenLogprobs
@@ -29,6 +31,16 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """A load, and what it includes."""
+
+    load: Load = Load()
+    taken_at: float = 0.0
+    num_opens: Mapping[int, int] = field(default_factory=dict)
+    """Of each Session, the Opens that the engine thread had taken up."""
+
+
+@dataclass(frozen=True, slots=True)
 class InputUse:
     """Where the KV of a sequence's input tokens came from; sums to their number."""
 
@@ -38,14 +50,31 @@ class InputUse:
 
 
 class Outbox:
-    """Used by the engine thread only; ``deliver`` runs on the event loop."""
+    """Used by the engine thread only, but for ``standing``; ``deliver`` runs on the event
+    loop."""
 
-    def __init__(self, inbox: Inbox, metrics: WorkerMetrics) -> None:
+    def __init__(
+        self,
+        inbox: Inbox,
+        metrics: WorkerMetrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._inbox = inbox
         self._metrics = metrics
         self._events = StepEvents()
         self.deliver: Callable[[StepEvents], None] = lambda events: None
-        self.load = Load()
+        self.clock = clock
+        self.standing = Standing(taken_at=clock())
+        """Replaced as a whole, so that any thread may read it."""
+        self._num_opens = Counter[int]()
+
+    def opened(self, key: StreamKey) -> None:
+        """Counts an Open that is taken up; the loads set from here on include it."""
+        self._num_opens[key.session] += 1
+
+    def session_lost(self, session: int) -> None:
+        del self._num_opens[session]
 
     def reserved(self, key: StreamKey, num_held_tokens: int) -> None:
         self._events.reserved.append((key, num_held_tokens))
@@ -81,6 +110,11 @@ class Outbox:
     def failed(self, key: StreamKey, error: BatonError) -> None:
         self.closed(key, pb.CLOSE_REASON_FAILED, error=error)
 
+    def refused(self, key: StreamKey, error: BatonError) -> None:
+        """Answers an Open that never becomes work."""
+        self.opened(key)
+        self.failed(key, error)
+
     def count_input(self, use: InputUse) -> None:
         """Counts one sequence's input tokens by source."""
         self._metrics.prompt_tokens["cached"].inc(use.num_cached_tokens)
@@ -99,9 +133,10 @@ class Outbox:
 
     def set_load(self, load: Load) -> None:
         """Publishes how the worker stands, to its metrics and its reports."""
-        if load == self.load:
+        before = self.standing.load
+        self.standing = Standing(load, self.clock(), dict(self._num_opens))
+        if load == before:
             return
-        self.load = load
         metrics = self._metrics
         for state, gauge in metrics.kv_blocks.items():
             gauge.set(getattr(load, state))

@@ -75,9 +75,10 @@ class SessionServer(session_pb2_grpc.WorkerServicer):
         *,
         welcome: pb.Welcome,
         handler: SessionHandler,
-        report: Callable[[], pb.Report],
+        report: Callable[[int], pb.Report],
         config: SessionConfig,
     ) -> None:
+        """``report`` is given the Session's number."""
         self._welcome = welcome
         self._handler = handler
         self._report = report
@@ -196,5 +197,5 @@ class SessionServer(session_pb2_grpc.WorkerServicer):
 
     async def _report_regularly(self, session: int) -> None:
         while True:
-            self._post(session, pb.WorkerMessage(report=self._report()))
+            self._post(session, pb.WorkerMessage(report=self._report(session)))
             await asyncio.sleep(self._config.report_s)

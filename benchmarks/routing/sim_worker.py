@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from baton.block_hash import HashDomain
@@ -21,6 +22,7 @@ from decode_workers.scheduler import DecodeScheduler, DecodeStream
 from engine.kv_cache.kv_cache import KvCache
 from engine.sequence import Scheduled
 from prefill_workers.scheduler import PrefillJob, PrefillScheduler
+from router.workers.given_work import GivenWork
 from router.workers.session import WorkerSession
 
 KV_DTYPE = "float32"
@@ -60,12 +62,30 @@ class SimSession:
         self.kv_dtype = KV_DTYPE
         self.epoch = bytes.fromhex(record.epoch)
         self.report: pb.Report | None = None
-        self.reported_at: float | None = None
+        self.load_at: float | None = None
         self.num_open = 0
+        self.given = GivenWork()
 
     @property
     def num_sequences(self) -> int:
         return self.num_open
+
+    def opened(self, stream_id: int) -> None:
+        self.num_open += 1
+        self.given.opened(stream_id)
+
+    def computed(self, stream_id: int) -> None:
+        self.given.computed(stream_id)
+
+    def ended(self, stream_id: int) -> None:
+        self.num_open -= 1
+        self.given.ended(stream_id)
+
+    def take(self, report: pb.Report, load_at: float) -> None:
+        """A report has come; its counts were taken at ``load_at``."""
+        self.report = report
+        self.load_at = load_at
+        self.given.reported(report.num_opens)
 
     def as_session(self) -> WorkerSession:
         return cast(WorkerSession, self)
@@ -92,7 +112,9 @@ def _record(worker_id: str, role: Role, num_blocks: int, block_size: int) -> Wor
 
 
 class SimWorker:
-    """``after(delay_s, callback)`` is the simulation's clock work; ``tell`` takes cache
+    """Between steps it acts on what was posted, as an engine thread does.
+
+    ``after(delay_s, callback)`` is the simulation's clock work; ``tell`` takes cache
     events, ``emit`` a computed sequence that needs its next token."""
 
     def __init__(
@@ -104,6 +126,7 @@ class SimWorker:
         block_size: int,
         domain: HashDomain,
         speeds: Speeds,
+        clock: Callable[[], float],
         after: Callable[[float, Callable[[], None]], None],
         tell: Callable[[bytes, pb.CacheEvents], None],
     ) -> None:
@@ -123,21 +146,42 @@ class SimWorker:
         self.begun: Callable[[PrefillJob], None] = lambda job: None
         self.computed: Callable[[Scheduled], None] = lambda chunk: None
         self._speeds = speeds
+        self._clock = clock
         self._after = after
         self._busy = False
+        self._commands: list[Callable[[], None]] = []
+        self._num_opens = 0
+        self._load = (pb.Report(), clock())
         self._epoch = self.session.epoch
         self._feed = CacheFeed(lambda _, message: tell(self._epoch, message.cache_events))
         self._feed.join(_SESSION)
 
-    def wake(self) -> None:
-        """Begins a step if there is something to compute and none is going on."""
-        if self._busy:
-            return
+    def open(self, command: Callable[[], None]) -> None:
+        """Posts what an Open asks for."""
+
+        def take_up() -> None:
+            self._num_opens += 1
+            command()
+
+        self.post(take_up)
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Has the worker act before its next step, at once where none is under way."""
+        self._commands.append(command)
+        if not self._busy:
+            self._round()
+
+    def _round(self) -> None:
+        """What has been posted, then a step, if there is something to compute."""
+        commands, self._commands = self._commands, []
+        for command in commands:
+            command()
         chunks = self._prefill_chunks() if self.role == "prefill" else self._decode_chunks()
         self.tell_changes()
+        self._set_load()
+        self._busy = bool(chunks)
         if not chunks:
             return
-        self._busy = True
         num_rows = sum(chunk.num_tokens == 1 for chunk in chunks)
         num_tokens = sum(chunk.num_tokens for chunk in chunks) - num_rows
         speeds = self._speeds
@@ -157,29 +201,32 @@ class SimWorker:
         return self.decode.schedule()
 
     def _finish(self, chunks: list[Scheduled]) -> None:
-        self._busy = False
         for chunk in chunks:
             chunk.seq.num_computed_tokens += chunk.num_tokens
             self.kv.publish(chunk.seq)
         for chunk in chunks:
             self.computed(chunk)
-        self.wake()
+        self._round()
 
     def tell_changes(self) -> None:
         changes = self.kv.pool.take_changes()
         if changes:
             self._feed.change(changes)
 
-    def report(self, now: float) -> None:
-        """What the gateway hears of the worker every ``report_s``."""
+    def _set_load(self) -> None:
         counts, is_prefill = self.kv.pool.counts(), self.role == "prefill"
         scheduler = self.prefill if is_prefill else self.decode
-        self.session.report = pb.Report(
+        report = pb.Report(
             num_running=scheduler.num_running,
             num_waiting=self.prefill.num_queued if is_prefill else self.decode.num_waiting,
             num_waiting_tokens=scheduler.num_tokens_to_compute,
             blocks=pb.BlockCounts(
                 free=counts.free, cached=counts.cached, referenced=counts.referenced
             ),
+            num_opens=self._num_opens,
         )
-        self.session.reported_at = now
+        self._load = (report, self._clock())
+
+    def report(self) -> None:
+        """Has the gateway hear how it stood when a step last began or ended."""
+        self._after(self._speeds.message_s, partial(self.session.take, *self._load))

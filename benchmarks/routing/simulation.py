@@ -100,9 +100,6 @@ class _Running:
     stream: DecodeStream
     job: PrefillJob | None
 
-    def workers(self) -> list[SimWorker]:
-        return [self.decode] if self.prefill is None else [self.decode, self.prefill]
-
 
 def _sequence(served: Served, key: StreamKey) -> EngineSequence:
     prompt = list(served.turn.prompt)
@@ -157,6 +154,7 @@ class Simulation:
             block_size=block_size,
             domain=_DOMAIN,
             speeds=self._speeds,
+            clock=lambda: self.now,
             after=self._after,
             tell=tell,
         )
@@ -189,7 +187,7 @@ class Simulation:
 
     def _report(self) -> None:
         for worker in self.workers.values():
-            worker.report(self.now)
+            worker.report()
         if self._num_left:
             self._after(self._speeds.report_s, self._report)
 
@@ -210,10 +208,13 @@ class Simulation:
         assert pairing is not None
         served.decode = pairing.decode.record.worker_id
         served.prefill = pairing.prefill.record.worker_id if pairing.prefill else None
-        self._after(self._speeds.message_s, lambda: self._open(served))
+        key = StreamKey(0, next(self._numbers))
+        for session in pairing.sessions:
+            self.workers[session.record.worker_id].session.opened(key.stream_id)
+        self._after(self._speeds.message_s, lambda: self._open(served, key))
 
-    def _open(self, served: Served) -> None:
-        key, decode = StreamKey(0, next(self._numbers)), self.workers[served.decode]
+    def _open(self, served: Served, key: StreamKey) -> None:
+        decode = self.workers[served.decode]
         prefill = self.workers[served.prefill] if served.prefill is not None else None
         transfer = None
         job = None
@@ -231,13 +232,10 @@ class Simulation:
             queued_at=self.now,
             num_input_tokens=len(served.turn.prompt),
         )
-        self._running[key] = run = _Running(served, decode, prefill, stream, job)
-        for worker in run.workers():
-            worker.session.num_open += 1
+        self._running[key] = _Running(served, decode, prefill, stream, job)
         if prefill is not None and job is not None:
-            prefill.prefill.add(job)
-        decode.decode.enqueue(stream)
-        decode.wake()
+            prefill.open(partial(prefill.prefill.add, job))
+        decode.open(partial(decode.decode.enqueue, stream))
 
     def _reserved(self, stream: DecodeStream) -> None:
         """Decode has its blocks: prefill is told to proceed, by way of the gateway."""
@@ -245,11 +243,7 @@ class Simulation:
         prefill, job = run.prefill, run.job
         assert prefill is not None
         assert job is not None
-
-        def proceed() -> None:
-            prefill.prefill.enqueue(job)
-            prefill.wake()
-
+        proceed = partial(prefill.post, partial(prefill.prefill.enqueue, job))
         self._after(2 * self._speeds.message_s, proceed)
 
     def _begun(self, job: PrefillJob) -> None:
@@ -268,15 +262,28 @@ class Simulation:
         if len(run.served.turn.answer) == 1:
             num_moved = 0
         run.served.num_moved = num_moved
+        self._tell(run.prefill.session.computed, chunk.seq.key)
         delay_s = num_moved * self._speeds.transfer_token_s + self._speeds.message_s
         self._after(delay_s, lambda: self._handed_over(run))
 
+    def _tell(self, hears: Callable[[int], None], key: Hashable) -> None:
+        """Has the gateway hear of a stream."""
+        assert isinstance(key, StreamKey)
+        self._after(self._speeds.message_s, partial(hears, key.stream_id))
+
     def _handed_over(self, run: _Running) -> None:
-        assert run.prefill is not None
-        assert run.job is not None
-        run.prefill.kv.free(run.job.sequence)
-        run.prefill.session.num_open -= 1
-        run.prefill.wake()
+        prefill, job = run.prefill, run.job
+        assert prefill is not None
+        assert job is not None
+
+        def free() -> None:
+            prefill.kv.free(job.sequence)
+            self._tell(prefill.session.ended, job.key)
+
+        prefill.post(free)
+        run.decode.post(partial(self._received, run))
+
+    def _received(self, run: _Running) -> None:
         sequence, answer = run.stream.sequence, run.served.turn.answer
         if len(answer) == 1:  # the request ended with its first token: its blocks hold nothing
             run.decode.decode.remove(run.stream)
@@ -285,7 +292,7 @@ class Simulation:
             run.decode.kv.adopt(sequence, len(run.served.turn.prompt))
             sequence.token_ids.append(answer[0])
             run.decode.decode.received(run.stream)
-        run.decode.wake()
+            self._tell(run.decode.session.computed, run.stream.key)
 
     def _decoded(self, chunk: Scheduled) -> None:
         """A chunk on a decode worker; one that ends the input draws the next token."""
@@ -296,6 +303,7 @@ class Simulation:
         num_emitted = chunk.seq.num_emitted_tokens
         if num_emitted == 0:
             served.num_cached = run.stream.num_cached_tokens or 0
+            self._tell(run.decode.session.computed, chunk.seq.key)
         chunk.seq.token_ids.append(answer[num_emitted])
         served.token_times.append(self.now + self._speeds.message_s)
         if num_emitted + 1 == len(answer):
@@ -304,7 +312,7 @@ class Simulation:
 
     def _end(self, run: _Running) -> None:
         run.decode.kv.free(run.stream.sequence)
-        run.decode.session.num_open -= 1
+        self._tell(run.decode.session.ended, run.stream.key)
         del self._running[run.stream.key]
         self._num_left -= 1
         user, number = run.served.user, run.served.number + 1

@@ -35,16 +35,12 @@ DEFAULT_WEIGHTS = Weights()
 
 
 @dataclass(slots=True, eq=False)
-class _Given:
-    """What this gateway's decisions gave one worker."""
+class _Recent:
+    """What this gateway gave one worker lately."""
 
-    report: object = None
-    """The one after which ``num_tokens`` and ``num_blocks`` were decided."""
-    num_tokens: int = 0
-    num_blocks: int = 0
-    recent: float = 0.0
-    """Tokens, halved every ``BALANCE_HALF_LIFE_S``."""
-    recent_at: float = 0.0
+    num_tokens: float = 0.0
+    """Halved every ``BALANCE_HALF_LIFE_S``."""
+    at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,7 @@ class KvAware:
         self._rng = rng
         self._clock = clock
         self._peers = peers
-        self._given: WeakKeyDictionary[WorkerSession, _Given] = WeakKeyDictionary()
+        self._recent: WeakKeyDictionary[WorkerSession, _Recent] = WeakKeyDictionary()
 
     def cost(self, prefill: Standing | None, decode: Standing) -> float:
         """What the choice costs on a pair, in tokens of prefill::
@@ -156,8 +152,8 @@ class KvAware:
         self, input_: InputHashes, session: WorkerSession, num_held_blocks: int
     ) -> Standing:
         size = session.record.block_size
-        given, report = self._given_to(session), session.report
-        theirs = self._peers.since(session.epoch, session.reported_at)
+        given, report = session.given, session.report
+        theirs = self._peers.since(session.epoch, session.load_at)
         num_waiting = report.num_waiting_tokens if report is not None else 0
         num_in_use = report.blocks.referenced if report is not None else 0
         return Standing(
@@ -165,29 +161,22 @@ class KvAware:
             num_waiting=num_waiting + given.num_tokens + theirs.num_tokens,
             num_in_use=(num_in_use + given.num_blocks + theirs.num_blocks) * size,
             num_sequences=session.num_sequences + theirs.num_sequences,
-            recent=given.recent,
+            recent=self._recent_of(session).num_tokens,
         )
 
-    def _given_to(self, session: WorkerSession) -> _Given:
-        """Decisions count as load until the worker's next report, which knows of them."""
-        given = self._given.setdefault(session, _Given())
-        if given.report is not session.report:
-            given.report = session.report
-            given.num_tokens = given.num_blocks = 0
-        now = self._clock()
-        given.recent *= 0.5 ** ((now - given.recent_at) / BALANCE_HALF_LIFE_S)
-        given.recent_at = now
-        return given
+    def _recent_of(self, session: WorkerSession) -> _Recent:
+        recent, now = self._recent.setdefault(session, _Recent()), self._clock()
+        recent.num_tokens *= 0.5 ** ((now - recent.at) / BALANCE_HALF_LIFE_S)
+        recent.at = now
+        return recent
 
     def _count(
         self, input_: InputHashes, session: WorkerSession, standing: Standing, *, computes: bool
     ) -> None:
-        given = self._given_to(session)
         num_tokens = standing.num_missing if computes else 0
         num_blocks = -(-input_.num_tokens // session.record.block_size)
-        given.num_tokens += num_tokens
-        given.num_blocks += num_blocks
-        given.recent += standing.num_missing
+        session.given.decided(num_tokens, num_blocks)
+        self._recent_of(session).num_tokens += standing.num_missing
         self._peers.given(session.epoch, num_tokens, num_blocks)
         self._index.expect(session.epoch, input_.of(session))
 

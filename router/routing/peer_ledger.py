@@ -111,14 +111,14 @@ class PeerLedger:
             self._swept_at = now
             self._sweep(now)
 
-    def since(self, epoch: bytes, reported_at: float | None) -> PeerShare:
-        """The sum of what was decided for that worker after ``reported_at`` and counts still."""
+    def since(self, epoch: bytes, load_at: float | None) -> PeerShare:
+        """The sum of what was decided for that worker after ``load_at`` and counts still."""
         entries = self._entries.get(epoch)
         if not entries:
             return _NOTHING
         after = self._clock() - EXPIRE_S
-        if reported_at is not None:
-            after = max(after, reported_at)
+        if load_at is not None:
+            after = max(after, load_at)
         counted = entries[bisect_right(entries, after, key=_DECIDED_AT) :]
         return PeerShare(
             num_tokens=sum(num_tokens for _, num_tokens, _ in counted),

@@ -93,9 +93,9 @@ class SharedLoad:
             self._pending.append(Decision(epoch, self._clock(), num_tokens, num_blocks))
             self._news.set()
 
-    def since(self, epoch: bytes, reported_at: float | None) -> PeerShare:
-        """What the others gave that worker after ``reported_at`` on the clock."""
-        return self._ledger.since(epoch, reported_at)
+    def since(self, epoch: bytes, load_at: float | None) -> PeerShare:
+        """What the others gave that worker after ``load_at`` on the clock."""
+        return self._ledger.since(epoch, load_at)
 
     def start(self) -> None:
         self._tasks = [

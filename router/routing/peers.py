@@ -23,10 +23,10 @@ class PeerLoad(Protocol):
         """This gateway has just given the worker a sequence: to be told to the others."""
         ...
 
-    def since(self, epoch: bytes, reported_at: float | None) -> PeerShare:
-        """What the others gave the worker after ``reported_at``, which is when the report
-        that we hold came, on the event loop's clock; where we hold none, all of it that
-        has not expired."""
+    def since(self, epoch: bytes, load_at: float | None) -> PeerShare:
+        """What the others gave the worker after ``load_at``, which is when it took the
+        counts of the report that we hold, on the event loop's clock; where we hold none,
+        all of it that has not expired."""
         ...
 
 
@@ -36,7 +36,7 @@ class NoPeers:
     def given(self, epoch: bytes, num_tokens: int, num_blocks: int) -> None:
         """Nobody is there to be told."""
 
-    def since(self, epoch: bytes, reported_at: float | None) -> PeerShare:
+    def since(self, epoch: bytes, load_at: float | None) -> PeerShare:
         return PeerShare()
 
 

@@ -52,7 +52,7 @@ def least_loaded(rng: random.Random, peers: PeerLoad = ALONE) -> RoutingPolicy:
     """The workers with the fewest sequences, drawn from the equal ones."""
 
     def num_sequences(session: WorkerSession) -> int:
-        theirs = peers.since(session.epoch, session.reported_at).num_sequences
+        theirs = peers.since(session.epoch, session.load_at).num_sequences
         return session.num_sequences + theirs
 
     def choose(sessions: Sequence[WorkerSession]) -> WorkerSession:

@@ -23,6 +23,7 @@ from baton.records import WorkerRecord
 from baton.telemetry import GatewayMetrics
 from baton.v1 import session_pb2 as pb
 from router.routing.kv_index import KvIndex
+from router.workers.given_work import GivenWork
 from router.workers.handshake import STREAM_ENDED, Call, being_cancelled, reason_of
 
 logger = logging.getLogger(__name__)
@@ -71,13 +72,15 @@ class WorkerSession:
         """The worker is leaving: it said so in an answer or in its last report."""
         self.report: pb.Report | None = None
         self.reported_at: float | None = None
-        """On the event loop's clock."""
+        """When it came, on the event loop's clock."""
+        self.load_at: float | None = None
+        """When the worker took the report's counts, on the same clock."""
+        self.given = GivenWork()
         self._call = call
         self._config = config
         self._index = index
         self._metrics = metrics
         self._sinks: dict[int, StreamSink] = {}
-        self._num_open_at_report = 0
         self._outbox: asyncio.Queue[pb.GatewayMessage] = asyncio.Queue()
 
     @property
@@ -88,10 +91,10 @@ class WorkerSession:
     @property
     def num_sequences(self) -> int:
         """Sequences on the worker, all gateways' counted: as last reported, plus
-        what this gateway has opened and seen closed since."""
+        what this gateway has opened beyond it and seen closed since."""
         report = self.report or pb.Report()
         reported = report.num_running + report.num_waiting
-        return max(self.num_open, reported + self.num_open - self._num_open_at_report)
+        return max(self.num_open, reported + self.given.num_sequences)
 
     def open(self, message: pb.Open, sink: StreamSink) -> None:
         """Opens a stream whose events go to ``sink`` until it is closed, cancelled or lost.
@@ -102,6 +105,7 @@ class WorkerSession:
             raise self._lost_error()
         assert message.stream_id not in self._sinks, "a stream id was drawn twice"
         self._sinks[message.stream_id] = sink
+        self.given.opened(message.stream_id)
         self._outbox.put_nowait(pb.GatewayMessage(open=message))
 
     def proceed(self, stream_id: int, num_held_tokens: int) -> None:
@@ -113,6 +117,7 @@ class WorkerSession:
     def cancel(self, stream_id: int) -> None:
         """Ends a stream from this side; its sink hears nothing more. Idempotent."""
         if self._sinks.pop(stream_id, None) is not None:
+            self.given.ended(stream_id)
             self._outbox.put_nowait(pb.GatewayMessage(cancel=pb.Cancel(stream_id=stream_id)))
 
     async def run(self) -> str:
@@ -188,7 +193,8 @@ class WorkerSession:
             self.report = message.report
             self.draining = message.report.draining
             self.reported_at = asyncio.get_running_loop().time()
-            self._num_open_at_report = self.num_open
+            self.load_at = self.reported_at - message.report.load_age_ms / 1000
+            self.given.reported(message.report.num_opens)
         elif body == "cache_events":
             self._take_cache_events(message.cache_events)
         else:
@@ -215,7 +221,9 @@ class WorkerSession:
             zip(batch.stream_ids, batch.positions, batch.token_ids, strict=True)
         ):
             if (sink := self._sinks.get(stream_id)) is not None:
+                self.given.computed(stream_id)
                 sink.on_token(position, token_id, at, logprobs.get(index))
         for closed in events.closed:
             if (sink := self._sinks.pop(closed.stream_id, None)) is not None:
+                self.given.ended(closed.stream_id)
                 sink.on_closed(closed)

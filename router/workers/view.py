@@ -20,7 +20,8 @@ def _worker_status(
     epoch = bytes.fromhex(record.epoch)
     report = (session.report if session else None) or pb.Report()
     reported_at = session.reported_at if session else None
-    share = PeerShare() if peers is None else peers.since(epoch, reported_at)
+    load_at = session.load_at if session else None
+    share = PeerShare() if peers is None else peers.since(epoch, load_at)
     return WorkerStatus(
         worker_id=record.worker_id,
         role=record.role,

@@ -109,7 +109,7 @@ class FakePeers:
     def given(self, epoch: bytes, num_tokens: int, num_blocks: int) -> None:
         self.told.append((epoch, num_tokens, num_blocks))
 
-    def since(self, epoch: bytes, reported_at: float | None) -> PeerShare:
+    def since(self, epoch: bytes, load_at: float | None) -> PeerShare:
         return self.shares.get(epoch, PeerShare())
 
 

@@ -130,6 +130,7 @@ class FakeWorker(session_pb2_grpc.WorkerServicer):
         """Fields of Welcome that shall be wrong."""
         self.first_message: pb.WorkerMessage | Literal["welcome"] | None = "welcome"
         self.reporting = True
+        self._num_opens = 0
         self.report = pb.Report()
         self._script = script
         self._session_config = session
@@ -202,6 +203,7 @@ class FakeWorker(session_pb2_grpc.WorkerServicer):
     ) -> AsyncIterator[pb.WorkerMessage]:
         self.received.append(await anext(aiter(request_iterator)))
         self.num_sessions += 1
+        self._num_opens = 0
         outbox = self._outbox = asyncio.Queue()
         first = self.first_message
         if first is not None:
@@ -223,6 +225,7 @@ class FakeWorker(session_pb2_grpc.WorkerServicer):
             self.received.append(message)
             body = message.WhichOneof("body")
             if body == "open":
+                self._num_opens += 1
                 self._take(FakeStream(self, message.open))
             elif body == "proceed":
                 self.streams[message.proceed.stream_id].held.set_result(
@@ -246,7 +249,9 @@ class FakeWorker(session_pb2_grpc.WorkerServicer):
     async def _report_regularly(self) -> None:
         while True:
             if self.reporting:
-                self.send(pb.WorkerMessage(report=self.report))
+                report = pb.Report(num_opens=self._num_opens)
+                report.MergeFrom(self.report)
+                self.send(pb.WorkerMessage(report=report))
             await asyncio.sleep(self._session_config.report_s)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Sequence
 from typing import cast
 
 from baton.config import RoutingConfig, SessionConfig
+from baton.errors import WorkerLostError
+from baton.logprobs import TokenLogprobs
 from baton.protocol import new_epoch
 from baton.records import Role
 from baton.v1 import session_pb2 as pb
@@ -21,6 +24,7 @@ from tests.support.fake_worker import worker_record
 
 NAMES = BlockNames(secret="secret", weights_revision="revision")
 SIZE = 16
+_stream_ids = itertools.count(1)
 ALL = ("kv_aware", "round_robin", "least_loaded", "random")
 
 
@@ -66,14 +70,35 @@ class Workers:
         return make_policy(config, self.index, random.Random(seed), self.clock, peers)
 
 
+class Unheard:
+    """A stream's sink that nobody asks."""
+
+    def on_reserved(self, num_held_tokens: int) -> None: ...
+
+    def on_token(
+        self, position: int, token_id: int, at: float, logprobs: TokenLogprobs | None
+    ) -> None: ...
+
+    def on_closed(self, closed: pb.Closed) -> None: ...
+
+    def on_lost(self, error: WorkerLostError) -> None: ...
+
+
 def report(
-    session: WorkerSession, *, num_running: int = 0, num_tokens: int = 0, num_blocks: int = 0
+    session: WorkerSession,
+    *,
+    num_running: int = 0,
+    num_tokens: int = 0,
+    num_blocks: int = 0,
+    num_opens: int = 0,
 ) -> None:
+    """A report has come, which includes so many of the Session's Opens."""
     session.report = pb.Report(
         num_running=num_running,
         num_waiting_tokens=num_tokens,
         blocks=pb.BlockCounts(referenced=num_blocks),
     )
+    session.given.reported(num_opens)
 
 
 def input_of(*workers: WorkerSession, num_tokens: int = 10 * SIZE, first: int = 0) -> InputHashes:
@@ -93,6 +118,14 @@ def pick(
     return pairing
 
 
+def open_on(pairing: Pairing) -> int:
+    """Opens what was picked; the stream's id."""
+    stream_id = next(_stream_ids)
+    for session in pairing.sessions:
+        session.open(pb.Open(stream_id=stream_id), Unheard())
+    return stream_id
+
+
 class Peers:
     """Other gateways, in the test's hands."""
 
@@ -104,6 +137,6 @@ class Peers:
     def given(self, epoch: bytes, num_tokens: int, num_blocks: int) -> None:
         self.told.append((epoch, num_tokens, num_blocks))
 
-    def since(self, epoch: bytes, reported_at: float | None) -> PeerShare:
-        self.asked[epoch] = reported_at
+    def since(self, epoch: bytes, load_at: float | None) -> PeerShare:
+        self.asked[epoch] = load_at
         return self.shares.get(epoch, PeerShare())

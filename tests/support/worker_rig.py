@@ -55,6 +55,13 @@ class Recorder:
         return [name for name, _, _ in self.calls]
 
 
+class Clock:
+    now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class Rig:
     """What both pools' worker tests need around the worker."""
 
@@ -62,7 +69,8 @@ class Rig:
         self.registry = CollectorRegistry()
         self.metrics = WorkerMetrics(self.registry, worker_id="w", role=role)
         self.inbox = Inbox(asyncio.get_running_loop())
-        self.outbox = Outbox(self.inbox, self.metrics)
+        self.clock = Clock()
+        self.outbox = Outbox(self.inbox, self.metrics, clock=self.clock)
         self.outbox.deliver = self._deliver
         self.faults = Faults(Path("/nonexistent"), "w")
         self.reserved: list[tuple[StreamKey, int]] = []

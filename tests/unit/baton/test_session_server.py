@@ -49,7 +49,7 @@ async def serving() -> AsyncIterator[tuple[str, SessionServer, Handler]]:
     sessions = SessionServer(
         welcome=pb.Welcome(worker_id="w", generation="g", protocol_version=PROTOCOL_VERSION),
         handler=handler,
-        report=lambda: pb.Report(num_steps=3),
+        report=lambda session: pb.Report(num_steps=3, num_opens=session),
         config=CONFIG,
     )
     running = server(SECRET, CONFIG)
@@ -84,7 +84,7 @@ async def test_messages_reach_the_handler_and_events_come_back_in_one_message() 
         link, call = await greeted(address)
         assert (await call.read()).welcome.worker_id == "w"
         assert (await call.read()).cache_events == pb.CacheEvents(sequence=1, snapshot=True)
-        assert (await call.read()).report.num_steps == 3
+        assert (await call.read()).report == pb.Report(num_steps=3, num_opens=1)
         await call.write(pb.GatewayMessage(open=pb.Open(stream_id=4, prompt_token_ids=[1, 2])))
         await call.write(pb.GatewayMessage(proceed=pb.Proceed(stream_id=4, num_held_tokens=16)))
         await call.write(pb.GatewayMessage(cancel=pb.Cancel(stream_id=4)))

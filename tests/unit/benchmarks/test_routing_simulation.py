@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 
 from baton.config import RoutingConfig
+from baton.v1 import session_pb2 as pb
 from benchmarks.routing import loads, oracle, trace
 from benchmarks.routing.simulation import Pools, Served, Simulation, Turn
 from benchmarks.routing.sizing import BLOCK_SIZE, worker_blocks
@@ -108,6 +109,23 @@ def test_a_hot_prompt_does_not_pin_one_worker() -> None:
     served = simulation.run(loads.hot_prompt(num_users=60, rate=4.0))
     used = Counter(each.prefill for each in served) + Counter(each.decode for each in served)
     assert min(used[name] for name in simulation.workers) >= 15
+
+
+def test_a_report_tells_how_its_worker_stood_when_the_step_under_way_began() -> None:
+    """As a real worker's: its engine thread hears of an Open between two steps."""
+    simulation = Simulation(RoutingConfig(), Pools(500, 500, num_prefill=1, num_decode=1))
+    session = simulation.workers["prefill-0"].session
+    seen: list[tuple[int, int, int]] = []
+
+    def look() -> None:
+        report = session.report or pb.Report()
+        seen.append((report.num_opens, report.num_waiting_tokens, session.given.num_tokens))
+
+    for at in (0.3, 0.55, 1.05):  # reports come each half second
+        simulation._after(at, look)
+    long, short = [Turn(0.1, range(300), [1])], [Turn(0.2, range(400, 500), [1])]
+    simulation.run([long, short])  # the first takes 0.62 s to compute
+    assert seen == [(0, 0, 400), (1, 300, 100), (2, 0, 0)]
 
 
 def test_the_committed_trace_is_what_its_generator_writes() -> None:

@@ -266,7 +266,7 @@ async def test_full_queue_and_draining_worker_refuse_what_comes() -> None:
     rig.worker.open(rig.stream([1, 2]))
     await rig.step()
     assert rig.closed[KEY].error_code == "draining"
-    assert report_from(rig.outbox, b"").draining
+    assert report_from(rig.outbox, b"", session=1).draining
 
 
 @pytest.mark.parametrize("moment", ["queued", "receiving", "running"])
@@ -356,3 +356,21 @@ async def test_preempted_stream_does_not_count_its_own_blocks_as_cached() -> Non
     )
     closed = rig.closed[KEY]
     assert (closed.num_cached_tokens, closed.num_computed_tokens) == (0, 26)
+
+
+async def test_report_during_a_step_says_which_opens_it_includes_and_how_old_it_is() -> None:
+    rig = DecodeRig()
+    during: list[pb.Report] = []
+
+    def step_begins() -> None:
+        rig.clock.now += 0.7
+        during.extend(report_from(rig.outbox, b"", session=session) for session in (1, 2))
+
+    rig.engine.on_step = step_begins
+    rig.worker.open(rig.stream(list(range(7)), local=True))
+    await rig.step()
+    assert [report.num_opens for report in during] == [1, 0]
+    assert {(report.num_waiting_tokens, report.load_age_ms) for report in during} == {(7, 700)}
+    rig.worker.session_lost(1)
+    await rig.step()
+    assert report_from(rig.outbox, b"", session=1).num_opens == 0

@@ -21,7 +21,7 @@ from prefill_workers.worker import PrefillWorker
 from router.routing.input_hashes import InputHashes
 from router.routing.kv_aware import KvAware
 from router.routing.peers import ALONE
-from tests.support.routing import NAMES, Workers, pick
+from tests.support.routing import NAMES, Unheard, Workers, pick
 
 TRANSFER = TransferKey(b"t" * 16, 0, b"p" * 16, b"d" * 16)
 KEY = StreamKey(1, 5)
@@ -87,17 +87,45 @@ async def test_work_is_in_the_load_once_from_the_routers_decision_to_its_end() -
 
     async def step_and_report() -> int:
         await rig.step()
-        prefill[0]._take(pb.WorkerMessage(report=report_from(rig.outbox, b"")))
+        report = report_from(rig.outbox, b"", session=KEY.session)
+        prefill[0]._take(pb.WorkerMessage(report=report))
         return routed()
 
     assert await step_and_report() == 0
     pick(policy, prefill, decode, input_)
-    seen = [routed()]
+    prefill[0].open(pb.Open(stream_id=KEY.stream_id), Unheard())
+    seen = [routed(), await step_and_report()]
     rig.worker.open(rig.job(list(range(12))))
     seen.append(await step_and_report())
     rig.worker.proceed(KEY, 0)
     seen += [await step_and_report() for _ in range(2)]
-    assert seen == [12, 12, 4, 0]  # decided, WAITING, RUNNING, LEASED
+    assert seen == [12, 12, 12, 4, 0]  # decided, on its way, WAITING, RUNNING, LEASED
+
+
+async def test_report_during_a_step_says_which_opens_it_includes_and_how_old_it_is() -> None:
+    rig = PrefillRig()
+    during: list[pb.Report] = []
+    keys = [StreamKey(1, 5), StreamKey(1, 6), StreamKey(2, 5)]
+
+    def step_begins() -> None:
+        rig.clock.now += 0.7
+        during.extend(report_from(rig.outbox, b"", session=session) for session in (1, 2, 3))
+
+    rig.engine.on_step = step_begins
+    rig.worker.open(rig.job(list(range(7)), key=keys[0]))
+    rig.worker.proceed(keys[0], 0)
+    rig.worker.open(rig.job(list(range(20, 25)), key=keys[1]))
+    await rig.step()
+    assert [report.num_opens for report in during] == [2, 0, 0]
+    assert {report.num_waiting_tokens for report in during} == {12}
+    assert {report.load_age_ms for report in during} == {700}
+    rig.worker.open(rig.job([1], key=keys[2]))
+    rig.outbox.refused(StreamKey(2, 6), DrainingError("no"))
+    rig.worker.session_lost(1)
+    await rig.step()
+    reports = [report_from(rig.outbox, b"", session=session) for session in (1, 2)]
+    assert [report.num_opens for report in reports] == [0, 2]
+    assert [report.load_age_ms for report in reports] == [0, 0]
 
 
 async def test_chunks_are_offered_as_they_are_computed_and_the_token_commits() -> None:
@@ -291,7 +319,7 @@ async def test_draining_worker_refuses_and_late_messages_do_nothing() -> None:
     rig.worker.open(rig.job([1]))
     await rig.step()
     assert rig.closed[KEY].error_code == "draining"
-    assert report_from(rig.outbox, b"").draining
+    assert report_from(rig.outbox, b"", session=1).draining
 
 
 @pytest.mark.parametrize("outcome", ["released", "lease_expired"])

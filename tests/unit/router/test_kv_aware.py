@@ -7,12 +7,23 @@ from collections import Counter
 
 import pytest
 
+from baton.v1 import session_pb2 as pb
 from router.routing.input_hashes import InputHashes
 from router.routing.kv_aware import BALANCE_HALF_LIFE_S, MAX_CANDIDATES, KvAware
 from router.routing.kv_index import EXPECT_S
 from router.routing.policy import Candidate, Pairing, PeerShare, RoutingPolicy
 from router.workers.session import WorkerSession
-from tests.support.routing import NAMES, SIZE, Peers, Workers, input_of, pick, report
+from tests.support.routing import (
+    NAMES,
+    SIZE,
+    Peers,
+    Unheard,
+    Workers,
+    input_of,
+    open_on,
+    pick,
+    report,
+)
 
 
 def test_the_workers_that_hold_the_prefix_are_chosen_together() -> None:
@@ -73,22 +84,72 @@ def test_equal_pairs_are_drawn_among() -> None:
     assert len(drawn) == 4
 
 
-def test_a_decision_counts_as_load_until_the_next_report() -> None:
+def opened_eight() -> tuple[Workers, KvAware, list[WorkerSession], list[WorkerSession]]:
+    """Four streams of ten blocks on each of two prefill and two decode workers."""
     workers = Workers()
     prefill, decode = workers.several("prefill", 2), workers.several("decode", 2)
-    policy = workers.policy("kv_aware")
-    pairs = [pick(policy, prefill, decode, input_of(*prefill, first=n)) for n in range(8)]
+    policy, pairs = workers.policy("kv_aware"), []
+    for first in range(8):
+        pairs.append(pick(policy, prefill, decode, input_of(*prefill, first=first)))
+        open_on(pairs[-1])
     assert Counter(pair.prefill for pair in pairs) == dict.fromkeys(prefill, 4)
     assert Counter(pair.decode for pair in pairs) == dict.fromkeys(decode, 4)
     assert isinstance(policy, KvAware)
     workers.clock.now += 100 * BALANCE_HALF_LIFE_S
-    empty = input_of(*prefill, num_tokens=1)
-    assert policy._standing(empty, prefill[0], 0).num_waiting == 4 * 10 * SIZE
-    assert policy._standing(empty, decode[0], 0).num_in_use == 4 * 10 * SIZE
-    report(prefill[0], num_tokens=5)
-    report(decode[0], num_blocks=2)
-    assert policy._standing(empty, prefill[0], 0).num_waiting == 5
-    assert policy._standing(empty, decode[0], 0).num_in_use == 2 * SIZE
+    return workers, policy, prefill, decode
+
+
+EMPTY = input_of(num_tokens=1)
+
+
+def test_an_open_counts_as_load_until_a_report_includes_it() -> None:
+    _, policy, prefill, decode = opened_eight()
+    for num_opens in range(5):
+        num_beyond = 4 - num_opens
+        report(prefill[0], num_tokens=5, num_opens=num_opens)
+        report(decode[0], num_blocks=2, num_opens=num_opens)
+        standing = policy._standing(EMPTY, prefill[0], 0)
+        assert standing.num_waiting == 5 + num_beyond * 10 * SIZE
+        standing = policy._standing(EMPTY, decode[0], 0)
+        assert (standing.num_waiting, standing.num_in_use) == (0, (2 + num_beyond * 10) * SIZE)
+
+
+def test_a_decision_that_no_open_follows_counts_for_nothing() -> None:
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 1), workers.several("decode", 1)
+    policy = workers.policy("kv_aware")
+    assert isinstance(policy, KvAware)
+    pick(policy, prefill, decode)
+    assert policy._standing(EMPTY, prefill[0], 0).num_waiting == 0
+    short = input_of(*prefill, num_tokens=2 * SIZE, first=9)
+    open_on(pick(policy, prefill, decode, short))
+    prefill[0].open(pb.Open(stream_id=0), Unheard())
+    assert policy._standing(EMPTY, prefill[0], 0).num_waiting == 2 * SIZE
+
+
+@pytest.mark.parametrize("includes", [False, True])
+@pytest.mark.parametrize("how", ["token", "closed", "cancelled"])
+def test_an_open_counts_no_longer_than_its_work(how: str, includes: bool) -> None:
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 1), workers.several("decode", 1)
+    policy = workers.policy("kv_aware")
+    assert isinstance(policy, KvAware)
+    stream_id = open_on(pick(policy, prefill, decode))
+    for session in (*prefill, *decode):
+        report(session, num_opens=int(includes))
+        if how == "cancelled":
+            session.cancel(stream_id)
+        elif how == "closed":
+            session._take_events(pb.Events(closed=[pb.Closed(stream_id=stream_id)]))
+        else:
+            batch = pb.TokenBatch(stream_ids=[stream_id] * 2, positions=[0, 1], token_ids=[7, 8])
+            session._take_events(pb.Events(tokens=batch))
+    assert policy._standing(EMPTY, prefill[0], 0).num_waiting == 0
+    in_use = 10 * SIZE if how == "token" and not includes else 0
+    assert policy._standing(EMPTY, decode[0], 0).num_in_use == in_use
+    for session in (*prefill, *decode):
+        report(session)
+        assert session.given.num_sequences == int(how == "token")
 
 
 def test_a_decision_makes_the_same_prefix_go_the_same_way_before_any_event() -> None:
@@ -122,7 +183,7 @@ def test_a_short_prefix_that_all_share_does_not_pin_one_worker() -> None:
 def test_what_other_gateways_gave_a_worker_counts_as_its_load() -> None:
     workers, peers = Workers(), Peers()
     prefill, decode = workers.several("prefill", 2), workers.several("decode", 2)
-    prefill[0].reported_at = 5.0
+    prefill[0].load_at = 5.0
     peers.shares = {
         prefill[0].epoch: PeerShare(num_tokens=1),
         decode[1].epoch: PeerShare(num_blocks=1),
@@ -191,7 +252,7 @@ def test_what_waits_on_decode_counts_against_local_prefill(num_tokens: int, is_l
 
 def test_local_prefill_counts_as_waiting_on_decode_and_as_nothing_on_prefill() -> None:
     _, policy, prefill, decode, input_ = local_case()
-    pick(policy, prefill, decode, input_)
+    open_on(pick(policy, prefill, decode, input_))
     assert isinstance(policy, KvAware)
     empty = input_of(*prefill, num_tokens=1)
     assert policy._standing(empty, decode[1], 0).num_waiting == 2 * SIZE

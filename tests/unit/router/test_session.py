@@ -257,6 +257,22 @@ async def test_load_counts_what_was_opened_since_the_last_report() -> None:
         assert session.num_sequences == 6
 
 
+async def test_report_says_how_old_its_counts_are_and_which_opens_they_include() -> None:
+    async with (
+        started(FakeWorker("prefill-0", "prefill")) as worker,
+        connected(worker) as (session, _),
+    ):
+        for stream_id in (1, 2):
+            session.given.decided(100, 7)
+            session.open(pb.Open(stream_id=stream_id), Sink())
+        worker.reporting = False
+        worker.send(pb.WorkerMessage(report=pb.Report(num_opens=1, load_age_ms=700)))
+        await wait_until(lambda: session.report is not None and session.report.num_opens == 1)
+        assert session.reported_at is not None
+        assert session.load_at == pytest.approx(session.reported_at - 0.7)
+        assert (session.given.num_tokens, session.given.num_blocks) == (100, 7)
+
+
 async def test_cache_events_feed_the_index_until_the_worker_is_lost() -> None:
     index = KvIndex(asyncio.get_running_loop().time)
     async with (
