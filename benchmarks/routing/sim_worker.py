@@ -17,7 +17,7 @@ from baton.protocol import PROTOCOL_VERSION
 from baton.records import Role, WorkerRecord
 from baton.v1 import session_pb2 as pb
 from baton.worker.cache_feed import CacheFeed
-from decode_workers.scheduler import DecodeScheduler, DecodeStream
+from decode_workers.scheduler import DecodeScheduler, DecodeStream, StreamState
 from engine.kv_cache.kv_cache import KvCache
 from engine.sequence import Scheduled
 from prefill_workers.scheduler import PrefillJob, PrefillScheduler
@@ -153,7 +153,8 @@ class SimWorker:
 
     def _decode_chunks(self) -> list[Scheduled]:
         for stream in self.decode.admit():
-            self.receive(stream)
+            if stream.state is StreamState.RECEIVING:
+                self.receive(stream)
         return self.decode.schedule()
 
     def _finish(self, chunks: list[Scheduled]) -> None:
