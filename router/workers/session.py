@@ -78,6 +78,7 @@ class WorkerSession:
         self._metrics = metrics
         self._sinks: dict[int, StreamSink] = {}
         self._num_open_at_report = 0
+        self._num_blocks_since_report = 0
         self._outbox: asyncio.Queue[pb.GatewayMessage] = asyncio.Queue()
 
     @property
@@ -93,6 +94,19 @@ class WorkerSession:
         reported = report.num_running + report.num_waiting
         return max(self.num_open, reported + self.num_open - self._num_open_at_report)
 
+    def has_room_for(self, num_tokens: int) -> bool:
+        """A decode worker could reserve blocks for such an input at once: nobody waits for
+        room there and more than enough is free or cached, as last reported and less what
+        this gateway has opened since."""
+        report = self.report
+        if report is None or report.num_waiting > 0:
+            return False
+        available = report.blocks.free + report.blocks.cached - self._num_blocks_since_report
+        return available > self._num_blocks(num_tokens)
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.record.block_size)
+
     def open(self, message: pb.Open, sink: StreamSink) -> None:
         """Opens a stream whose events go to ``sink`` until it is closed, cancelled or lost.
 
@@ -102,6 +116,8 @@ class WorkerSession:
             raise self._lost_error()
         assert message.stream_id not in self._sinks, "a stream id was drawn twice"
         self._sinks[message.stream_id] = sink
+        num_tokens = len(message.prompt_token_ids) + len(message.emitted_token_ids)
+        self._num_blocks_since_report += self._num_blocks(num_tokens)
         self._outbox.put_nowait(pb.GatewayMessage(open=message))
 
     def proceed(self, stream_id: int, num_held_tokens: int) -> None:
@@ -189,6 +205,7 @@ class WorkerSession:
             self.draining = message.report.draining
             self.reported_at = asyncio.get_running_loop().time()
             self._num_open_at_report = self.num_open
+            self._num_blocks_since_report = 0
         elif body == "cache_events":
             self._take_cache_events(message.cache_events)
         else:
