@@ -122,7 +122,7 @@ class Attempt:
     @property
     def waits_for_room(self) -> bool:
         """Decode has not said that it has room, so nobody computes anything yet."""
-        return self.reserved_at is None and not self._ended
+        return self.reserved_at is None and not self.has_tokens and not self._ended
 
     @property
     def awaits_account(self) -> bool:
@@ -178,8 +178,6 @@ class Attempt:
     ) -> None:
         if self._ended:
             return
-        if self.reserved_at is None:
-            self.reserved_at = at  # its Reserved was missed: whoever computes has room
         try:
             self._tokens.add(position, token_id, at, logprobs)
         except InternalError as error:

@@ -227,6 +227,8 @@ class ChoiceRun:
     async def _receive(self, attempt: Attempt) -> ChoiceOutput | None:
         """None: the attempt has failed, and all its tokens have been taken."""
         while True:
+            if attempt.reserved_at is not None:
+                self._timeline.reserved(attempt.reserved_at)
             token_ids, arrivals, logprobs = self._tokens.take()
             for arrival in arrivals:
                 self._timeline.arrived(arrival.num_tokens, arrival.at)
