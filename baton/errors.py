@@ -13,6 +13,7 @@
     ├── UnavailableError           no worker can serve now
     │   ├── WorkerLostError        a worker died or its Session was lost
     │   ├── ReservationError       a decode worker has no room; pair anew
+    │   │   └── RoomElsewhereError another one has; ends an attempt, never a request
     │   └── DrainingError          the process is going away
     ├── TransferError              a KV hand-off failed
     │   ├── TransferCorruptError   bytes differ from their checksum
@@ -134,6 +135,10 @@ class WorkerLostError(UnavailableError):
 
 class ReservationError(UnavailableError):
     code = "reservation_refused"
+
+
+class RoomElsewhereError(ReservationError):
+    code = "room_elsewhere"
 
 
 class DrainingError(UnavailableError):

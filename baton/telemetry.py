@@ -177,10 +177,16 @@ class WorkerMetrics:
             registry=registry,
         ).labels(**labels)
         self.running = Gauge(
-            "baton_sequences_running", "Sequences being computed", names, registry=registry
+            "baton_sequences_running",
+            "Sequences that have their blocks: computed or, on decode, handed over",
+            names,
+            registry=registry,
         ).labels(**labels)
         self.waiting = Gauge(
-            "baton_sequences_waiting", "Sequences waiting", names, registry=registry
+            "baton_sequences_waiting",
+            "Sequences without blocks: on decode they wait for room, on prefill for that too",
+            names,
+            registry=registry,
         ).labels(**labels)
         self.preemptions = Counter(
             "baton_preemptions", "Sequences that gave up their blocks", names, registry=registry

@@ -2,8 +2,8 @@
 
 The moments come in this order; whoever lets them happen notes them::
 
-    submitted ─queue─ admitted ─route─ opened ─prefill─ first token ─decode─ last token
-                          └──────<───────┘ lost: an attempt that ends without a token
+    submitted ─queue─ admitted ─route─ opened ─room─ reserved ─prefill─ first ─decode─ last token
+                          └───────<───────┴──────<──────┘ lost: an attempt without a token
 
 A token's time is that of the message that brought it to the gateway, however late it is
 read; tokens of one message arrive together. The steady time between tokens is the median
@@ -49,6 +49,8 @@ class AttemptTimes:
     decode: str
     candidates: Sequence[Candidate]
     opened_at: float
+    reserved_at: float | None = None
+    """When decode had room for it."""
     num_tokens: int = 0
     error: str | None = None
     """The code of what it ended with, unless it ended well."""
@@ -106,6 +108,10 @@ class Timeline:
             self._num_left_out += 1
         self._attempts.append(AttemptTimes(cause, prefill, decode, candidates, now))
 
+    def reserved(self, at: float) -> None:
+        """The last attempt has its room on decode, since that time."""
+        self._attempts[-1].reserved_at = at
+
     def failed(self, error: str) -> None:
         """The last attempt ended with that code; another one is looked for from now on."""
         attempt = self._attempts[-1]
@@ -145,15 +151,20 @@ class Timeline:
 
     def report(self) -> dict[str, Any]:
         """For JSON: times in milliseconds, null for what has not happened."""
-        first_at = self._first_at if self._first is not None else None
-        opened_at = self._first.opened_at if self._first is not None else 0.0
+        first = self._first
+        first_at = None if first is None else self._first_at
+        room_s = prefill_s = None
+        if first is not None:
+            reserved_at = first.opened_at if first.reserved_at is None else first.reserved_at
+            room_s, prefill_s = reserved_at - first.opened_at, self._first_at - reserved_at
         return {
             "attempts": [self._shown(attempt) for attempt in self._attempts],
             "num_attempts_left_out": self._num_left_out,
             "queue": _ms(self._queue_s),
             "route": _ms(self._route_s),
             "lost": _ms(self._lost_s),
-            "prefill": _ms(None if first_at is None else first_at - opened_at),
+            "room": _ms(room_s),
+            "prefill": _ms(prefill_s),
             "handoff_exposed": _ms(self.handoff_exposed_s),
             "decode": _ms(None if first_at is None else self._last_at - first_at),
             "total": _ms(None if first_at is None else self._last_at - self._submitted_at),
@@ -165,6 +176,9 @@ class Timeline:
             "prefill": attempt.prefill,
             "decode": attempt.decode,
             "opened": _ms(attempt.opened_at - self._submitted_at),
+            "room": _ms(
+                None if attempt.reserved_at is None else attempt.reserved_at - attempt.opened_at
+            ),
             "num_tokens": attempt.num_tokens,
             "error": attempt.error,
             "candidates": [

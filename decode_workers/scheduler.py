@@ -12,6 +12,15 @@ stream that was admitted last gives its blocks up and goes back to QUEUED, to be
 recomputed here (prompt and emitted tokens): the oldest always gets on, so the
 pool cannot lock up. RECEIVING streams are never preempted: their blocks have
 writes in flight.
+
+Who is QUEUED waits in one line: preempted streams in front, then streams that have
+begun (their Open brings tokens of another worker's, which a client is watching), then
+the others; the last two in order of arrival. Nobody starves. A begun stream was once
+admitted from among the others, on some worker, and comes here because that worker was
+lost, is leaving, or let it wait for room: at most ``gateway.max_attempts`` times, once
+for each worker that leaves, or every few seconds until its deadline. So those that pass
+a waiting stream are no more than the gateways had running elsewhere, and each ends after
+its ``max_tokens``; while no worker goes, nobody is passed.
 """
 
 from __future__ import annotations
@@ -71,36 +80,42 @@ class DecodeScheduler:
         self._budget = max_num_batched_tokens
         self._max_running = max_num_seqs
         self._watermark = watermark_blocks
-        self._queued: deque[DecodeStream] = deque()
+        self._begun: deque[DecodeStream] = deque()  # the preempted ones before all others
+        self._fresh: deque[DecodeStream] = deque()
         self._running: list[DecodeStream] = []  # in order of admission
         self._num_receiving = 0
         self.num_preemptions = 0
 
     @property
     def queued(self) -> tuple[DecodeStream, ...]:
-        return tuple(self._queued)
+        """All that wait for room, the next one first."""
+        return (*self._begun, *self._fresh)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        """Streams that have their blocks, whether a hand-off fills them or they decode."""
+        return len(self._running) + self._num_receiving
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queued) + self._num_receiving
+        """Streams that wait for room."""
+        return len(self._begun) + len(self._fresh)
 
     @property
     def num_tokens_to_compute(self) -> int:
         """Input tokens still to compute here, queued local prefills counted whole."""
-        local = [s for s in self._queued if s.transfer is None]
+        local = [s for s in self.queued if s.transfer is None]
         return sum(s.sequence.num_remaining for s in [*local, *self._running])
 
     def enqueue(self, stream: DecodeStream) -> None:
-        self._queued.append(stream)
+        line = self._begun if stream.sequence.num_emitted_tokens > 0 else self._fresh
+        line.append(stream)
 
     def remove(self, stream: DecodeStream) -> None:
         """→ ENDED, from any state; its blocks stay the caller's business."""
         if stream.state is StreamState.QUEUED:
-            self._queued.remove(stream)
+            line = self._begun if stream in self._begun else self._fresh
+            line.remove(stream)
         elif stream.state is StreamState.RECEIVING:
             self._num_receiving -= 1
         elif stream.state is StreamState.RUNNING:
@@ -119,29 +134,30 @@ class DecodeScheduler:
     def admit(self) -> list[DecodeStream]:
         """QUEUED → RECEIVING or RUNNING, in order, while there is room above the watermark.
 
-        Returns the streams that are RECEIVING now: their hand-off is to begin.
+        Returns the streams that were admitted for the first time; the hand-off of those
+        that are RECEIVING is to begin.
         """
-        receiving: list[DecodeStream] = []
-        while self._queued and len(self._running) + self._num_receiving < self._max_running:
-            stream = self._queued[0]
+        admitted: list[DecodeStream] = []
+        while (line := self._begun or self._fresh) and self.num_running < self._max_running:
+            stream = line[0]
             if not self._take_blocks(stream.sequence):
                 break
-            self._queued.popleft()
+            line.popleft()
             if stream.num_cached_tokens is None:
                 # A fully cached input still has its last token computed.
                 num_cached = stream.sequence.num_cached_tokens
                 stream.num_cached_tokens = min(num_cached, stream.num_input_tokens - 1)
+                admitted.append(stream)
             if stream.transfer is None:
                 self._run(stream)
             else:
                 stream.state = StreamState.RECEIVING
                 self._num_receiving += 1
-                receiving.append(stream)
-        return receiving
+        return admitted
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Blocks for the whole input, leaving the watermark free while others run."""
-        others = len(self._running) + self._num_receiving
+        others = self.num_running
         self._kv.hold_prefix(sequence)
         counts = self._kv.pool.counts()
         needed = self._kv.layout.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
@@ -187,5 +203,5 @@ class DecodeScheduler:
         self._kv.free(victim.sequence)
         victim.transfer = None
         victim.state = StreamState.QUEUED
-        self._queued.appendleft(victim)
+        self._begun.appendleft(victim)
         self.num_preemptions += 1

@@ -171,7 +171,11 @@ class DecodeWorker:
         now = time.monotonic()
         self._expire(now)
         for stream in self._scheduler.admit():
-            self._receive(stream)
+            if stream.transfer is None:
+                assert stream.num_cached_tokens is not None
+                self._outbox.reserved(stream.key, stream.num_cached_tokens)
+            else:
+                self._receive(stream)
         chunks = self._scheduler.schedule()
         self._count_preemptions()
         if chunks:
@@ -228,7 +232,6 @@ class DecodeWorker:
         if not stream.counted:
             assert stream.num_cached_tokens is not None
             num_cached = stream.num_cached_tokens
-            self._outbox.reserved(stream.key, num_cached)
             stream.use = InputUse(num_cached, stream.num_input_tokens - num_cached)
             self._outbox.count_input(stream.use)
             stream.counted = True

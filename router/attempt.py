@@ -1,8 +1,9 @@
 """One attempt of a choice: open on a decode worker and, with a hand-off, on a prefill worker.
 
-1. RESERVING: opened on both; decode looks for room.
-2. PREFILLING: decode has answered Reserved, so prefill was told to proceed.
-   Without a prefill worker the attempt begins here, on decode.
+1. RESERVING: opened on both; decode looks for room. ``give_up`` ends it here, when there
+   is room elsewhere.
+2. PREFILLING: decode has answered Reserved, so prefill was told to proceed; without a
+   prefill worker decode computes the input itself.
 3. DECODING: decode has sent a token, so it has all it needs; what becomes of the
    prefill side does not matter any more.
 4. ENDED: ``finish_reason`` or ``error`` is set, by a worker's word or by a loss.
@@ -14,6 +15,7 @@ is set after each. ``close`` cancels what is still open, wherever it is.
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 
 from baton.errors import (
@@ -22,6 +24,7 @@ from baton.errors import (
     InternalError,
     OverloadedError,
     ReservationError,
+    RoomElsewhereError,
     TransferError,
     UnavailableError,
     WorkerLostError,
@@ -89,6 +92,8 @@ class Attempt:
         self.error: BatonError | None = None
         self.blamed: set[bytes] = set()
         """Epochs of the workers that the next attempt should avoid."""
+        self.reserved_at: float | None = None
+        """When decode said that it has room, by ``time.perf_counter``."""
         self._message = message
         self._tokens = tokens
         self._wake = wake
@@ -111,6 +116,15 @@ class Attempt:
         return [side.session.record.worker_id for side in self._sides()]
 
     @property
+    def decode_epoch(self) -> bytes:
+        return self._decode.session.epoch
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Decode has not said that it has room, so nobody computes anything yet."""
+        return self.reserved_at is None and not self.has_tokens and not self._ended
+
+    @property
     def awaits_account(self) -> bool:
         """The prefill side has yet to say what it computed."""
         return self._prefill is not None and self._prefill.is_open
@@ -125,6 +139,12 @@ class Attempt:
                 side.is_open = True
             except WorkerLostError as error:
                 self._fail(error, side)
+
+    def give_up(self) -> None:
+        """Ends it because another decode worker has room."""
+        assert self.waits_for_room
+        worker_id = self._decode.session.record.worker_id
+        self._fail(RoomElsewhereError(f"{worker_id} has no room, another has"), self._decode)
 
     def close(self) -> None:
         """Cancels every side that is still open. Nothing is heard of the attempt after it."""
@@ -147,6 +167,8 @@ class Attempt:
 
     def reserved(self, side: _Side, num_held_tokens: int) -> None:
         self._num_held_tokens = num_held_tokens
+        if side is self._decode and self.reserved_at is None:
+            self.reserved_at = time.perf_counter()
         if side is self._decode and self._prefill is not None and not self._proceeded:
             self._proceeded = True
             self._prefill.session.proceed(self._message.stream_id, num_held_tokens)

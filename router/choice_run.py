@@ -2,7 +2,8 @@
 
 1. PAIRING: the policy names workers; refusals and an empty pool are waited out.
 2. ATTEMPTING: ``attempt.py`` follows the workers; tokens go to whoever asks ``next``.
-   A failure that another attempt may cure leads back to 1, with the tokens so far.
+   A failure that another attempt may cure leads back to 1, with the tokens so far; so
+   does room on another decode worker while this one has none.
 3. ENDED: finished, failed for good, aborted, or closed by whoever made it.
 """
 
@@ -17,7 +18,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from baton.errors import BatonError, DeadlineExceededError, DrainingError, UnavailableError
+from baton.errors import (
+    BatonError,
+    DeadlineExceededError,
+    DrainingError,
+    RoomElsewhereError,
+    UnavailableError,
+)
 from baton.records import Role
 from baton.telemetry import GatewayMetrics
 from baton.timeline import Timeline
@@ -38,6 +45,16 @@ ACCOUNT_WAIT_S = 0.25
 before decode could begin and comes over another Session."""
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
+ROOM_PATIENCE_S = 1.0
+"""How long an attempt keeps its place in a decode worker's line before it looks for room
+elsewhere: a worker answers between two steps, and its line moves whenever a stream ends.
+A stream that a client watches shall pause for no more than a few times that."""
+ROOM_MOVE_PAUSE_S = 5.0
+"""Between two such moves of a choice. Each gives up a place in a line for room in a report
+that may be ``session.report_s`` old, and that others may take first."""
+ROOM_LOOK_S = 0.5
+ROOM_LOOK_BEGUN_S = 0.1
+"""Between two looks: streams that have begun look oftener, so that they find room first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +93,8 @@ class ChoiceRun:
         self._failed: set[bytes] = set()
         self._refused: set[bytes] = set()
         self._left: set[bytes] = set()
+        self._may_move_at = 0.0
+        self._moves_to: list[WorkerSession] = []
         self._pause_s = FIRST_PAUSE_S
         self._num_cached_tokens: int | None = None
         self._aborted: BatonError | None = None
@@ -124,6 +143,7 @@ class ChoiceRun:
         kind = "local" if pairing.prefill is None else "disaggregated"
         metrics.routing_decisions.labels(kind=kind).inc()
         attempt.open()
+        self._may_move_at = max(self._may_move_at, self._loop.time() + ROOM_PATIENCE_S)
         self._timeline.opened(
             self._cause,
             prefill=None if pairing.prefill is None else pairing.prefill.record.worker_id,
@@ -142,8 +162,12 @@ class ChoiceRun:
                 self._check()
                 await self._prepare_hashes()
                 began = time.perf_counter()
+                decode = [w for w in self._moves_to if w.lost is None and not w.draining]
+                self._moves_to = []
                 pairing = serving.policy.pick(
-                    self._hashes, self._candidates("prefill"), self._candidates("decode")
+                    self._hashes,
+                    self._candidates("prefill"),
+                    decode or self._candidates("decode"),
                 )
                 serving.metrics.routing_seconds.observe(time.perf_counter() - began)
                 if pairing is not None:
@@ -203,6 +227,8 @@ class ChoiceRun:
     async def _receive(self, attempt: Attempt) -> ChoiceOutput | None:
         """None: the attempt has failed, and all its tokens have been taken."""
         while True:
+            if attempt.reserved_at is not None:
+                self._timeline.reserved(attempt.reserved_at)
             token_ids, arrivals, logprobs = self._tokens.take()
             for arrival in arrivals:
                 self._timeline.arrived(arrival.num_tokens, arrival.at)
@@ -217,7 +243,28 @@ class ChoiceRun:
                 return ChoiceOutput(token_ids, None, num_cached, arrivals, logprobs)
             if attempt.error is not None:
                 return None
-            await self._wait()
+            await self._wait(self._look_for_room(attempt))
+
+    def _look_for_room(self, attempt: Attempt) -> float | None:
+        """Gives the attempt up where it has waited long enough for room and another decode
+        worker has it. Returns when to look again, None: not at all."""
+        if not attempt.waits_for_room:
+            return None
+        now = self._loop.time()
+        if now < self._may_move_at:
+            return self._may_move_at
+        num_emitted = self._tokens.num_in_order
+        num_tokens = len(self._choice.prompt_token_ids) + num_emitted
+        avoided = self._left | self._failed | {attempt.decode_epoch}
+        self._moves_to = [
+            worker
+            for worker in self._serving.pool.sessions("decode")
+            if worker.epoch not in avoided and worker.has_room_for(num_tokens)
+        ]
+        if self._moves_to:
+            self._may_move_at = now + ROOM_MOVE_PAUSE_S
+            attempt.give_up()
+        return now + (ROOM_LOOK_BEGUN_S if num_emitted else ROOM_LOOK_S)
 
     def _cached_tokens(self, attempt: Attempt) -> int:
         """Those of the attempt that gave the first token, so far as it is known: the
@@ -281,6 +328,8 @@ class ChoiceRun:
             error.message,
         )
         self._cause = error.code
+        if isinstance(error, RoomElsewhereError) and self._moves_to:
+            return  # nobody's fault, and it happens rarely enough to use up no attempt
         if refused:
             self._refused |= attempt.blamed
             await self._back_off()

@@ -18,7 +18,7 @@ from baton.protocol import PROTOCOL_VERSION
 from baton.records import Role, WorkerRecord
 from baton.v1 import session_pb2 as pb
 from baton.worker.cache_feed import CacheFeed
-from decode_workers.scheduler import DecodeScheduler, DecodeStream
+from decode_workers.scheduler import DecodeScheduler, DecodeStream, StreamState
 from engine.kv_cache.kv_cache import KvCache
 from engine.sequence import Scheduled
 from prefill_workers.scheduler import PrefillJob, PrefillScheduler
@@ -70,9 +70,9 @@ class SimSession:
     def num_sequences(self) -> int:
         return self.num_open
 
-    def opened(self, stream_id: int) -> None:
+    def opened(self, stream_id: int, num_tokens: int) -> None:
         self.num_open += 1
-        self.given.opened(stream_id)
+        self.given.opened(stream_id, -(-num_tokens // self.record.block_size))
 
     def computed(self, stream_id: int) -> None:
         self.given.computed(stream_id)
@@ -197,7 +197,8 @@ class SimWorker:
 
     def _decode_chunks(self) -> list[Scheduled]:
         for stream in self.decode.admit():
-            self.receive(stream)
+            if stream.state is StreamState.RECEIVING:
+                self.receive(stream)
         return self.decode.schedule()
 
     def _finish(self, chunks: list[Scheduled]) -> None:

@@ -210,7 +210,7 @@ class Simulation:
         served.prefill = pairing.prefill.record.worker_id if pairing.prefill else None
         key = StreamKey(0, next(self._numbers))
         for session in pairing.sessions:
-            self.workers[session.record.worker_id].session.opened(key.stream_id)
+            self.workers[session.record.worker_id].session.opened(key.stream_id, len(turn.prompt))
         self._after(self._speeds.message_s, lambda: self._open(served, key))
 
     def _open(self, served: Served, key: StreamKey) -> None:

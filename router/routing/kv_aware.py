@@ -175,7 +175,7 @@ class KvAware:
     ) -> None:
         num_tokens = standing.num_missing if computes else 0
         num_blocks = -(-input_.num_tokens // session.record.block_size)
-        session.given.decided(num_tokens, num_blocks)
+        session.given.decided(num_tokens)
         self._recent_of(session).num_tokens += standing.num_missing
         self._peers.given(session.epoch, num_tokens, num_blocks)
         self._index.expect(session.epoch, input_.of(session))

@@ -33,17 +33,19 @@ class GivenWork:
         """Beyond the report, less those within it that have ended since it came."""
         self._num_opened = 0
         self._num_reported = 0
-        self._decided = (0, 0)
+        self._decided = 0
         self._streams: dict[int, _Work] = {}
 
-    def decided(self, num_tokens: int, num_blocks: int) -> None:
-        """What the next Open will give. A decision that no Open follows counts for nothing."""
-        self._decided = (num_tokens, num_blocks)
+    def decided(self, num_tokens: int) -> None:
+        """What the next Open will give to compute. A decision that no Open follows counts for
+        nothing."""
+        self._decided = num_tokens
 
-    def opened(self, stream_id: int) -> None:
+    def opened(self, stream_id: int, num_blocks: int) -> None:
+        """``num_blocks``: of its whole input."""
         self._num_opened += 1
-        work = self._streams[stream_id] = _Work(self._num_opened, *self._decided)
-        self._decided = (0, 0)
+        work = self._streams[stream_id] = _Work(self._num_opened, self._decided, num_blocks)
+        self._decided = 0
         self.num_tokens += work.num_tokens
         self.num_blocks += work.num_blocks
         self.num_sequences += 1

@@ -96,6 +96,19 @@ class WorkerSession:
         reported = report.num_running + report.num_waiting
         return max(self.num_open, reported + self.given.num_sequences)
 
+    def has_room_for(self, num_tokens: int) -> bool:
+        """A decode worker could reserve blocks for such an input at once: nobody waits for
+        room there and more than enough is free or cached, as last reported and less what
+        this gateway has opened beyond that."""
+        report = self.report
+        if report is None or report.num_waiting > 0:
+            return False
+        available = report.blocks.free + report.blocks.cached - self.given.num_blocks
+        return available > self._num_blocks(num_tokens)
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.record.block_size)
+
     def open(self, message: pb.Open, sink: StreamSink) -> None:
         """Opens a stream whose events go to ``sink`` until it is closed, cancelled or lost.
 
@@ -105,7 +118,8 @@ class WorkerSession:
             raise self._lost_error()
         assert message.stream_id not in self._sinks, "a stream id was drawn twice"
         self._sinks[message.stream_id] = sink
-        self.given.opened(message.stream_id)
+        num_tokens = len(message.prompt_token_ids) + len(message.emitted_token_ids)
+        self.given.opened(message.stream_id, self._num_blocks(num_tokens))
         self._outbox.put_nowait(pb.GatewayMessage(open=message))
 
     def proceed(self, stream_id: int, num_held_tokens: int) -> None:

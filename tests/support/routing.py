@@ -118,11 +118,12 @@ def pick(
     return pairing
 
 
-def open_on(pairing: Pairing) -> int:
-    """Opens what was picked; the stream's id."""
+def open_on(pairing: Pairing, *, num_tokens: int = 10 * SIZE) -> int:
+    """Opens what was picked for so long an input; the stream's id."""
     stream_id = next(_stream_ids)
+    message = pb.Open(stream_id=stream_id, prompt_token_ids=[1] * num_tokens)
     for session in pairing.sessions:
-        session.open(pb.Open(stream_id=stream_id), Unheard())
+        session.open(message, Unheard())
     return stream_id
 
 

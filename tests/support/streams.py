@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 from support.server import BatonServer, wait_until
@@ -25,6 +26,10 @@ class Stream:
     finish_reason: str | None = None
     error: str | None = None
     is_done: bool = False
+    asked_at: float = 0.0
+    """Seconds, by the clock of ``arrived_at``."""
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    """Of its timeline; known at its end."""
 
     @property
     def longest_gap_s(self) -> float:
@@ -44,9 +49,11 @@ class Stream:
             "return_token_ids": True,
             "cache_salt": cache_salt,
         }
+        headers = {"X-Baton-Timeline": "1"}
+        self.asked_at = time.monotonic()
         with (
             httpx.Client(timeout=180.0, trust_env=False) as client,
-            client.stream("POST", f"{url}/v1/completions", json=body) as answer,
+            client.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as answer,
         ):
             if answer.status_code != 200:
                 self.error = answer.read().decode()
@@ -64,6 +71,9 @@ class Stream:
         if "error" in chunk:
             self.error = str(chunk["error"])
             return
+        if "baton" in chunk:
+            (timeline,) = chunk["baton"]["timeline"]
+            self.attempts = timeline["attempts"]
         for choice in chunk["choices"]:
             if choice.get("token_ids"):
                 self.token_ids += choice["token_ids"]

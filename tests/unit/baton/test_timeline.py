@@ -33,6 +33,10 @@ class Rig:
         pairs = [Pair(prefill, "decode-0", 12.34567)]
         self.timeline.opened(cause, prefill=prefill, decode="decode-0", candidates=pairs)
 
+    def reserve(self, after_s: float) -> None:
+        self.now += after_s
+        self.timeline.reserved(self.now)
+
     def tokens(self, *arrivals: tuple[float, int]) -> None:
         """After so many seconds, so many tokens."""
         for after_s, num_tokens in arrivals:
@@ -46,12 +50,14 @@ class Rig:
 
 def test_times_of_a_handoff_add_up() -> None:
     rig = Rig()
-    rig.tokens((2.0, 1), (0.5, 1), (0.1, 1), (0.2, 1), (0.3, 1))
+    rig.reserve(after_s=0.75)
+    rig.tokens((1.25, 1), (0.5, 1), (0.1, 1), (0.2, 1), (0.3, 1))
     report = rig.timeline.report()
     assert report["queue"] == 1000
     assert report["route"] == 500
     assert report["lost"] == 0
-    assert report["prefill"] == 2000
+    assert report["room"] == 750
+    assert report["prefill"] == 1250
     assert report["decode"] == 1100
     assert report["total"] == 4600
     assert report["handoff_exposed"] == pytest.approx(300)  # 500 less the median of 100, 200, 300
@@ -61,6 +67,7 @@ def test_times_of_a_handoff_add_up() -> None:
         "prefill": "prefill-0",
         "decode": "decode-0",
         "opened": 1500,
+        "room": 750,
         "num_tokens": 5,
         "error": None,
         "candidates": [{"prefill": "prefill-0", "decode": "decode-0", "cost": 12.346}],
@@ -104,13 +111,16 @@ def test_attempt_that_gave_nothing_is_lost_time() -> None:
     rig.fail(after_s=3.0)
     rig.now += 0.25
     rig.open(cause="worker_lost")
-    rig.tokens((2.0, 1), (0.5, 1), (0.1, 1), (0.1, 1))
+    rig.reserve(after_s=0.5)
+    rig.tokens((1.5, 1), (0.5, 1), (0.1, 1), (0.1, 1))
     report = rig.timeline.report()
-    assert (report["route"], report["lost"], report["prefill"]) == (750, 3000, 2000)
-    parts = ("queue", "route", "lost", "prefill", "decode")
+    assert (report["route"], report["lost"]) == (750, 3000)
+    assert (report["room"], report["prefill"]) == (500, 1500)
+    parts = ("queue", "route", "lost", "room", "prefill", "decode")
     assert sum(report[part] for part in parts) == pytest.approx(report["total"])
     assert report["handoff_exposed"] == pytest.approx(400)
     first, second = report["attempts"]
+    assert (first["room"], second["room"]) == (None, 500)
     assert (first["error"], first["num_tokens"]) == ("worker_lost", 0)
     assert (second["cause"], second["num_tokens"], second["opened"]) == ("worker_lost", 4, 4750)
 
@@ -131,8 +141,8 @@ def test_what_has_not_happened_is_null() -> None:
     timeline = Timeline(lambda: 0.0)
     timeline.submitted()
     report = timeline.report()
-    names = ("queue", "prefill", "handoff_exposed", "decode", "total")
-    assert [report[name] for name in names] == [None] * 5
+    names = ("queue", "room", "prefill", "handoff_exposed", "decode", "total")
+    assert [report[name] for name in names] == [None] * 6
 
 
 def test_memory_is_bounded_for_endless_answers_and_refusals() -> None:

@@ -15,12 +15,14 @@ from engine.kv_cache.kv_cache import KvCache
 from kv_transfer.keys import TransferKey
 
 
-def stream(number: int, tokens: list[int], *, max_tokens: int = 8, local: bool) -> DecodeStream:
+def stream(
+    number: int, tokens: list[int], *, max_tokens: int = 8, local: bool, num_emitted: int = 0
+) -> DecodeStream:
     key = StreamKey(1, number)
     return DecodeStream(
         key=key,
         request_id=f"request-{number}",
-        sequence=sequence(key, tokens),
+        sequence=sequence(key, tokens, len(tokens) - num_emitted),
         stop=StopRule(max_tokens, frozenset()),
         deadline=1e9,
         transfer=None if local else TransferKey(bytes([number]), 0, b"p", b"d"),
@@ -65,6 +67,47 @@ def test_reservation_waits_in_order_when_there_is_no_room_above_the_watermark() 
     assert kv.pool.counts().referenced == 5
     finish(kv, chosen, big)
     assert chosen.admit() == [next_one, small]
+
+
+def test_streams_that_have_begun_get_room_first_and_each_group_in_order_of_arrival() -> None:
+    kv = small_cache(8)
+    chosen = scheduler(kv)
+    running = stream(0, list(range(24)), local=False)
+    chosen.enqueue(running)
+    chosen.admit()
+    fresh = [stream(n, [n * 50 + i for i in range(8)], local=False) for n in (1, 2)]
+    begun = [stream(n, [n * 50 + i for i in range(8)], local=False, num_emitted=n) for n in (3, 4)]
+    for item in (fresh[0], begun[0], fresh[1], begun[1]):
+        chosen.enqueue(item)
+    assert chosen.admit() == []
+    assert chosen.queued == (*begun, *fresh)
+    chosen.remove(begun[0])
+    finish(kv, chosen, running)
+    assert chosen.admit() == [begun[1], *fresh]
+
+
+def test_preempted_stream_gets_room_before_one_that_begun_elsewhere() -> None:
+    kv = small_cache(4)
+    chosen = scheduler(kv)
+    old, young = stream(1, [1, 2, 3, 4], local=True), stream(2, [5, 6, 7], local=True)
+    for item in (old, young):
+        chosen.enqueue(item)
+    chosen.admit()
+    moved = stream(3, list(range(50, 58)), local=True, num_emitted=2)
+    chosen.enqueue(moved)
+    while young.state is StreamState.RUNNING:
+        pretend_step(kv, chosen.schedule(), 9)
+    assert chosen.queued == (young, moved)
+
+
+def test_stream_counts_as_running_from_when_it_has_its_blocks() -> None:
+    kv = small_cache(4)
+    chosen = scheduler(kv)
+    receiving, waiting = stream(1, list(range(12)), local=False), stream(2, [1], local=False)
+    for item in (receiving, waiting):
+        chosen.enqueue(item)
+    chosen.admit()
+    assert (chosen.num_running, chosen.num_waiting) == (1, 1)
 
 
 def test_decoding_streams_go_before_local_prefill_and_share_its_budget() -> None:
@@ -153,22 +196,34 @@ def test_removed_stream_is_in_no_list(state: StreamState) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     jobs=st.lists(
-        st.tuples(st.integers(1, 20), st.integers(2, 12), st.booleans(), st.integers(0, 6)),
+        st.tuples(
+            st.integers(1, 20),
+            st.integers(3, 12),
+            st.booleans(),
+            st.integers(0, 6),
+            st.integers(0, 1),
+        ),
         min_size=1,
         max_size=8,
     ),
     num_blocks=st.integers(8, 16),
 )
 def test_every_stream_ends_with_all_its_tokens_however_scarce_blocks_are(
-    jobs: list[tuple[int, int, bool, int]], num_blocks: int
+    jobs: list[tuple[int, int, bool, int, int]], num_blocks: int
 ) -> None:
     kv = small_cache(num_blocks)
     chosen = scheduler(kv, budget=7, most=4)
     streams = [
-        stream(n, [n * 50 + i for i in range(length)], max_tokens=most, local=local)
-        for n, (length, most, local, _) in enumerate(jobs)
+        stream(
+            n,
+            [n * 50 + i for i in range(length)],
+            max_tokens=most,
+            local=local,
+            num_emitted=min(num_emitted, length - 1),
+        )
+        for n, (length, most, local, _, num_emitted) in enumerate(jobs)
     ]
-    arrivals = {n: arrival for n, (*_, arrival) in enumerate(jobs)}
+    arrivals = {n: arrival for n, (*_, arrival, _) in enumerate(jobs)}
     emitted: dict[StreamKey, int] = {}
     receiving: list[DecodeStream] = []
     for tick in range(2000):
@@ -179,7 +234,10 @@ def test_every_stream_ends_with_all_its_tokens_however_scarce_blocks_are(
             kv.adopt(item.sequence, item.num_input_tokens)
             item.sequence.token_ids.append(3)
             chosen.received(item)
-        receiving = chosen.admit()
+        line = chosen.queued
+        admitted = chosen.admit()
+        assert line[len(line) - len(chosen.queued) :] == chosen.queued, "somebody was passed"
+        receiving = [item for item in admitted if item.state is StreamState.RECEIVING]
         pretend_step(kv, chosen.schedule(), 3)
         kv.pool.check()
         for item in streams:

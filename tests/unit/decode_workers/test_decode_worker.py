@@ -330,15 +330,19 @@ async def test_stream_id_in_use_changes_nothing_for_the_one_that_has_it() -> Non
     assert rig.closed[KEY].reason == pb.CLOSE_REASON_LENGTH
 
 
-async def test_local_prefill_tells_what_was_cached_with_its_first_token() -> None:
+async def test_local_prefill_tells_what_was_cached_when_it_gets_its_room() -> None:
     rig = DecodeRig()
     rig.worker.open(rig.stream(list(range(9)), local=True, most=1))
     for _ in range(2):
         await rig.step()
     second = StreamKey(1, 6)
-    rig.worker.open(rig.stream([*range(8), 50], key=second, local=True, most=1))
+    rig.worker.open(rig.stream([*range(8), *range(50, 60)], key=second, local=True, most=1))
     await rig.step()
     assert rig.reserved == [(KEY, 0), (second, 8)]
+    assert second not in [key for key, *_ in rig.tokens], "two steps compute it"
+    await rig.step()
+    assert second in [key for key, *_ in rig.tokens]
+    assert len(rig.reserved) == 2
 
 
 async def test_preempted_stream_does_not_count_its_own_blocks_as_cached() -> None:

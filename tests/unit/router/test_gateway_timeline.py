@@ -23,7 +23,7 @@ from tests.support.fake_cluster import FakeCluster, choice, fake_cluster, wait_u
 from tests.support.fake_worker import FakeStream
 
 ASKS = {"X-Baton-Timeline": "1"}
-PARTS = ("queue", "route", "lost", "prefill", "decode")
+PARTS = ("queue", "route", "lost", "room", "prefill", "decode")
 
 
 @asynccontextmanager
@@ -52,6 +52,7 @@ async def test_body_says_where_the_time_of_each_choice_went() -> None:
         for entry in (first, second):
             assert sum(entry[part] for part in PARTS) == pytest.approx(entry["total"], abs=0.01)
             assert entry["total"] > 0
+            assert entry["room"] > 0
             assert entry["handoff_exposed"] >= 0
             assert (entry["num_prompt_tokens"], entry["num_cached_tokens"]) == (3, 0)
             (attempt,) = entry["attempts"]

@@ -263,8 +263,9 @@ async def test_report_says_how_old_its_counts_are_and_which_opens_they_include()
         connected(worker) as (session, _),
     ):
         for stream_id in (1, 2):
-            session.given.decided(100, 7)
-            session.open(pb.Open(stream_id=stream_id), Sink())
+            session.given.decided(100)
+            prompt = [1] * (7 * session.record.block_size - 3)
+            session.open(pb.Open(stream_id=stream_id, prompt_token_ids=prompt), Sink())
         worker.reporting = False
         worker.send(pb.WorkerMessage(report=pb.Report(num_opens=1, load_age_ms=700)))
         await wait_until(lambda: session.report is not None and session.report.num_opens == 1)
