@@ -256,7 +256,7 @@ async def test_attach_that_nobody_offers_for_fails(config: KvTransferConfig) -> 
 async def test_copy_that_outlasts_the_lease_is_discarded(config: KvTransferConfig) -> None:
     """A stalled receiver renews nothing; its blocks are good for nobody afterwards."""
     prefill = await Prefill.start(config.model_copy(update={"operation_s": 5}))
-    config = config.model_copy(update={"lease_s": 0.3, "operation_s": 5})
+    config = config.model_copy(update={"lease_s": 1.5, "operation_s": 5})
     gate = Gate()
     decode = await Decode.start(config, faults=FaultsAt(decode_copy=gate))
     key = await attached(prefill, decode)

@@ -14,7 +14,7 @@ import pytest
 
 from baton.config import parse_config
 from baton.errors import UnavailableError
-from cluster import ray_cluster
+from cluster import ray_calls, ray_cluster
 from cluster.ray_backend import RayBackend
 
 
@@ -40,6 +40,8 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connections]:
     connections = Connections()
     monkeypatch.setattr(ray_cluster, "connect", connections.connect)
     monkeypatch.setattr(ray_cluster, "disconnect", lambda: None)
+    monkeypatch.setattr(ray_calls, "find", lambda namespace: [])
+    monkeypatch.setattr(ray_calls, "forget_all_but", lambda namespace, names: None)
     yield connections
     connections.go_on.set()
 
@@ -80,13 +82,7 @@ async def test_backend_that_keeps_workers_does_not_wait_for_a_connecting_that_ha
     connections.go_on.set()
 
 
-async def test_backend_that_keeps_none_waits_for_its_opening(
-    connections: Connections, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def none_left(_: RayBackend, address: str) -> None:
-        return None
-
-    monkeypatch.setattr(RayBackend, "_end_leftovers", none_left)
+async def test_backend_that_keeps_none_waits_for_its_opening(connections: Connections) -> None:
     connections.go_on.clear()
     backend = backend_of(connections, keep=False)
     opening = asyncio.create_task(backend.open())
