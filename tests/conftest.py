@@ -21,8 +21,16 @@ for _name in list(os.environ):
 # default two test processes on two cores spend their time in waiting for each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-_TOGETHER = ("tests/e2e/", "tests/integration/test_deploy_")
-"""Whole servers that would take the cores from each other; environments of 1.6 GB."""
+_SERVERS = "whole servers, which would take the cores from each other"
+_FIRST = "environments of 1.6 GB; Ray in the test's own process"
+_TOGETHER = {
+    "tests/e2e/": _SERVERS,
+    "tests/integration/test_deploy_": _FIRST,
+    # Ray takes its way of authentication from the environment when it is first imported,
+    # and other tests import it.
+    "tests/integration/test_pool_backends": _FIRST,
+}
+"""By the beginning of a file's path, the group that it stays in."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -32,13 +40,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = nodeid.split("::")[0]
-            return next((start for start in _TOGETHER if file.startswith(start)), file)
+            return next((_TOGETHER[start] for start in _TOGETHER if file.startswith(start)), file)
 
         def _assign_work_unit(self, node: Any) -> None:
-            """The longest first: what is left at the end is then short."""
-            for start in reversed(_TOGETHER):
-                if start in self.workqueue:
-                    self.workqueue.move_to_end(start, last=False)
+            """The groups first: they are long, and what is left at the end is then short."""
+            for group in (_FIRST, _SERVERS):
+                if group in self.workqueue:
+                    self.workqueue.move_to_end(group, last=False)
             super()._assign_work_unit(node)
 
     return Scheduling(config, log)
