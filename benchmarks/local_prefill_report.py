@@ -96,9 +96,10 @@ def section(results: Results) -> str:
     """The whole report."""
     setting = (
         f"{results.measured.sentence} One prefill and one decode worker (dtype {results.dtype}) "
-        f"hold the first {results.num_prefix_tokens} tokens of a prompt and compute the rest of "
-        "it: *apart*, on the prefill worker, or *local*, by the decode worker alone. Beside it "
-        "no other stream decodes, or several do; *gap* is the longest pause of theirs meanwhile. "
+        f"hold the first {results.num_prefix_tokens} tokens of a conversation and compute the "
+        "next turn of it: *apart*, on the prefill worker, or *local*, by the decode worker alone. "
+        "Beside it no other stream decodes, or several do; *gap* is the longest pause of theirs "
+        "meanwhile. "
         f"Times are medians of {results.repeats}, in ms."
     )
     sentences = [_sentence(results, num_streams) for num_streams in results.loads]
