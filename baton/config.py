@@ -184,8 +184,9 @@ class RoutingConfig(_Section):
     transfer_weight: float = Field(0.25, ge=0)
     """Cost of a token that the hand-off moves, in tokens of prefill."""
     local_prefill_max_tokens: int = Field(128, ge=0)
-    """A decode worker that holds more of an input than any prefill worker, and lacks no more
-    than this, may prefill the rest by itself, where `kv_aware` finds that cheaper; 0: never."""
+    """A decode worker that lacks no more of an input than this may prefill it by itself, where
+    `kv_aware` finds that cheaper and each prefill worker would have more to compute before its
+    first token, because it holds less of the input or others wait there; 0: never."""
 
 
 class RegistryConfig(_Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -115,9 +115,7 @@ class KvAware:
         if not pairs:
             return None
         standings = self._standings(input_, [*prefill, *decode])
-        if pairs[0].prefill is not None:
-            missing = min(standings[p].num_missing for p in prefill)
-            pairs += [Pairing(None, d) for d in decode if self._may_prefill(standings[d], missing)]
+        pairs += self._alone(pairs, standings)
         costs = [
             self.cost(standings[pair.prefill] if pair.prefill else None, standings[pair.decode])
             for pair in pairs
@@ -131,11 +129,26 @@ class KvAware:
             self._count(input_, session, standings[session], computes=computes)
         return Pairing(chosen.prefill, chosen.decode, _cheapest(pairs, costs))
 
-    def _may_prefill(self, decode: Standing, least_missing: int) -> bool:
-        """Whether it lacks little, and less than ``least_missing`` of the prefill workers: it
-        has the answers that they never see. An input held whole has its last token computed."""
-        lacks_little = max(1, decode.num_missing) <= self._config.local_prefill_max_tokens
-        return lacks_little and decode.num_missing < least_missing
+    def _alone(
+        self, pairs: Sequence[Pairing], standings: Mapping[WorkerSession, Standing]
+    ) -> list[Pairing]:
+        """Decode workers of ``pairs`` that lack little, and less than each of their prefill
+        workers has to compute until its first token: they have the answers that prefill
+        workers never see, or those are busy."""
+        todo: dict[WorkerSession, int] = {}  # empty where there is no prefill worker
+        for pair in pairs:
+            if pair.prefill is not None:
+                prefill = standings[pair.prefill]
+                until_first = prefill.num_missing + prefill.num_waiting
+                todo[pair.decode] = min(todo.get(pair.decode, until_first), until_first)
+        limit = self._config.local_prefill_max_tokens
+        return [
+            Pairing(None, decode)
+            for decode, least in todo.items()
+            # An input that is held whole still has its last token computed.
+            if max(1, standings[decode].num_missing) <= limit
+            and standings[decode].num_missing < least
+        ]
 
     def _standings(
         self, input_: InputHashes, sessions: Sequence[WorkerSession]

@@ -113,7 +113,8 @@ def test_a_hot_prompt_does_not_pin_one_worker() -> None:
 
 def test_a_report_tells_how_its_worker_stood_when_the_step_under_way_began() -> None:
     """As a real worker's: its engine thread hears of an Open between two steps."""
-    simulation = Simulation(RoutingConfig(), Pools(500, 500, num_prefill=1, num_decode=1))
+    together = RoutingConfig(local_prefill_max_tokens=0)
+    simulation = Simulation(together, Pools(500, 500, num_prefill=1, num_decode=1))
     session = simulation.workers["prefill-0"].session
     seen: list[tuple[int, int, int]] = []
 

@@ -230,7 +230,7 @@ def test_at_0_nothing_is_prefilled_locally_even_where_decode_holds_it_all() -> N
 
 
 @pytest.mark.parametrize(("num_held", "is_local"), [(7, True), (8, False), (10, False)])
-def test_only_a_decode_worker_that_holds_more_than_every_prefill_worker_goes_on_alone(
+def test_a_decode_worker_goes_on_alone_where_it_holds_more_than_every_prefill_worker(
     num_held: int, is_local: bool
 ) -> None:
     workers, policy, prefill, decode, input_ = local_case()
@@ -239,11 +239,21 @@ def test_only_a_decode_worker_that_holds_more_than_every_prefill_worker_goes_on_
     assert pick(policy, prefill, decode, input_) == (alone if is_local else pair)
 
 
-def test_a_fresh_input_goes_to_a_prefill_worker_however_short() -> None:
+@pytest.mark.parametrize("num_tokens", [1, SIZE, 10 * SIZE])
+def test_a_fresh_input_goes_to_a_prefill_worker_that_is_free_however_short(num_tokens: int) -> None:
     _, policy, prefill, decode, _ = local_case(max_tokens=10_000)
-    for num_tokens in (1, SIZE, 10 * SIZE):
-        fresh = input_of(*prefill, num_tokens=num_tokens, first=7)
-        assert pick(policy, prefill, decode, fresh).prefill in prefill
+    fresh = input_of(*prefill, num_tokens=num_tokens, first=7)
+    report(prefill[0], num_tokens=1000)
+    assert pick(policy, prefill, decode, fresh).prefill is prefill[1]
+
+
+def test_a_short_input_does_not_wait_for_busy_prefill_workers() -> None:
+    _, policy, prefill, decode, _ = local_case(max_tokens=2 * SIZE)
+    for session in prefill:
+        report(session, num_tokens=1000)
+    short, long = (input_of(*prefill, num_tokens=n * SIZE, first=10 * n) for n in (2, 3))
+    assert pick(policy, prefill, decode, short).prefill is None
+    assert pick(policy, prefill, decode, long).prefill in prefill
 
 
 @pytest.mark.parametrize(("num_running", "is_local"), [(1, True), (40, False)])

@@ -36,9 +36,19 @@ def test_only_equal_digests_and_generations_pair_whatever_else_says(
     decode = [workers.add("decode"), workers.add("decode", digest="third")]
     report(prefill[1], num_running=50, num_tokens=10_000)
     report(decode[0], num_running=50, num_blocks=90)
-    policy = workers.policy(name)
+    policy = workers.policy(name, local_prefill_max_tokens=0)
     for _ in range(5):
         assert pick(policy, prefill, decode) == Pairing(prefill[1], decode[0])
+
+
+def test_a_decode_worker_without_a_partner_stays_out_while_another_has_one() -> None:
+    workers = Workers()
+    prefill = [workers.add("prefill")]
+    decode = [workers.add("decode"), workers.add("decode", digest="third")]
+    report(prefill[0], num_running=50, num_tokens=10_000)
+    report(decode[0], num_running=50, num_blocks=90)
+    policy = workers.policy("kv_aware", local_prefill_max_tokens=10_000)
+    assert pick(policy, prefill, decode) == Pairing(None, decode[0])
 
 
 @pytest.mark.parametrize("name", ALL[1:])
