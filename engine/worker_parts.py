@@ -23,7 +23,22 @@ from baton.worker.inbox import Inbox
 from baton.worker.outbox import Outbox
 from baton.worker.session_server import SessionHandler, SessionServer
 from engine.engine import Engine
+from engine.parallel.followers import Followers, RankTask
+from engine.parallel.rank_processes import RankProcesses
 from engine.setup import EnginePlan
+
+
+class Ranks:
+    """The ranks of this worker beside this process: their processes, and their work."""
+
+    def __init__(self, task: RankTask, worker_id: str, memory_fd: int) -> None:
+        """Returns once all have come. Raises ConfigurationError."""
+        self._processes = RankProcesses(task.parallel.num_ranks - 1, worker_id=worker_id)
+        self.followers = Followers.lead(self._processes.connections, task, memory_fd)
+
+    def close(self) -> None:
+        self.followers.close()
+        self._processes.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +48,7 @@ class WorkerParts:
     config: BatonConfig
     plan: EnginePlan
     engine: Engine
+    ranks: Ranks | None
     identity: Identity
     registry: CollectorRegistry
     metrics: WorkerMetrics
@@ -47,13 +63,18 @@ class WorkerParts:
         plan: EnginePlan,
         memory: memoryview,
         *,
+        memory_fd: int,
         worker_id: str,
         role: Role,
     ) -> WorkerParts:
-        """Loads the weights, in a thread. ``memory`` is the KV pool's, kept by the caller.
+        """Loads the weights, in a thread. ``memory`` is the KV pool's, kept by the caller;
+        other ranks have mapped ``memory_fd`` when this returns.
 
         Raises CheckpointError for weights that cannot be loaded.
         """
+        ranks = None
+        if plan.parallel.num_ranks > 1:
+            ranks = await asyncio.to_thread(Ranks, plan.rank_task(config), worker_id, memory_fd)
         engine = await asyncio.to_thread(
             Engine,
             plan.checkpoint,
@@ -62,6 +83,7 @@ class WorkerParts:
             memory=memory,
             domain=plan.domain,
             threads=plan.threads,
+            followers=ranks.followers if ranks is not None else None,
         )
         engine.kv.pool.watch()
         registry = CollectorRegistry()
@@ -83,6 +105,7 @@ class WorkerParts:
             config=config,
             plan=plan,
             engine=engine,
+            ranks=ranks,
             identity=identity,
             registry=registry,
             metrics=metrics,
@@ -90,6 +113,11 @@ class WorkerParts:
             inbox=inbox,
             outbox=Outbox(inbox, metrics),
         )
+
+    async def close(self) -> None:
+        """Ends the other ranks, after the last step."""
+        if self.ranks is not None:
+            await asyncio.to_thread(self.ranks.close)
 
     def session_server(self, handler: SessionHandler, *, secret: str) -> grpc.aio.Server:
         """A server, not started, on which gateways open Sessions with ``handler``."""
