@@ -26,8 +26,8 @@ _FIRST = "environments of 1.6 GB; Ray in the test's own process"
 _TOGETHER = {
     "tests/e2e/": _SERVERS,
     "tests/integration/test_deploy_": _FIRST,
-    # Ray takes its way of authentication from the environment when it is first imported,
-    # and other tests import it.
+    # Ray takes its way of authentication from the environment when it is first imported:
+    # other tests import it too, within the test and not with their file.
     "tests/integration/test_pool_backends": _FIRST,
 }
 """By the beginning of a file's path, the group that it stays in."""

@@ -127,6 +127,7 @@ async def ground(
         patch.setenv("REDIS_URL", redis_url)
         patch.setenv("BATON_RUN_DIR", str(folder / "run"))
         if request.param == "ray":
+            assert "ray" not in sys.modules, "Ray would not see its token: see tests/conftest.py"
             (folder / "tmp").mkdir()
             backend: PoolBackend = RayBackend(
                 config,

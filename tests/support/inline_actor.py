@@ -12,10 +12,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from ray import cloudpickle
-
 from cluster.procfs import name_of
 from cluster.ray_actor import Place, WorkerActor, WorkerStart, machine_id
+
+
+def _cloudpickle() -> Any:
+    from ray import cloudpickle  # not before a test runs: see tests/conftest.py
+
+    return cloudpickle
 
 
 class InlineActor:
@@ -23,7 +27,7 @@ class InlineActor:
     of methods whose calls are never answered."""
 
     def __init__(self, start: WorkerStart) -> None:
-        self.made_of: bytes = cloudpickle.dumps(start)
+        self.made_of: bytes = _cloudpickle().dumps(start)
         self.away = threading.Event()
         self.mute: set[str] = set()
         self.num_failed = 0
@@ -33,7 +37,7 @@ class InlineActor:
         assert name is not None
         self.place = Place(name, machine_id())
         self._actor = WorkerActor(
-            cloudpickle.loads(self.made_of), lambda: self.place, after_end=self.ended.set
+            _cloudpickle().loads(self.made_of), lambda: self.place, after_end=self.ended.set
         )
 
     @property
@@ -46,7 +50,7 @@ class InlineActor:
             raise ConnectionError("Ray is away")
         future: Future[Any] = Future()
         if method not in self.mute:
-            sent = cloudpickle.loads(cloudpickle.dumps(arguments))
+            sent = _cloudpickle().loads(_cloudpickle().dumps(arguments))
 
             def run() -> None:
                 if future.set_running_or_notify_cancel():

@@ -13,9 +13,6 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-import ray
-from ray import cloudpickle
-from ray.experimental import internal_kv
 from support.inline_actor import InlineActor
 
 from baton.config import parse_config
@@ -41,6 +38,9 @@ class FakeRay:
     lookups_fail: bool = False
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
+        import ray  # not before a test runs: see tests/conftest.py
+        from ray.experimental import internal_kv
+
         patch.setattr(ray_cluster, "connect", lambda *_, **__: None)
         patch.setattr(ray_cluster, "disconnect", lambda: None)
         patch.setattr(ray, "get_actor", self.get_actor)
@@ -69,6 +69,8 @@ class FakeRay:
 
     def options(self, *, name: str, **options: Any) -> Any:
         def create(start: Any, note: Any) -> Any:
+            from ray import cloudpickle
+
             self.handed.append(cloudpickle.dumps((name, options, start, note)))
             self.actors[name] = InlineActor(start)
             return self.actors[name].handle
