@@ -184,9 +184,9 @@ class RoutingConfig(_Section):
     """Cost of a token in use on the decode worker, in tokens of prefill."""
     transfer_weight: float = Field(0.25, ge=0)
     """Cost of a token that the hand-off moves, in tokens of prefill."""
-    local_prefill_max_tokens: int = Field(0, ge=0)
-    """A decode worker that lacks no more of an input than this may prefill it by itself,
-    where `kv_aware` finds that cheaper; 0: never, while there is a prefill worker."""
+    local_prefill_max_tokens: int = Field(128, ge=0)
+    """A decode worker that holds more of an input than any prefill worker, and lacks no more
+    than this, may prefill the rest by itself, where `kv_aware` finds that cheaper; 0: never."""
 
 
 class RegistryConfig(_Section):

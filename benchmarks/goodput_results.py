@@ -6,7 +6,6 @@ rate: the median over the rounds of each round's figure, and its range.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any, Self
 from benchmarks.arrivals import Load
 from benchmarks.figures import Objectives, Record, figures_of
 from benchmarks.measured import Measured
-from benchmarks.page import write_json
+from benchmarks.page import read_json, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,23 +158,23 @@ class Results:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises OSError, or ValueError for a file that is none of ours."""
-        data = json.loads(path.read_text())
-        try:
-            return cls(
-                **{
-                    **data,
-                    "measured": Measured(**data["measured"]),
-                    "load": Load(**data["load"]),
-                    "objectives": Objectives(**data["objectives"]),
-                    "systems": tuple(
-                        System(**{**each, "arguments": tuple(each["arguments"])})
-                        for each in data["systems"]
-                    ),
-                    "runs": tuple(RunFigures(**each) for each in data["runs"]),
-                }
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no results of this version: {error}") from None
+        return read_json(path, cls._from_json)
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(
+            **{
+                **data,
+                "measured": Measured(**data["measured"]),
+                "load": Load(**data["load"]),
+                "objectives": Objectives(**data["objectives"]),
+                "systems": tuple(
+                    System(**{**each, "arguments": tuple(each["arguments"])})
+                    for each in data["systems"]
+                ),
+                "runs": tuple(RunFigures(**each) for each in data["runs"]),
+            }
+        )
 
 
 def median(values: Sequence[float]) -> float | None:

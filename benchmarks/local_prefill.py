@@ -1,6 +1,6 @@
 """From how many uncached tokens on is it worth asking a prefill worker?
 
-One prefill and one decode worker serve a prompt whose beginning both hold already, so that
+One prefill and one decode worker serve the next turn of a conversation that they hold, so that
 only its last ``16 … 1024`` tokens are to be computed: once disaggregated, once by the decode
 worker alone; on an idle server and beside streams that decode. Printed are the times to the
 first and to the second token (the second waits for the hand-off), what the other streams'
@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """The settings of ``routing`` that leave no other choice."""
 _PREFIX_TOKENS = 256
-"""Held by both workers before each measurement."""
+"""Held before each measurement by the workers that share the work."""
+_ANSWER_TOKENS = 16
+"""Of those, the last ones: the decode worker's own. A block."""
 _VOCABULARY = range(1000, 40_000)
 _WARM_UP_S = 3.0
 
@@ -120,6 +123,15 @@ async def tokens(
                         yield token_id
 
 
+@dataclass(slots=True)
+class Answer:
+    """Tokens, and when each came."""
+
+    began: float
+    token_ids: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+
 class Probe:
     """Measures single requests on one server."""
 
@@ -128,32 +140,41 @@ class Probe:
         self._client = client
         self._model = model
         self._rng = random.Random(seed)
-        self._prefix = self._rng.sample(_VOCABULARY, _PREFIX_TOKENS)
+        self._prefix: list[int] = []
         self.background = Background(client, model, self._rng)
 
     async def hold_prefix(self) -> None:
-        """Makes every worker of the way hold the prefix."""
-        await self._ask([*self._prefix, 7])
+        """Makes the decode worker hold the prefix, as a conversation whose last turn it
+        answered; apart, the prefill worker is asked about that turn too."""
+        question = self._rng.sample(_VOCABULARY, _PREFIX_TOKENS - _ANSWER_TOKENS)
+        answer = await self._ask(question, _ANSWER_TOKENS + 1)  # the last one's KV is not filled
+        self._prefix = [*question, *answer.token_ids[:_ANSWER_TOKENS]]
         await asyncio.sleep(1.0)  # until the gateway has heard of it
+        if self._way == APART:
+            await self._ask([*self._prefix, 7])
+            await asyncio.sleep(1.0)
 
     async def measure(self, num_uncached: int, num_streams: int) -> Sample:
-        began, times = await self._ask(
-            [*self._prefix, *self._rng.sample(_VOCABULARY, num_uncached)]
-        )
+        new = self._rng.sample(_VOCABULARY, num_uncached)
+        answer = await self._ask([*self._prefix, *new])
+        began, (first, second, *_) = answer.began, answer.times
         # A gap ends with the token after it: give the streams time to get theirs.
         await asyncio.sleep(0.5)
         return Sample(
             way=self._way,
             num_streams=num_streams,
             num_uncached=num_uncached,
-            ttft_ms=round((times[0] - began) * 1000, 2),
-            second_ms=round((times[1] - began) * 1000, 2),
-            worst_gap_ms=round(self.background.worst_gap_ms(began, times[1]), 2),
+            ttft_ms=round((first - began) * 1000, 2),
+            second_ms=round((second - began) * 1000, 2),
+            worst_gap_ms=round(self.background.worst_gap_ms(began, second), 2),
         )
 
-    async def _ask(self, prompt: Sequence[int]) -> tuple[float, list[float]]:
-        began = time.monotonic()
-        return began, [time.monotonic() async for _ in tokens(self._client, self._model, prompt, 4)]
+    async def _ask(self, prompt: Sequence[int], num_tokens: int = 4) -> Answer:
+        answer = Answer(time.monotonic())
+        async for token_id in tokens(self._client, self._model, prompt, num_tokens):
+            answer.times.append(time.monotonic())
+            answer.token_ids.append(token_id)
+        return answer
 
 
 async def measure(urls: dict[str, str], *, repeats: int, busy: int) -> list[Sample]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from benchmarks.measured import Measured
-from benchmarks.page import write_json
+from benchmarks.page import read_json, write_json
 
 APART, LOCAL = "disaggregated", "local"
 
@@ -66,17 +65,17 @@ class Results:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises OSError, or ValueError for a file that is none of ours."""
-        data = json.loads(path.read_text())
-        try:
-            return cls(
-                **{
-                    **data,
-                    "measured": Measured(**data["measured"]),
-                    "samples": tuple(Sample(**each) for each in data["samples"]),
-                }
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no results of this version: {error}") from None
+        return read_json(path, cls._from_json)
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(
+            **{
+                **data,
+                "measured": Measured(**data["measured"]),
+                "samples": tuple(Sample(**each) for each in data["samples"]),
+            }
+        )
 
 
 def crossover(results: Results, num_streams: int) -> int:
@@ -97,9 +96,10 @@ def section(results: Results) -> str:
     """The whole report."""
     setting = (
         f"{results.measured.sentence} One prefill and one decode worker (dtype {results.dtype}) "
-        f"hold the first {results.num_prefix_tokens} tokens of a prompt and compute the rest of "
-        "it: *apart*, on the prefill worker, or *local*, by the decode worker alone. Beside it "
-        "no other stream decodes, or several do; *gap* is the longest pause of theirs meanwhile. "
+        f"hold the first {results.num_prefix_tokens} tokens of a conversation and compute the "
+        "next turn of it: *apart*, on the prefill worker, or *local*, by the decode worker alone. "
+        "Beside it no other stream decodes, or several do; *gap* is the longest pause of theirs "
+        "meanwhile. "
         f"Times are medians of {results.repeats}, in ms."
     )
     sentences = [_sentence(results, num_streams) for num_streams in results.loads]

@@ -4,9 +4,11 @@ are kept beside the page."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _ROOT = Path(__file__).resolve().parent.parent
 PAGE = _ROOT / "docs" / "performance.md"
@@ -50,6 +52,16 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     entries = ",\n".join(f"{json.dumps(key)}: {_value(value)}" for key, value in data.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + entries + "\n}\n")
+
+
+def read_json(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
+    """What ``make`` makes of the object in the file. Raises OSError, or ValueError for a file
+    that is none of ours."""
+    data = json.loads(path.read_text())
+    try:
+        return make(data)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no results of this version: {error}") from None
 
 
 def _value(value: Any) -> str:

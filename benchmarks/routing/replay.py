@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from baton.config import RoutingConfig
 from baton.errors import BatonError
 from benchmarks import page
 from benchmarks.measured import Measured, measured_now
@@ -107,10 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trace", type=Path, default=trace.DEFAULT_TRACE)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument(
-        *("--local-prefill-max-tokens",),
+        "--local-prefill-max-tokens",
         type=int,
-        default=256,
-        help="of a further run of kv_aware; 0: none (default: 256)",
+        default=RoutingConfig().local_prefill_max_tokens,
+        help="of kv_aware, which is run without as well (default: %(default)s, as Baton's is)",
     )
     parser.add_argument(
         "--share",

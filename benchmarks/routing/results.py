@@ -3,17 +3,16 @@ enough."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from benchmarks.measured import Measured
-from benchmarks.page import write_json
+from benchmarks.page import read_json, write_json
 
 GOAL = 0.9
-"""Of the oracle's cached tokens: for kv_aware with local prefill."""
+"""Of the oracle's cached tokens: for kv_aware with local prefill, as it is by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +57,11 @@ class PolicyResult:
 
     @property
     def label(self) -> str:
+        """As a table has it; other policies never prefill locally."""
+        if self.policy != "kv_aware":
+            return self.policy
         local = self.local_prefill_max_tokens
-        return f"{self.policy}, up to {local} locally" if local else self.policy
+        return f"kv_aware, up to {local} locally" if local else "kv_aware, nothing locally"
 
     @property
     def remarks(self) -> str:
@@ -86,15 +88,15 @@ class Results:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises OSError, or ValueError for a file that is none of ours."""
-        data = json.loads(path.read_text())
-        try:
-            return cls(
-                Measured(**data["measured"]),
-                Setting(**data["setting"]),
-                tuple(PolicyResult(**each) for each in data["policies"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no results of this version: {error}") from None
+        return read_json(path, cls._from_json)
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(
+            Measured(**data["measured"]),
+            Setting(**data["setting"]),
+            tuple(PolicyResult(**each) for each in data["policies"]),
+        )
 
 
 def faults(results: Results) -> list[str]:

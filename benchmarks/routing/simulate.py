@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=2500, help="requests of that trace")
     parser.add_argument("--recording", type=Path, help="chats as `replay --record` wrote them")
     parser.add_argument("--share", type=float, help="of the working set in each pool")
-    parser.add_argument("--local-prefill-max-tokens", type=int, nargs="+", default=[0, 256])
+    parser.add_argument("--local-prefill-max-tokens", type=int, nargs="+", default=[0, 128, 256])
     parser.add_argument("--decode-block-weight", type=float)
     parser.add_argument("--transfer-weight", type=float)
     parser.add_argument("--balance", type=float, default=default.balance)

@@ -116,7 +116,8 @@ class KvAware:
             return None
         standings = self._standings(input_, [*prefill, *decode])
         if pairs[0].prefill is not None:
-            pairs += [Pairing(None, d) for d in decode if self._may_prefill(standings[d])]
+            missing = min(standings[p].num_missing for p in prefill)
+            pairs += [Pairing(None, d) for d in decode if self._may_prefill(standings[d], missing)]
         costs = [
             self.cost(standings[pair.prefill] if pair.prefill else None, standings[pair.decode])
             for pair in pairs
@@ -130,9 +131,11 @@ class KvAware:
             self._count(input_, session, standings[session], computes=computes)
         return Pairing(chosen.prefill, chosen.decode, _cheapest(pairs, costs))
 
-    def _may_prefill(self, decode: Standing) -> bool:
-        """An input that is held whole still has its last token computed."""
-        return max(1, decode.num_missing) <= self._config.local_prefill_max_tokens
+    def _may_prefill(self, decode: Standing, least_missing: int) -> bool:
+        """Whether it lacks little, and less than ``least_missing`` of the prefill workers: it
+        has the answers that they never see. An input held whole has its last token computed."""
+        lacks_little = max(1, decode.num_missing) <= self._config.local_prefill_max_tokens
+        return lacks_little and decode.num_missing < least_missing
 
     def _standings(
         self, input_: InputHashes, sessions: Sequence[WorkerSession]

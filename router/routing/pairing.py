@@ -51,7 +51,7 @@ class RoutingPolicy(Protocol):
         """None where there is no decode worker. Never pairs workers that do not fit.
 
         A decode worker with a prefill partner goes before one without, except for what
-        ``routing.local_prefill_max_tokens`` lets decode workers do by themselves:
+        ``routing.local_prefill_max_tokens`` lets decode workers go on with by themselves:
         disaggregation is what keeps their other streams' token gaps short. The attempt
         is made at once: a policy may count it from here on.
         """

@@ -22,7 +22,7 @@ def replayed(serving: Serving, policy: str) -> Run:
         arguments=("--prefill", "2", "--decode", "2"),
         settings={
             "engine": {"dtype": "float32", "kv_cache_bytes": kv_cache_bytes(NUM_BLOCKS)},
-            "routing": {"policy": policy, "local_prefill_max_tokens": 256},
+            "routing": {"policy": policy},
         },
         environment={"BATON_SECRET": SECRET},
     )

@@ -10,11 +10,7 @@ from support.prompts import long_text
 from support.server import BatonServer
 
 BLOCK_SIZE = 16
-
-
-@pytest.fixture(scope="module")
-def server(serving: Serving) -> BatonServer:
-    return serving()
+Counts = dict[str, dict[str, float]]
 
 
 def chat(server: BatonServer, messages: list[dict[str, str]]) -> dict[str, Any]:
@@ -31,37 +27,52 @@ def chat(server: BatonServer, messages: list[dict[str, str]]) -> dict[str, Any]:
     return result
 
 
-def input_tokens(server: BatonServer, role: str) -> dict[str, float]:
+def input_tokens(server: BatonServer) -> Counts:
+    server.wait_at_rest()
     return {
-        source: server.metric("baton_prompt_tokens_total", role=role, source=source)
-        for source in ("computed", "cached", "received")
+        role: {
+            source: server.metric("baton_prompt_tokens_total", role=role, source=source)
+            for source in ("computed", "cached", "received")
+        }
+        for role in ("prefill", "decode")
     }
 
 
-@pytest.mark.slow
-def test_second_turn_reuses_the_first_on_both_sides(server: BatonServer) -> None:
+def second_turn(server: BatonServer) -> tuple[int, dict[str, Any], Counts]:
+    """Tokens of the first turn's prompt in full blocks; the second turn's usage, and what it
+    made of each role."""
     question = f"Summarise in one sentence: {long_text()[:1200]}"
     messages = [{"role": "user", "content": question}]
     first = chat(server, messages)
-    server.wait_at_rest()
     messages += [first["choices"][0]["message"], {"role": "user", "content": "Shorter, please."}]
     messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-    before = {role: input_tokens(server, role) for role in ("prefill", "decode")}
+    before = input_tokens(server)
     second = chat(server, messages)
-    server.wait_at_rest()
-    after = {role: input_tokens(server, role) for role in ("prefill", "decode")}
+    after = input_tokens(server)
+    made = {role: {k: after[role][k] - before[role][k] for k in after[role]} for role in after}
+    return first["usage"]["prompt_tokens"] // BLOCK_SIZE * BLOCK_SIZE, second["usage"], made
 
-    first_blocks = first["usage"]["prompt_tokens"] // BLOCK_SIZE
-    num_prompt = second["usage"]["prompt_tokens"]
-    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert cached >= first_blocks * BLOCK_SIZE
-    assert cached < num_prompt
 
-    decode = {k: after["decode"][k] - before["decode"][k] for k in after["decode"]}
-    prefill = {k: after["prefill"][k] - before["prefill"][k] for k in after["prefill"]}
+@pytest.mark.slow
+def test_second_turn_reuses_the_first_on_both_sides(serving: Serving) -> None:
+    server = serving(settings={"routing": {"local_prefill_max_tokens": 0}})
+    num_first, usage, made = second_turn(server)
+    num_prompt, cached = usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+    assert num_first <= cached < num_prompt
+    decode, prefill = made["decode"], made["prefill"]
     assert decode["computed"] == 0
     assert decode["received"] == num_prompt - decode["cached"]
-    assert decode["cached"] >= first_blocks * BLOCK_SIZE
+    assert decode["cached"] >= num_first
     assert decode["cached"] % BLOCK_SIZE == 0
     assert prefill["cached"] == cached
     assert prefill["computed"] == num_prompt - cached
+
+
+@pytest.mark.slow
+def test_by_default_the_worker_that_holds_a_conversation_goes_on_with_it(serving: Serving) -> None:
+    server = serving()
+    num_first, usage, made = second_turn(server)
+    num_prompt, cached = usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+    assert set(made["prefill"].values()) == {0}
+    assert made["decode"] == {"computed": num_prompt - cached, "cached": cached, "received": 0}
+    assert cached > num_first, "the first turn's answer was computed again"

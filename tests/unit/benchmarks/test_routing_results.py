@@ -39,7 +39,7 @@ GOOD = Results(
     MEASURED,
     Setting(20, 200, 800, 16, 2, 240),
     (
-        result("kv_aware", 256, 940),
+        result("kv_aware", 128, 940),
         result("kv_aware", 0, 870),
         result("round_robin", 0, 560),
         result("random", 0, 550),
@@ -60,8 +60,8 @@ def test_nothing_is_wrong_with_a_run_that_keeps_its_promises() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ratio": 0.899}, "kv_aware, up to 256 locally has 0.899 of the oracle's tokens"),
-        ({"same_answers": False}, "kv_aware, up to 256 locally gave other answers"),
+        ({"ratio": 0.899}, "kv_aware, up to 128 locally has 0.899 of the oracle's tokens"),
+        ({"same_answers": False}, "kv_aware, up to 128 locally gave other answers"),
         ({"index_is_true": False}, "the KV index is not what the workers hold"),
     ],
 )
@@ -97,8 +97,8 @@ def test_the_section_says_what_the_figures_say() -> None:
     text = replay_report.section(GOOD)
     assert "2 cores of A CPU, no GPU" in text
     assert "each pool holds 60% of them" in text
-    assert "*kv_aware, up to 256 locally* had 0.940 of the oracle's tokens (the goal of 0.9" in text
-    assert "*kv_aware* had 0.870 of the oracle's tokens." in text
+    assert "*kv_aware, up to 128 locally* had 0.940 of the oracle's tokens (the goal of 0.9" in text
+    assert "*kv_aware, nothing locally* had 0.870 of the oracle's tokens." in text
     assert "The others had 0.550 to 0.560." in text
     assert "Every answer was the same" in text
     assert "is missed" in replay_report.section(with_first(ratio=0.899))

@@ -101,7 +101,7 @@ def test_local_prefill_reuses_answers_and_moves_less() -> None:
     assert all(each.prefill is not None for each in paired)
     assert sum(each.prefill is None for each in local) > len(local) / 3
     assert num_cached(local) > num_cached(paired)
-    assert sum(each.num_moved for each in local) < sum(each.num_moved for each in paired) / 2
+    assert sum(each.num_moved for each in local) < 0.6 * sum(each.num_moved for each in paired)
 
 
 def test_a_hot_prompt_does_not_pin_one_worker() -> None:

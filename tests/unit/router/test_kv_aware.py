@@ -34,7 +34,7 @@ def test_the_workers_that_hold_the_prefix_are_chosen_together() -> None:
     assert len(hashes) == 10
     workers.hold(prefill[0], hashes[:3])
     workers.hold(prefill[2], hashes[:4])
-    workers.hold(decode[1], hashes[:5])
+    workers.hold(decode[1], hashes[:4])
     workers.hold(decode[0], hashes[6:])
     pairing = pick(workers.policy("kv_aware"), prefill, decode, input_)
     assert pairing == Pairing(prefill[2], decode[1])
@@ -62,7 +62,8 @@ def test_blocks_in_use_are_weighed_against_what_would_be_moved(weight: float, ch
     input_ = input_of(*prefill)
     workers.hold(decode[0], input_.of(decode[0]))  # saves 10 × 0.25
     report(decode[0], num_blocks=10)
-    policy = workers.policy("kv_aware", decode_block_weight=weight, transfer_weight=0.25)
+    weights = {"decode_block_weight": weight, "transfer_weight": 0.25}
+    policy = workers.policy("kv_aware", local_prefill_max_tokens=0, **weights)
     assert pick(policy, prefill, decode, input_).decode is decode[chosen]
 
 
@@ -228,10 +229,21 @@ def test_at_0_nothing_is_prefilled_locally_even_where_decode_holds_it_all() -> N
     assert pick(policy, prefill, decode, input_) == Pairing(None, decode[1])
 
 
-def test_a_prefill_worker_that_holds_more_is_weighed_against_local_prefill() -> None:
+@pytest.mark.parametrize(("num_held", "is_local"), [(7, True), (8, False), (10, False)])
+def test_only_a_decode_worker_that_holds_more_than_every_prefill_worker_goes_on_alone(
+    num_held: int, is_local: bool
+) -> None:
     workers, policy, prefill, decode, input_ = local_case()
-    workers.hold(prefill[0], input_.of(prefill[0]))
-    assert pick(policy, prefill, decode, input_) == Pairing(prefill[0], decode[1])
+    workers.hold(prefill[0], input_.of(prefill[0])[:num_held])
+    alone, pair = Pairing(None, decode[1]), Pairing(prefill[0], decode[1])
+    assert pick(policy, prefill, decode, input_) == (alone if is_local else pair)
+
+
+def test_a_fresh_input_goes_to_a_prefill_worker_however_short() -> None:
+    _, policy, prefill, decode, _ = local_case(max_tokens=10_000)
+    for num_tokens in (1, SIZE, 10 * SIZE):
+        fresh = input_of(*prefill, num_tokens=num_tokens, first=7)
+        assert pick(policy, prefill, decode, fresh).prefill in prefill
 
 
 @pytest.mark.parametrize(("num_running", "is_local"), [(1, True), (40, False)])
