@@ -125,10 +125,11 @@ class PoolConfig(_Section):
     """Groups of such processes in each worker, over which the experts are split: a worker
     has `tensor_parallel_size` times as many ranks."""
     num_cpus: float = Field(1.0, ge=0)
-    """Of Ray's, for each worker; a Ray that `baton serve` starts has enough of them."""
+    """Of Ray's, for each rank of a worker; a Ray that `baton serve` starts has enough of them."""
     num_gpus: float = Field(0.0, ge=0)
+    """Of Ray's, for each rank of a worker."""
     resources: dict[str, float] = Field(default_factory=dict)
-    """Further resources of Ray's that each worker takes: they tie a pool to its nodes."""
+    """Further resources of Ray's that each worker takes, once: they tie a pool to its nodes."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """Settings of `engine` that are different in this pool; not `load_format`, `dtype` or
     `block_size`, which every pool must have equal."""

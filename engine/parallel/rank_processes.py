@@ -105,9 +105,14 @@ class RankProcesses:
         self._children.append(child)
         self.connections.append(ours)
 
-    def close(self, *, timeout_s: float = 5.0) -> None:
-        """Ends them: those that do not end by themselves within ``timeout_s`` are killed."""
+    def expect_end(self) -> None:
+        """From here on their ends are nobody's death."""
         self._closing = True
+
+    def close(self, *, timeout_s: float = 2.0) -> None:
+        """Ends them: those that do not end by themselves within ``timeout_s`` are killed, as
+        one that is stopped and those that wait for it in a collective have to be."""
+        self.expect_end()
         for connection in self.connections:
             connection.close()
         self._thread.join(timeout_s)

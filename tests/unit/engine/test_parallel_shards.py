@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_engine import model_config
@@ -16,8 +17,12 @@ from baton.config import BatonConfig
 from baton.errors import ConfigurationError
 from baton.parallelism import Parallelism, check_parallelism, valid_num_ranks
 from engine import setup
+from engine.models.decoder import Decoder
+from engine.parallel.group import ParallelGroup, RankGroups
 from engine.parallel.shard import Shard, part
 from engine.setup import plan_engine
+from engine.weights.dummy import dummy_tensors
+from engine.weights.on_demand import OnDemand
 
 _TINY = model_config(TinyLlama())
 
@@ -96,6 +101,22 @@ def test_each_experts_features_are_once_in_its_group(tensor: int, expert: int) -
         inner = shard.expert_inner(41)
         seen += [(e, f) for e in shard.experts(8 * expert) for f in range(inner.start, inner.stop)]
     assert sorted(seen) == [(e, f) for e in range(8 * expert) for f in range(41)]
+
+
+def test_rank_takes_each_tensor_once_and_none_of_anothers_experts() -> None:
+    model, asked = config(8, 8, num_experts=6), list[str]()
+    dummies = dummy_tensors(model, torch.float32)
+
+    def noted(name: str) -> torch.Tensor:
+        asked.append(name)
+        return dummies[name]
+
+    second = ParallelGroup(1, 2, object())
+    groups = RankGroups(Shard(Parallelism(1, 2), 1), world=second, experts=second)
+    Decoder(model, OnDemand(dummies, noted), groups)
+    experts = {int(name.split(".experts.")[1].split(".")[0]) for name in asked if "experts" in name}
+    assert experts == {3, 4, 5}
+    assert len(asked) == len(set(asked))
 
 
 @pytest.mark.parametrize(

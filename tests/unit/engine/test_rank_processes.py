@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -43,11 +44,12 @@ def lead(model: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def followers_of(leader: subprocess.Popen[str]) -> list[int]:
-    """Once steps are computed."""
+def followers_of(leader: subprocess.Popen[str], *, num_steps: int = 1) -> list[int]:
+    """Once so many steps are computed; more are under way."""
     assert leader.stdout is not None
     pids = [int(pid) for pid in leader.stdout.readline().split()]
-    assert leader.stdout.readline() == "steps\n"
+    for _ in range(num_steps):
+        assert leader.stdout.readline() == "step\n"
     return pids
 
 
@@ -68,12 +70,13 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> None:
         time.sleep(0.01)
 
 
-def test_rank_that_is_killed_in_a_step_takes_its_worker_with_it(model: Path) -> None:
+def kill_rank(model: Path, rank: int, num_steps: int) -> float:
+    """Kills a rank in the step after so many. Returns how long it took until all were gone."""
     with lead(model) as leader:
         try:
-            pids = followers_of(leader)
+            pids = followers_of(leader, num_steps=num_steps)
             began = time.monotonic()
-            os.kill(pids[1], signal.SIGKILL)
+            os.kill(pids[rank - 1], signal.SIGKILL)
             assert leader.wait(10) == 1
             wait_until(all_gone(pids), timeout_s=10)
             took_s = time.monotonic() - began
@@ -81,8 +84,19 @@ def test_rank_that_is_killed_in_a_step_takes_its_worker_with_it(model: Path) -> 
             leader.kill()
         assert leader.stderr is not None
         log = leader.stderr.read()
-    print(f"all three were gone after {took_s * 1000:.0f} ms")
-    assert "CRITICAL decode-0 rank 2 of decode-0 was killed by SIGKILL; this worker ends" in log
+    said = f"CRITICAL decode-0 rank {rank} of decode-0 was killed by SIGKILL; this worker ends"
+    assert said in log, log
+    return took_s
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("num_kills", [1, pytest.param(10, marks=pytest.mark.exhaustive)])
+def test_rank_that_is_killed_at_any_step_takes_its_worker_with_it(
+    model: Path, num_kills: int
+) -> None:
+    draw = random.Random(0)
+    took_s = [kill_rank(model, draw.choice([1, 2]), draw.randint(1, 20)) for _ in range(num_kills)]
+    print(f"all three were gone after {[round(each * 1000) for each in took_s]} ms")
 
 
 @pytest.mark.parametrize("is_stopped", [False, True], ids=["in a step", "stopped"])
