@@ -7,6 +7,7 @@ Run with ``-s`` to see how soon the worker was gone and replaced.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -65,16 +66,20 @@ def test_handoff_from_three_ranks_to_one_is_exact(serving: Serving, oracle: Orac
     assert server.metric("baton_kv_handoffs_total", outcome="ready") == len(PROMPTS)
 
 
-@pytest.fixture(scope="module")
-def server(request: pytest.FixtureRequest, serving: Serving) -> BatonServer:
-    pools = {"prefill": {}, "decode": RANKS, "more": {"role": "decode"}}
-    return serving(backend=request.param, settings={"engine": ENGINE, "pools": pools})
+Started = tuple[BatonServer, list[list[int]]]
 
 
 @pytest.fixture(scope="module")
-def expected(server: BatonServer, oracle: Oracle) -> list[list[int]]:
-    """Each answer when nothing dies."""
-    return exact_answers(server, oracle)
+def server_on(serving: Serving, oracle: Oracle) -> Callable[[str], Started]:
+    """A server by its backend, started once, and each answer when nothing dies."""
+
+    @functools.cache
+    def start(backend: str) -> Started:
+        pools = {"prefill": {}, "decode": RANKS, "more": {"role": "decode"}}
+        server = serving(backend=backend, settings={"engine": ENGINE, "pools": pools})
+        return server, exact_answers(server, oracle)
+
+    return start
 
 
 KILLED = "rank 2 of decode-0 was killed by SIGKILL; this worker ends"
@@ -84,18 +89,18 @@ HUNG = "no progress for 6 s"
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("server", "number", "reason"),
+    ("backend", "number", "reason"),
     [
         ("processes", signal.SIGKILL, KILLED),
         ("processes", signal.SIGSTOP, HUNG),
         ("ray", signal.SIGKILL, KILLED),
     ],
-    indirect=["server"],
     ids=["killed", "stopped", "killed on Ray"],
 )
 def test_answers_are_exact_though_a_rank_falls(
-    server: BatonServer, expected: list[list[int]], number: signal.Signals, reason: str
+    server_on: Callable[[str], Started], backend: str, number: signal.Signals, reason: str
 ) -> None:
+    server, expected = server_on(backend)
     before, fallen = epochs(server), ranks_of(server, "decode-0")
     assert len(fallen) == 3
     with streaming(server, PROMPTS, max_tokens=NUM_TOKENS, cache_salt=number.name) as streams:
