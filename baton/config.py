@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from baton.errors import ConfigurationError
+from baton.parallelism import Parallelism
 from baton.records import Role
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -94,7 +95,7 @@ class EngineConfig(_Section):
     hang_s: float = Field(60.0, gt=0)
     """A step that takes longer is a hang: the worker ends itself and is replaced."""
     threads: int = Field(0, ge=0)
-    """Compute threads of one worker; 0 shares the machine's cores out evenly."""
+    """Compute threads of each rank of a worker; 0 shares the machine's cores out evenly."""
 
 
 class WorkerConfig(_Section):
@@ -119,24 +120,25 @@ class PoolConfig(_Section):
     max_replicas: int = Field(64, ge=1)
     """A wish for more is refused."""
     tensor_parallel_size: int = Field(1, ge=1)
+    """Processes (ranks) of each worker, over which the model is split."""
     expert_parallel_size: int = Field(1, ge=1)
+    """Groups of such processes in each worker, over which the experts are split: a worker
+    has `tensor_parallel_size` times as many ranks."""
     num_cpus: float = Field(1.0, ge=0)
-    """Of Ray's, for each worker; a Ray that `baton serve` starts has enough of them."""
+    """Of Ray's, for each rank of a worker; a Ray that `baton serve` starts has enough of them."""
     num_gpus: float = Field(0.0, ge=0)
+    """Of Ray's, for each rank of a worker."""
     resources: dict[str, float] = Field(default_factory=dict)
-    """Further resources of Ray's that each worker takes: they tie a pool to its nodes."""
+    """Further resources of Ray's that each worker takes, once: they tie a pool to its nodes."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """Settings of `engine` that are different in this pool; not `load_format`, `dtype` or
     `block_size`, which every pool must have equal."""
     worker: dict[str, Any] = Field(default_factory=dict)
     """Settings of `worker` that are different in this pool."""
 
-    @field_validator("tensor_parallel_size", "expert_parallel_size")
-    @classmethod
-    def _not_built_yet(cls, size: int) -> int:
-        if size != 1:
-            raise ValueError("parallelism inside a worker is not built yet; use 1")
-        return size
+    @property
+    def parallelism(self) -> Parallelism:
+        return Parallelism(self.tensor_parallel_size, self.expert_parallel_size)
 
     @model_validator(mode="after")
     def _within_maximum(self) -> PoolConfig:
@@ -316,8 +318,17 @@ class BatonConfig(_Section):
         """Workers of that role to begin with, in all pools."""
         return sum(pool.replicas for pool in self.pools.values() if pool.role == role)
 
+    @property
+    def own_parallelism(self) -> Parallelism:
+        """Of the workers that this configuration, made by ``for_pool``, is for."""
+        (pool,) = self.pools.values()
+        return pool.parallelism
+
     def for_pool(self, name: str) -> BatonConfig:
-        """What the workers of that pool go by. Raises ConfigurationError for an unknown one."""
+        """What the workers of that pool go by; it is the only pool in there.
+
+        Raises ConfigurationError for an unknown one.
+        """
         if name not in self.pools:
             known = ", ".join(self.pools)
             raise ConfigurationError(f"there is no pool {name!r}; there are: {known}")
@@ -326,6 +337,7 @@ class BatonConfig(_Section):
             update={
                 "engine": _overridden(self.engine, pool.engine),
                 "worker": _overridden(self.worker, pool.worker),
+                "pools": {name: pool},
             }
         )
 

@@ -32,6 +32,8 @@ class WorkerRecord(BaseModel):
     block_size: int
     num_blocks: int
     max_model_len: int
+    num_ranks: int = 1
+    """Processes that compute together as this worker; ``pid`` is the first one's."""
     pid: int
     host: str
     started_at: float

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from baton.config import BatonConfig, ControllerConfig
 from baton.errors import ConfigurationError
+from baton.parallelism import check_parallelism
 
 
 def check_platform() -> None:
@@ -109,22 +110,25 @@ def check_backend(config: BatonConfig, find: Callable[[str], object | None]) -> 
 
 def local_model(config: BatonConfig) -> str:
     """The model as every process understands it, wherever it runs: a name, or an
-    absolute path. Raises CheckpointError when it cannot be opened."""
+    absolute path. Raises CheckpointError when it cannot be opened, ConfigurationError
+    for a pool whose ranks it cannot be split over."""
     from baton.checkpoint.checkpoint import open_checkpoint
     from baton.checkpoint.resolve import known_names
 
     model = config.model
-    open_checkpoint(model, config.engine.load_format)
+    checkpoint = open_checkpoint(model, config.engine.load_format)
+    for name, pool in config.pools.items():
+        check_parallelism(checkpoint.config, pool.parallelism, where=f"pools.{name}")
     return model if model in known_names() else str(Path(model).expanduser().absolute())
 
 
 def default_threads(config: BatonConfig) -> int:
-    """Compute threads of each worker where ``engine.threads`` is 0: this process's
-    cores, shared out evenly.
+    """Compute threads of each rank of a worker where ``engine.threads`` is 0: this
+    process's cores, shared out evenly.
 
     Measured with one prefill and one decode worker on two cores: a thread each gave
     37 tokens/s to one stream and an ITL of 47 ms at p99 while long prompts came in;
     two threads each gave 25 tokens/s and 180 ms.
     """
-    num_workers = sum(pool.replicas for pool in config.pools.values())
-    return max(1, len(os.sched_getaffinity(0)) // num_workers)
+    num_ranks = sum(pool.replicas * pool.parallelism.num_ranks for pool in config.pools.values())
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks)

@@ -52,8 +52,11 @@ _LEAST_CPU = 0.001
 
 
 def bundle_of(pool: PoolConfig) -> dict[str, float]:
-    """What each worker of that pool takes, in Ray's terms."""
-    wanted = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
+    """What each worker of that pool takes, in Ray's terms: the CPUs and GPUs of all its ranks,
+    which are one actor and its children, and the pool's further resources once."""
+    num_ranks = pool.parallelism.num_ranks
+    each = {"CPU": pool.num_cpus, "GPU": pool.num_gpus}
+    wanted = {name: num_ranks * amount for name, amount in each.items()} | pool.resources
     return {name: amount for name, amount in wanted.items() if amount} or {"CPU": _LEAST_CPU}
 
 

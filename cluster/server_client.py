@@ -48,6 +48,7 @@ class WorkerRow:
     num_quarantined_blocks: int
     num_blocks: int
     block_size: int
+    num_ranks: int
 
     @property
     def used_share(self) -> float:

@@ -30,12 +30,14 @@ def known_url(cluster: str) -> str:
 
 
 def status_table(status: ServerStatus) -> Table:
-    """One row per worker."""
+    """One row per worker; with their ranks, where any has more than one."""
+    has_ranks = any(row.num_ranks > 1 for row in status.workers)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("pool", no_wrap=True)
     table.add_column("worker", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for heading in ("running", "waiting", "KV used", "KV cached", "KV blocks"):
+    ranks = ("ranks",) if has_ranks else ()
+    for heading in (*ranks, "running", "waiting", "KV used", "KV cached", "KV blocks"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in status.workers:
         cached = row.num_cached_blocks / row.num_blocks if row.num_blocks else 0.0
@@ -43,6 +45,7 @@ def status_table(status: ServerStatus) -> Table:
             row.role,
             row.worker_id,
             "[green]ready[/green]" if row.ready else "[yellow]not ready[/yellow]",
+            *([str(row.num_ranks)] if has_ranks else []),
             str(row.num_running),
             str(row.num_waiting),
             f"{row.used_share:.1%}",

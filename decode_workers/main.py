@@ -34,9 +34,21 @@ async def serve(
     InternalError when its engine dies.
     """
     host = advertised_host(config.worker.host, os.environ)
-    plan = await asyncio.to_thread(plan_engine, config, secret=secret)
-    memory = await asyncio.to_thread(KvMemory, plan.layout.num_bytes)
-    parts = await WorkerParts.build(config, plan, memory.buffer, worker_id=worker_id, role="decode")
+    plan = await asyncio.to_thread(
+        plan_engine, config, secret=secret, parallel=config.own_parallelism
+    )
+    memory = await asyncio.to_thread(
+        KvMemory, plan.layout.num_bytes, sealed=plan.parallel.num_ranks == 1
+    )
+    parts = await WorkerParts.build(
+        config,
+        plan,
+        memory.buffer,
+        memory_fd=memory.fd,
+        worker_id=worker_id,
+        role="decode",
+    )
+    memory.seal()
 
     def on_ready(
         transfer: TransferKey,
@@ -92,6 +104,7 @@ async def serve(
         await parts.host(worker, redis_url=redis_url).run(server, advertise_host=host, stop=stop)
     finally:
         await receiver.close()
+        await parts.close()
 
 
 if __name__ == "__main__":

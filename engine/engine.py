@@ -1,4 +1,8 @@
-"""One model on one CPU: weights, KV cache and attention, advanced by synchronous steps."""
+"""One model on one CPU: weights, KV cache and attention, advanced by synchronous steps.
+
+Of several ranks that compute a model together this is the first: it alone has sequences,
+blocks and logits (docs/adr/0011-ranks-of-a-worker.md).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,12 @@ import torch
 from baton.block_hash import HashDomain
 from baton.checkpoint.checkpoint import Checkpoint
 from baton.kv_layout import KvLayout
-from engine.attention.paged_cpu import PagedCpuAttention
-from engine.batch import build_batch
+from engine.attention.paged_cpu import attention_of
+from engine.batch import Batch, build_batch
 from engine.kv_cache.kv_cache import KvCache
 from engine.models.decoder import Decoder
+from engine.parallel.followers import Followers
+from engine.parallel.group import RankGroups
 from engine.sampling.sampler import sample
 from engine.sequence import Sampled, Scheduled
 from engine.weights.load import load_weights
@@ -26,7 +32,8 @@ class Engine:
 
     ``memory`` is the KV pool's, as ``KvCache`` has it. ``weights``, by their Hugging
     Face names, stand in for those of the checkpoint. ``threads`` are torch's compute
-    threads for the whole process; 0 leaves them as they are. Not thread-safe.
+    threads for the whole process; 0 leaves them as they are. ``followers`` are the other
+    ranks, if there are any; they write their heads into the same memory. Not thread-safe.
 
     Raises CheckpointError for weights that cannot be loaded.
     """
@@ -41,6 +48,7 @@ class Engine:
         domain: HashDomain,
         threads: int = 0,
         weights: Mapping[str, torch.Tensor] | None = None,
+        followers: Followers | None = None,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
@@ -48,11 +56,13 @@ class Engine:
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
         self.kv = KvCache(layout, memory, domain)
+        self._followers = followers
+        groups = followers.groups if followers is not None else RankGroups()
         with torch.inference_mode():
-            self._model = Decoder(config, weights or load_weights(checkpoint, dtype))
-            self._attention = PagedCpuAttention(
-                layout, self.kv.tensor, config.num_heads, config.parts.windows
-            )
+            self._model = Decoder(config, weights or load_weights(checkpoint, dtype), groups)
+            self._attention = attention_of(config, layout, self.kv.tensor, groups)
+        if followers is not None:
+            followers.wait_ready()
 
     @torch.inference_mode()
     def step(self, scheduled: SequenceOf[Scheduled]) -> list[Sampled]:
@@ -66,9 +76,7 @@ class Engine:
         if not scheduled:
             return []
         batch = build_batch(scheduled, self.kv.layout)
-        logits = self._model.forward(
-            batch.token_ids, batch.positions, batch.sampled_rows, self._attention.begin(batch)
-        )
+        logits = self._forward(batch, batch.sampled_rows)
         sampled = sample(logits, batch.sampled)
         for item in scheduled:
             item.seq.num_computed_tokens += item.num_tokens
@@ -87,9 +95,13 @@ class Engine:
         """
         batch = build_batch([scheduled], self.kv.layout)
         rows = torch.arange(scheduled.num_tokens)
-        logits = self._model.forward(
-            batch.token_ids, batch.positions, rows, self._attention.begin(batch)
-        )
+        logits = self._forward(batch, rows)
         scheduled.seq.num_computed_tokens += scheduled.num_tokens
         self.kv.publish(scheduled.seq)
         return logits
+
+    def _forward(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+        if self._followers is not None:
+            self._followers.send(batch, rows)
+        attention = self._attention.begin(batch)
+        return self._model.forward(batch.token_ids, batch.positions, rows, attention)

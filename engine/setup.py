@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -13,13 +13,18 @@ from baton.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from baton.config import BatonConfig
 from baton.errors import ConfigurationError
 from baton.kv_layout import KvDtype, KvLayout
+from baton.parallelism import Parallelism, check_parallelism
 from baton.protocol import PROTOCOL_VERSION
+from engine.parallel.followers import RankTask
 from engine.platform import resolve_dtype
 
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """Everything about an engine that is known before its memory is taken."""
+    """Everything about an engine that is known before its memory is taken.
+
+    ``layout`` is that of the memory that all ranks share; ``threads`` are each one's.
+    """
 
     checkpoint: Checkpoint
     dtype: torch.dtype
@@ -29,12 +34,32 @@ class EnginePlan:
     max_model_len: int
     served_name: str
     threads: int
+    parallel: Parallelism
+
+    def rank_task(self, config: BatonConfig) -> RankTask:
+        """What every other rank is told."""
+        return RankTask(
+            model=config.model,
+            load_format=config.engine.load_format,
+            revision=self.checkpoint.revision,
+            dtype=self.layout.dtype,
+            layout=self.layout,
+            threads=self.threads,
+            parallel=self.parallel,
+        )
 
 
-def plan_engine(config: BatonConfig, *, secret: str) -> EnginePlan:
-    """Raises CheckpointError and ConfigurationError, before anything large is done."""
+def plan_engine(
+    config: BatonConfig, *, secret: str, parallel: Parallelism | None = None
+) -> EnginePlan:
+    """For a worker of ``parallel``'s ranks; by default one.
+
+    Raises CheckpointError and ConfigurationError, before anything large is done.
+    """
+    parallel = parallel or Parallelism()
     checkpoint = open_checkpoint(config.model, config.engine.load_format)
     model, engine = checkpoint.config, config.engine
+    check_parallelism(model, parallel, where=checkpoint.name)
     dtype = resolve_dtype(engine.dtype)
     dtype_name = cast(KvDtype, str(dtype).removeprefix("torch."))
     one_block = KvLayout(
@@ -52,14 +77,7 @@ def plan_engine(config: BatonConfig, *, secret: str) -> EnginePlan:
             f"engine.max_model_len is {limit}, but {checkpoint.name} was trained for "
             f"{model.max_position} tokens; lower it"
         )
-    layout = KvLayout(
-        num_blocks,
-        model.num_kv_heads,
-        model.num_layers,
-        engine.block_size,
-        model.head_dim,
-        dtype_name,
-    )
+    layout = replace(one_block, num_blocks=num_blocks)
     return EnginePlan(
         checkpoint=checkpoint,
         dtype=dtype,
@@ -76,5 +94,6 @@ def plan_engine(config: BatonConfig, *, secret: str) -> EnginePlan:
         ),
         max_model_len=min(limit, num_blocks * engine.block_size),
         served_name=config.served_model_name or checkpoint.name,
-        threads=engine.threads or len(os.sched_getaffinity(0)),
+        threads=engine.threads or max(1, len(os.sched_getaffinity(0)) // parallel.num_ranks),
+        parallel=parallel,
     )

@@ -6,6 +6,8 @@ A pool's ``main.py`` adds its scheduler, its worker and its side of the hand-off
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from dataclasses import dataclass
 
 import grpc.aio
@@ -23,7 +25,39 @@ from baton.worker.inbox import Inbox
 from baton.worker.outbox import Outbox
 from baton.worker.session_server import SessionHandler, SessionServer
 from engine.engine import Engine
+from engine.parallel.followers import Followers, RankTask
+from engine.parallel.rank_processes import RankProcesses
 from engine.setup import EnginePlan
+
+logger = logging.getLogger(__name__)
+
+
+class Ranks:
+    """The ranks of this worker beside this process: their processes, and their work."""
+
+    def __init__(self, task: RankTask, worker_id: str, memory_fd: int) -> None:
+        """Returns once all have come. Raises ConfigurationError."""
+        log_ranks(worker_id, task)
+        self._processes = RankProcesses(task.parallel.num_ranks - 1, worker_id=worker_id)
+        self.followers = Followers.lead(self._processes.connections, task, memory_fd)
+
+    def close(self) -> None:
+        """Ends them within seconds, also where one of them hangs."""
+        self._processes.expect_end()
+        self.followers.close()
+        self._processes.close()
+
+
+def log_ranks(worker_id: str, task: RankTask) -> None:
+    """How many compute with how many threads, and whether they have a core each."""
+    num_ranks, num_cores = task.parallel.num_ranks, len(os.sched_getaffinity(0))
+    logger.info("%s: %d ranks of %d threads each", worker_id, num_ranks, task.threads)
+    if num_ranks * task.threads > num_cores:
+        logger.warning(
+            "%s: %d ranks of %d threads each share %d cores, and all wait for the slowest at "
+            "every layer; give it more cores, fewer ranks or a lower engine.threads",
+            worker_id, num_ranks, task.threads, num_cores,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +67,7 @@ class WorkerParts:
     config: BatonConfig
     plan: EnginePlan
     engine: Engine
+    ranks: Ranks | None
     identity: Identity
     registry: CollectorRegistry
     metrics: WorkerMetrics
@@ -47,22 +82,33 @@ class WorkerParts:
         plan: EnginePlan,
         memory: memoryview,
         *,
+        memory_fd: int,
         worker_id: str,
         role: Role,
     ) -> WorkerParts:
-        """Loads the weights, in a thread. ``memory`` is the KV pool's, kept by the caller.
+        """Loads the weights, in a thread. ``memory`` is the KV pool's, kept by the caller;
+        other ranks have mapped ``memory_fd`` when this returns.
 
         Raises CheckpointError for weights that cannot be loaded.
         """
-        engine = await asyncio.to_thread(
-            Engine,
-            plan.checkpoint,
-            dtype=plan.dtype,
-            layout=plan.layout,
-            memory=memory,
-            domain=plan.domain,
-            threads=plan.threads,
-        )
+        ranks = None
+        if plan.parallel.num_ranks > 1:
+            ranks = await asyncio.to_thread(Ranks, plan.rank_task(config), worker_id, memory_fd)
+        try:
+            engine = await asyncio.to_thread(
+                Engine,
+                plan.checkpoint,
+                dtype=plan.dtype,
+                layout=plan.layout,
+                memory=memory,
+                domain=plan.domain,
+                threads=plan.threads,
+                followers=ranks.followers if ranks is not None else None,
+            )
+        except BaseException:
+            if ranks is not None:
+                await asyncio.to_thread(ranks.close)
+            raise
         engine.kv.pool.watch()
         registry = CollectorRegistry()
         metrics = WorkerMetrics(registry, worker_id=worker_id, role=role)
@@ -78,11 +124,13 @@ class WorkerParts:
             max_model_len=plan.max_model_len,
             kv_dtype=plan.layout.dtype,
             generation=config.generation,
+            num_ranks=plan.parallel.num_ranks,
         )
         return cls(
             config=config,
             plan=plan,
             engine=engine,
+            ranks=ranks,
             identity=identity,
             registry=registry,
             metrics=metrics,
@@ -90,6 +138,11 @@ class WorkerParts:
             inbox=inbox,
             outbox=Outbox(inbox, metrics),
         )
+
+    async def close(self) -> None:
+        """Ends the other ranks, after the last step."""
+        if self.ranks is not None:
+            await asyncio.to_thread(self.ranks.close)
 
     def session_server(self, handler: SessionHandler, *, secret: str) -> grpc.aio.Server:
         """A server, not started, on which gateways open Sessions with ``handler``."""

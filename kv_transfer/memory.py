@@ -38,12 +38,13 @@ class KvMemory:
     """``num_bytes`` of zeroed shared memory, writable by this process alone.
 
     The file is sealed: nobody can resize it, so a peer's mapping never faults,
-    and nobody can map it writable again, whatever descriptor he holds.
+    and nobody can map it writable again, whatever descriptor he holds. Where other
+    processes of this worker are to write too, they map it before ``seal``.
 
     Raises ConfigurationError where the machine has too little memory.
     """
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, *, sealed: bool = True) -> None:
         # Asked first: the kernel would rather kill a process than refuse the pages.
         available = available_bytes()
         if num_bytes > available:
@@ -57,7 +58,9 @@ class KvMemory:
             os.ftruncate(self.fd, num_bytes)
             os.posix_fallocate(self.fd, 0, num_bytes)
             self._map = mmap.mmap(self.fd, num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-            self._seal()
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
+            if sealed:
+                self.seal()
         except OSError as error:
             os.close(self.fd)
             raise ConfigurationError(
@@ -67,13 +70,13 @@ class KvMemory:
         self.buffer = memoryview(self._map)
         """The memory. Views of it (numpy, torch) keep it alive past ``close``."""
 
-    def _seal(self) -> None:
+    def seal(self) -> None:
+        """From here on nobody else can map it writable. A second time it does nothing."""
         try:
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | _F_SEAL_FUTURE_WRITE)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
         except OSError as error:
             if error.errno != errno.EINVAL:  # a kernel older than 5.1 knows no such seal
                 raise
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
 
     def close(self) -> None:
         """Gives the memory back, or leaves that to the last view of it."""

@@ -30,6 +30,8 @@ class WorkerStatus:
     generation: str
     last_report_age_s: float | None
     """None before its first report."""
+    num_ranks: int = 1
+    """Processes that compute together as this worker."""
     num_indexed_blocks: int = 0
     """Blocks that this gateway's KV index says the prefix cache holds."""
     draining: bool = False

@@ -56,6 +56,8 @@ class Identity:
     max_model_len: int
     kv_dtype: str
     generation: str
+    num_ranks: int = 1
+    """Told to the registry alone: it is nothing that gateways and hand-offs go by."""
 
     def welcome(self) -> pb.Welcome:
         return pb.Welcome(
@@ -86,6 +88,7 @@ class Identity:
             block_size=self.block_size,
             num_blocks=self.num_blocks,
             max_model_len=self.max_model_len,
+            num_ranks=self.num_ranks,
             pid=os.getpid(),
             host=socket.gethostname(),
             started_at=time.time(),

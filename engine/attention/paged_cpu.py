@@ -23,9 +23,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from baton.checkpoint.model_config import ModelConfig
 from baton.kv_layout import KvLayout
 from engine.attention.window import WindowedChunk, WindowedDecodes
 from engine.batch import Batch, Span
+from engine.parallel.group import RankGroups
+from engine.parallel.shard import WHOLE
 
 Windows = tuple[int | None, ...]
 
@@ -41,13 +44,26 @@ class PagedCpuAttention:
     """Attention over the pool ``kv`` (``layout.shape``) for ``num_heads`` query heads.
 
     ``windows`` is one layer's sliding window each, None for none; empty if no layer has one.
+    ``kv_heads`` are those that the query heads read, by default all; the pool's others are
+    left alone.
     """
 
-    def __init__(self, layout: KvLayout, kv: Tensor, num_heads: int, windows: Windows = ()) -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        kv: Tensor,
+        num_heads: int,
+        windows: Windows = (),
+        *,
+        kv_heads: slice = WHOLE,
+    ) -> None:
+        own_heads = torch.arange(layout.num_kv_heads)[kv_heads]
         assert kv.shape == layout.shape
-        assert num_heads % layout.num_kv_heads == 0
+        assert num_heads % len(own_heads) == 0
         assert len(windows) in (0, layout.num_layers)
         self.layout = layout
+        self.num_kv_heads = len(own_heads)
+        self._kv_heads = own_heads
         self.num_heads = num_heads
         self.windows = windows or (None,) * layout.num_layers
         self.dtype = kv.dtype
@@ -66,8 +82,7 @@ class PagedCpuAttention:
         """Rows of ``blocks`` to gather, [layers, 2 × tables × heads × blocks], K before V."""
         layout = self.layout
         table = block_table.long()[:, None, :] * layout.num_kv_heads
-        heads = torch.arange(layout.num_kv_heads)[None, :, None]
-        keys = (table + heads) * (layout.num_layers * 2)
+        keys = (table + self._kv_heads[:, None]) * (layout.num_layers * 2)
         first = torch.stack([keys, keys + 1]).view(-1)
         return first + torch.arange(layout.num_layers)[:, None] * 2
 
@@ -75,9 +90,8 @@ class PagedCpuAttention:
         """Rows of ``tokens`` to write, [layers, tokens × 2 × heads]."""
         layout = self.layout
         block_ids = (slot_mapping // layout.block_size)[:, None, None] * layout.num_kv_heads
-        heads = torch.arange(layout.num_kv_heads)
         kinds = torch.arange(2)[:, None]
-        rows = (block_ids + heads) * (layout.num_layers * 2) + kinds
+        rows = (block_ids + self._kv_heads) * (layout.num_layers * 2) + kinds
         rows = rows * layout.block_size + (slot_mapping % layout.block_size)[:, None, None]
         layers = torch.arange(layout.num_layers)[:, None] * (2 * layout.block_size)
         return rows.view(-1) + layers
@@ -99,7 +113,7 @@ class PagedCpuAttention:
     ) -> None:
         """Spans of one token each: ``mask`` is added to the scores of what is gathered."""
         head_dim = self.layout.head_dim
-        num_pairs = (rows.stop - rows.start) * self.layout.num_kv_heads
+        num_pairs = (rows.stop - rows.start) * self.num_kv_heads
         keys, values = self.gather(block_rows).view(2, num_pairs, -1, head_dim)
         # The query heads of one KV head are the rows of one product.
         grouped = query[rows].reshape(num_pairs, -1, head_dim)
@@ -111,7 +125,7 @@ class PagedCpuAttention:
         """Scaled products of consecutive tokens' [rows, heads, head_dim] with
         [KV heads, keys, head_dim]: [KV heads, group × rows, keys]."""
         num_rows, _, head_dim = query.shape
-        num_kv_heads = self.layout.num_kv_heads
+        num_kv_heads = self.num_kv_heads
         grouped = query.view(num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         return torch.baddbmm(
             self.nothing,
@@ -120,6 +134,20 @@ class PagedCpuAttention:
             beta=0,
             alpha=head_dim**-0.5,
         )
+
+
+def attention_of(
+    config: ModelConfig, layout: KvLayout, kv: Tensor, groups: RankGroups
+) -> PagedCpuAttention:
+    """A rank's own heads of a model."""
+    query = groups.shard.query_heads(config)
+    return PagedCpuAttention(
+        layout,
+        kv,
+        query.stop - query.start,
+        config.parts.windows,
+        kv_heads=groups.shard.kv_heads(config),
+    )
 
 
 class _PagedCpuStep:
@@ -200,7 +228,7 @@ class _Decodes:
         later = torch.arange(num_blocks * layout.block_size) >= lengths[:, None]
         mask = torch.zeros(later.shape, dtype=attention.tokens.dtype)
         mask.masked_fill_(later, -math.inf)
-        self._mask = mask.repeat_interleave(layout.num_kv_heads, dim=0)[:, None]
+        self._mask = mask.repeat_interleave(attention.num_kv_heads, dim=0)[:, None]
 
     def attend(self, layer: int, query: Tensor, out: Tensor) -> None:
         self._attention.attend_decodes(query, out, self._rows, self._block_rows[layer], self._mask)
@@ -219,7 +247,7 @@ class _Chunk:
     def attend(self, layer: int, query: Tensor, out: Tensor) -> None:
         layout, span = self._attention.layout, self._span
         gathered = self._attention.gather(self._block_rows[layer])
-        keys, values = gathered.view(2, layout.num_kv_heads, -1, layout.head_dim)
+        keys, values = gathered.view(2, self._attention.num_kv_heads, -1, layout.head_dim)
         end = span.first_row + span.num_tokens
         for first in range(span.first_row, end, _NUM_QUERY_ROWS):
             rows = slice(first, min(end, first + _NUM_QUERY_ROWS))

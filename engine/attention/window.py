@@ -41,7 +41,7 @@ class WindowedDecodes:
         self._attention = attention
         self._rows = slice(first, last)
         self._block_rows = attention.block_rows(table)
-        self._mask = mask.repeat_interleave(layout.num_kv_heads, dim=0)[:, None]
+        self._mask = mask.repeat_interleave(attention.num_kv_heads, dim=0)[:, None]
 
     def attend(self, layer: int, query: Tensor, out: Tensor) -> None:
         self._attention.attend_decodes(query, out, self._rows, self._block_rows[layer], self._mask)
@@ -81,7 +81,7 @@ class WindowedChunk:
     def attend(self, layer: int, query: Tensor, out: Tensor) -> None:
         layout = self._attention.layout
         gathered = self._attention.gather(self._block_rows[layer])
-        keys, values = gathered.view(2, layout.num_kv_heads, -1, layout.head_dim)
+        keys, values = gathered.view(2, self._attention.num_kv_heads, -1, layout.head_dim)
         for rows, visible, mask in self._products:
             scores = self._attention.chunk_scores(query[rows], keys[:, visible])
             scores.view(-1, *mask.shape).add_(mask)

@@ -9,26 +9,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from baton.checkpoint.model_config import ModelConfig
 from engine.attention.interface import AttentionStep
-from engine.layers import Linear, RMSNorm, Rotary
+from engine.layers import RMSNorm, Rotary
+from engine.models.expert_parallel import SplitSparseMlp
 from engine.models.mlp import DenseMlp, Mlp
 from engine.models.moe import SparseMlp
 from engine.models.rope import rope_frequencies
 from engine.models.self_attention import Angles, SelfAttention
 from engine.models.tensors import Tensors
+from engine.models.vocabulary import embedding_of, head_of
+from engine.parallel.group import RankGroups
+from engine.parallel.summed import summed
 
 
 class _Layer:
-    def __init__(self, config: ModelConfig, index: int, tensors: Tensors) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, tensors: Tensors, groups: RankGroups
+    ) -> None:
         eps = config.rms_norm_eps
         self._attention_norm = tensors.norm("input_layernorm", eps)
-        self._attention = SelfAttention(config, index, tensors.under("self_attn"))
+        self._attention = SelfAttention(config, index, tensors.under("self_attn"), groups)
         self._mlp_norm = tensors.norm("post_attention_layernorm", eps)
-        self._mlp = _mlp(config, index, tensors)
+        self._mlp = _mlp(config, index, tensors, groups)
 
     def add_to(self, x: Tensor, angles: Angles, attention: AttentionStep) -> None:
         """Adds this layer's part to the residual stream ``x``, float32 [tokens, hidden]."""
@@ -36,29 +41,41 @@ class _Layer:
         x += self._mlp(self._mlp_norm(x))
 
 
-def _mlp(config: ModelConfig, index: int, tensors: Tensors) -> Mlp:
-    moe = config.parts.moe
+def _mlp(config: ModelConfig, index: int, tensors: Tensors, groups: RankGroups) -> Mlp:
+    moe, world = config.parts.moe, groups.world
     if moe is not None and config.parts.is_sparse(index):
-        return SparseMlp(moe, tensors.under(moe.block_name))
-    return DenseMlp(tensors.under("mlp"))
+        block = tensors.under(moe.block_name)
+        return SparseMlp(moe, block) if world.size == 1 else SplitSparseMlp(moe, block, groups)
+    inner = groups.shard.inner(config.intermediate_size)
+    return summed(DenseMlp(tensors.under("mlp"), inner=inner, has_bias=world.rank == 0), world)
 
 
 class Decoder:
     """One model's weights, ready to run. ``weights`` go by their Hugging Face names,
-    all of one dtype; those that a Linear lays out anew are not kept."""
+    all of one dtype; those that a Linear lays out anew are not kept.
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    One of several ranks keeps its part of them. All ranks compute every step together.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        groups: RankGroups | None = None,
+    ) -> None:
+        groups = groups or RankGroups()
+        embedding = weights["model.embed_tokens.weight"]
+        tied = config.tie_word_embeddings
         self.vocab_size = config.vocab_size
-        self._embedding = weights["model.embed_tokens.weight"]
+        self._embed = embedding_of(embedding, groups)
         self._layers = [
-            _Layer(config, index, Tensors(weights, f"model.layers.{index}"))
+            _Layer(config, index, Tensors(weights, f"model.layers.{index}"), groups)
             for index in range(config.num_layers)
         ]
         self._norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
-        tied = config.tie_word_embeddings
-        self._head = Linear(self._embedding if tied else weights["lm_head.weight"])
+        self._logits = head_of(embedding if tied else weights["lm_head.weight"], groups)
         frequencies, scale = rope_frequencies(config.rope, config.head_dim)
-        self._rotary = Rotary(frequencies, self._embedding.dtype, scale)
+        self._rotary = Rotary(frequencies, embedding.dtype, scale)
 
     def forward(
         self,
@@ -70,14 +87,15 @@ class Decoder:
         """Computes a packed step of ``token_ids`` at ``positions``, int64 [tokens] each.
 
         Writes every token's KV through ``attention``. Returns the logits, float32
-        [len(sampled_rows), vocabulary], of the rows that are asked for.
+        [len(sampled_rows), vocabulary], of the rows that are asked for; where there are
+        several ranks the first alone gets them, the others none.
         """
         # The residual stream is float32 whatever the weights are: kept in bfloat16, its
         # 2 × layers additions would make the logits' error 1.6 times as large.
-        x = F.embedding(token_ids, self._embedding).float()
+        x = self._embed(token_ids).float()
         angles = self._rotary.angles(positions)
         for layer in self._layers:
             layer.add_to(x, angles, attention)
         if len(sampled_rows) == 0:
             return torch.empty(0, self.vocab_size)
-        return self._head.in_float32(self._norm(x[sampled_rows]))
+        return self._logits(self._norm(x[sampled_rows]))

@@ -8,16 +8,20 @@ from torch import Tensor
 
 from engine.layers import swiglu
 from engine.models.tensors import Tensors
+from engine.parallel.shard import WHOLE
 
 
 class Mlp(Protocol):
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, /) -> Tensor:
         """[tokens, hidden] → [tokens, hidden], in the weights' dtype or float32."""
         ...
 
 
 class DenseMlp:
-    """SwiGLU between two projections; the names are those of its three tensors."""
+    """SwiGLU between two projections; the names are those of its three tensors.
+
+    With a range of ``inner`` features it is one summand of the MLP.
+    """
 
     def __init__(
         self,
@@ -26,9 +30,11 @@ class DenseMlp:
         gate: str = "gate_proj",
         up: str = "up_proj",
         down: str = "down_proj",
+        inner: slice = WHOLE,
+        has_bias: bool = True,
     ) -> None:
-        self._gate_up = tensors.linear(gate, up)
-        self._down = tensors.linear(down)
+        self._gate_up = tensors.linear(gate, up, outputs=[inner, inner])
+        self._down = tensors.linear(down, inputs=inner, has_bias=has_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._down(swiglu(self._gate_up(x)))

@@ -5,7 +5,7 @@
 ``dispatch`` groups a step's (token, expert) pairs by expert, so that each expert that
 has tokens computes one product; ``combine`` adds what comes back to the tokens. Where
 experts lie on several ranks, pairs travel between dispatch and experts and back before
-combine; the counts say how many go where.
+combine (``expert_parallel.py``); the counts say how many go where.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from baton.checkpoint.decoder_parts import MoeConfig
 from engine.layers import Linear
 from engine.models.mlp import DenseMlp
 from engine.models.tensors import Tensors
+from engine.parallel.shard import WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +71,25 @@ class Router:
 
 
 class Experts:
-    def __init__(self, config: MoeConfig, tensors: Tensors) -> None:
+    """All experts of a layer, or some; of each, all ``inner`` features or some."""
+
+    def __init__(
+        self,
+        config: MoeConfig,
+        tensors: Tensors,
+        *,
+        owned: range | None = None,
+        inner: slice = WHOLE,
+    ) -> None:
         self._mlps = [
             DenseMlp(
                 tensors.under(str(expert)),
                 gate=config.gate_name,
                 up=config.up_name,
                 down=config.down_name,
+                inner=inner,
             )
-            for expert in range(config.num_experts)
+            for expert in owned or range(config.num_experts)
         ]
 
     def __call__(self, pairs: Tensor, counts: list[int]) -> Tensor:
@@ -101,5 +112,5 @@ def combine(pairs: Tensor, routing: Routing) -> Tensor:
     """Adds each token's pairs by weight, always in the same order: float32 [tokens, hidden]."""
     by_token = torch.empty(pairs.shape, dtype=torch.float32)
     by_token[routing.order] = pairs.float()
-    by_token = by_token.view(*routing.weights.shape, -1)
+    by_token = by_token.view(*routing.weights.shape, pairs.shape[1])
     return (by_token * routing.weights[..., None]).sum(dim=1)

@@ -9,23 +9,36 @@ from baton.checkpoint.model_config import ModelConfig
 from engine.attention.interface import AttentionStep
 from engine.layers import RMSNorm, Rotary
 from engine.models.tensors import Tensors
+from engine.parallel.group import RankGroups
+from engine.parallel.shard import scaled
+from engine.parallel.summed import summed
 
 Angles = tuple[Tensor, Tensor]
 
 
 class SelfAttention:
-    """The attention of layer ``index``; ``tensors`` are those of its ``self_attn``."""
+    """The attention of layer ``index``; ``tensors`` are those of its ``self_attn``.
 
-    def __init__(self, config: ModelConfig, index: int, tensors: Tensors) -> None:
+    A rank computes its own heads, and all ranks' outputs are summed.
+    """
+
+    def __init__(
+        self, config: ModelConfig, index: int, tensors: Tensors, groups: RankGroups
+    ) -> None:
+        query, keys = groups.shard.query_heads(config), groups.shard.kv_heads(config)
+        query_rows, key_rows = scaled(query, config.head_dim), scaled(keys, config.head_dim)
         self._index = index
-        self._num_rotated = config.num_heads + config.num_kv_heads  # query heads, then keys
-        self._num_heads = config.num_heads
-        self._num_kv_heads = config.num_kv_heads
+        self._num_heads = query.stop - query.start
+        self._num_kv_heads = keys.stop - keys.start
+        self._num_rotated = self._num_heads + self._num_kv_heads  # query heads, then keys
         self._head_dim = config.head_dim
         self._rotates = index not in config.parts.unrotated_layers
-        self._qkv = tensors.linear("q_proj", "k_proj", "v_proj")
-        self._qk_norm = _qk_norm(config, tensors) if config.parts.qk_norm else None
-        self._out = tensors.linear("o_proj")
+        self._qkv = tensors.linear(
+            "q_proj", "k_proj", "v_proj", outputs=[query_rows, key_rows, key_rows]
+        )
+        self._qk_norm = self._norm_of_heads(config, tensors) if config.parts.qk_norm else None
+        out = tensors.linear("o_proj", inputs=query_rows, has_bias=groups.world.rank == 0)
+        self._out = summed(out, groups.world)
 
     def __call__(self, x: Tensor, angles: Angles, attention: AttentionStep) -> Tensor:
         """[tokens, hidden] → the same; writes the tokens' KV through ``attention``."""
@@ -40,9 +53,8 @@ class SelfAttention:
         attended = attention(self._index, query, key_value)
         return self._out(attended.view(len(x), -1))
 
-
-def _qk_norm(config: ModelConfig, tensors: Tensors) -> RMSNorm:
-    """One norm over each head by itself: [heads + KV heads, head_dim] weights."""
-    query = tensors["q_norm.weight"].expand(config.num_heads, -1)
-    key = tensors["k_norm.weight"].expand(config.num_kv_heads, -1)
-    return RMSNorm(torch.cat([query, key]), config.rms_norm_eps)
+    def _norm_of_heads(self, config: ModelConfig, tensors: Tensors) -> RMSNorm:
+        """One norm over each head by itself: [heads + KV heads, head_dim] weights."""
+        query = tensors["q_norm.weight"].expand(self._num_heads, -1)
+        key = tensors["k_norm.weight"].expand(self._num_kv_heads, -1)
+        return RMSNorm(torch.cat([query, key]), config.rms_norm_eps)

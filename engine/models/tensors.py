@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
 
 from engine.layers import Linear, RMSNorm
+from engine.parallel.shard import WHOLE
 
 
 class Tensors:
@@ -23,13 +25,26 @@ class Tensors:
     def under(self, name: str) -> Tensors:
         return Tensors(self._tensors, f"{self._prefix}.{name}")
 
-    def linear(self, *names: str) -> Linear:
-        """One layer that computes the outputs of several, side by side."""
-        weights = [self[f"{name}.weight"] for name in names]
+    def linear(
+        self,
+        *names: str,
+        outputs: SequenceOf[slice] | None = None,
+        inputs: slice = WHOLE,
+        has_bias: bool = True,
+    ) -> Linear:
+        """One layer that computes the outputs of several, side by side.
+
+        Of each it may take a range of ``outputs``, and of all a range of ``inputs``: then
+        the layers of all ranks are to be summed, and only one of them may have the biases.
+        """
+        rows = outputs or [WHOLE] * len(names)
+        weights = [
+            self[f"{name}.weight"][each, inputs] for name, each in zip(names, rows, strict=True)
+        ]
         biases = [self._tensors.get(f"{self._prefix}.{name}.bias") for name in names]
-        present = [bias for bias in biases if bias is not None]
+        present = [bias[each] for bias, each in zip(biases, rows, strict=True) if bias is not None]
         assert len(present) in (0, len(biases)), f"{self._prefix}: some biases are missing"
-        return Linear(torch.cat(weights), torch.cat(present) if present else None)
+        return Linear(torch.cat(weights), torch.cat(present) if present and has_bias else None)
 
     def norm(self, name: str, eps: float) -> RMSNorm:
         return RMSNorm(self[f"{name}.weight"], eps)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 
 from baton.checkpoint.model_config import ModelConfig
+from engine.weights.on_demand import OnDemand
 from engine.weights.tensor_shapes import Shape, expected_shapes
 
 
 def dummy_tensors(
     config: ModelConfig, dtype: torch.dtype, *, seed: int = 0
-) -> dict[str, torch.Tensor]:
+) -> Mapping[str, torch.Tensor]:
     """All tensors of the model by their Hugging Face names; a pure function of the arguments.
 
-    Each tensor is drawn by itself, so that who needs some of them gets the same.
+    Each is drawn by itself when it is asked for, so who needs some of them gets the same.
     """
-    return {
-        name: _draw(name, shape, seed).to(dtype) for name, shape in expected_shapes(config).items()
-    }
+    shapes = expected_shapes(config)
+    return OnDemand(shapes, lambda name: _draw(name, shapes[name], seed).to(dtype))
 
 
 def _draw(name: str, shape: Shape, seed: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ workers of a machine share its pages. Dummy weights are drawn anew in each proce
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +27,13 @@ from engine.weights.tensor_shapes import expected_shapes
 _COPIED_FILES = ("config.json", *TEXT_FILES)
 
 
-def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
     """All tensors of the model by their Hugging Face names, in ``dtype``, on the CPU.
 
     Where ``tie_word_embeddings`` is set there is no ``lm_head.weight``. Tensors stored
     in ``dtype`` are views of the mapped files: reading them shares their pages with
-    other processes, writing to one changes this process's copy alone.
+    other processes, writing to one changes this process's copy alone. Others are cast,
+    and dummy ones drawn, one by one as they are asked for.
 
     Raises:
         CheckpointError: a tensor is missing, surplus or misshapen, or a file is

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from baton.checkpoint.model_config import ModelConfig
 from baton.errors import CheckpointError
+from engine.weights.on_demand import OnDemand
 from engine.weights.tensor_shapes import (
     EMBEDDING,
     HEAD,
@@ -29,11 +30,12 @@ _ALIGNMENT = 64
 
 def read_tensors(
     files: Iterable[Path], config: ModelConfig, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+) -> Mapping[str, torch.Tensor]:
     """All tensors of the model, checked against ``config``, on the CPU.
 
     A tensor stored in ``dtype`` is a view of its file, mapped privately: its pages are
-    shared between processes until somebody writes to them. Others are cast copies.
+    shared between processes until somebody writes to them. Others are cast when they
+    are asked for, each time to a copy that is the caller's.
 
     Raises:
         CheckpointError: a tensor or a file is missing, surplus, misshapen, truncated
@@ -52,12 +54,13 @@ def read_tensors(
     check_shapes({n: s for n, s in found.items() if n != HEAD or not tied_copy}, expected, where)
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
-        tensors |= _read_file(path, dtype)
-    if tied_copy and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
+        tensors |= _map_file(path)
+    if tied_copy and not torch.equal(tensors.pop(HEAD).to(dtype), tensors[EMBEDDING].to(dtype)):
         raise CheckpointError(
             f"{where}: config.json sets tie_word_embeddings, but {HEAD} differs from {EMBEDDING}"
         )
-    return tensors
+    # A tensor that has the dtype already is returned as it is.
+    return OnDemand(tensors, lambda name: tensors[name].to(dtype))
 
 
 def _read_shapes(path: Path) -> dict[str, Shape]:
@@ -85,11 +88,10 @@ def _read_shapes(path: Path) -> dict[str, Shape]:
         ) from error
 
 
-def _read_file(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _map_file(path: Path) -> dict[str, torch.Tensor]:
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if not is_ignored(name)]  # noqa: SIM118
-        # A tensor that has the dtype already is returned as it is.
-        return {name: file.get_tensor(name).to(dtype) for name in names}
+        return {name: file.get_tensor(name) for name in names}
 
 
 def write_tensors(

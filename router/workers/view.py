@@ -39,6 +39,7 @@ def _worker_status(
         block_size=record.block_size,
         max_model_len=record.max_model_len,
         generation=record.generation,
+        num_ranks=record.num_ranks,
         num_indexed_blocks=index.num_indexed_blocks(epoch),
         draining=link.draining,
         num_peer_sequences=share.num_sequences,

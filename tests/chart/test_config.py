@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import helm_python as helm
 import pytest
 import yaml
 from support.chart import COMPLETE, GIVEN, Rendered, render
 
-from baton.config import BatonConfig, load_config
+from baton.checkpoint.checkpoint import open_checkpoint
+from baton.config import DEFAULT_MODEL, BatonConfig, load_config, parse_config
 from baton.errors import ConfigurationError
+from baton.parallelism import Parallelism, valid_num_ranks
+from cluster.ray_backend import bundle_of
 
 Json = dict[str, Any]
 
@@ -41,15 +46,15 @@ def test_baton_reads_the_configuration(name: str, tmp_path: Path) -> None:
 
 
 def test_the_known_refusals_alone_keep_the_h100_values_from_serving(tmp_path: Path) -> None:
-    """What values-h100-rdma.yaml says of itself: parallelism and NIXL are not built yet."""
+    """What values-h100-rdma.yaml says of itself: NIXL is not built yet."""
+    rendered = render(COMPLETE["values-h100-rdma.yaml"])
     with pytest.raises(ConfigurationError) as refused:
-        _load(render(COMPLETE["values-h100-rdma.yaml"]), tmp_path)
-    said = sorted(refused.value.message.splitlines())
-    assert len(said) == 3
-    assert said[0].startswith("kv_transfer.transport: Input should be 'auto', 'shared_memory'")
-    for pool, line in zip(("decode", "prefill"), said[1:], strict=True):
-        assert line.startswith(f"pools.{pool}.tensor_parallel_size")
-        assert "not built yet" in line
+        _load(rendered, tmp_path)
+    (said,) = refused.value.message.splitlines()
+    assert said.startswith("kv_transfer.transport: Input should be 'auto', 'shared_memory'")
+    without = yaml.safe_load(rendered.baton_yaml)
+    del without["kv_transfer"]["transport"]
+    assert parse_config(without).pools["decode"].parallelism == Parallelism(4)
 
 
 def test_pools_become_pools(tmp_path: Path) -> None:
@@ -78,6 +83,38 @@ def test_pools_become_pools(tmp_path: Path) -> None:
     assert (workers.worker.port, workers.worker.metrics_port) == (7200, 7101)
     assert workers.worker.drain_s == 7.5
     assert config.pools["long-prompts"].role == "prefill"
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"tensorParallelSize": 3, "numCpus": 2}, {"CPU": 6}),
+        (
+            {"tensorParallelSize": 3, "resources": {"limits": {"nvidia.com/gpu": 6}}},
+            {"CPU": 3, "GPU": 6},
+        ),
+    ],
+    ids=["on CPUs", "on GPUs"],
+)
+def test_pods_offer_ray_what_a_worker_of_several_ranks_asks_for(
+    settings: Json, asked: dict[str, float], tmp_path: Path
+) -> None:
+    rendered = render(GIVEN, {"pools": {"decode": settings}})
+    offered = rendered.group("decode")["rayStartParams"]
+    bundle = bundle_of(_load(rendered, tmp_path).pools["decode"])
+    assert bundle == {**asked, "baton-pool-decode": 1}
+    assert offered["num-cpus"] == str(asked["CPU"])
+    assert offered["num-gpus"] == str(asked.get("GPU", 0))
+
+
+def test_degrees_are_refused_that_the_embedded_model_cannot_be_split_by() -> None:
+    valid = valid_num_ranks(open_checkpoint(DEFAULT_MODEL).config)
+    taken = []
+    for degree in range(1, 13):
+        with contextlib.suppress(helm.HelmRenderError):
+            render(GIVEN, {"pools": {"decode": {"tensorParallelSize": degree}}})
+            taken.append(degree)
+    assert taken == valid
 
 
 @pytest.mark.parametrize(

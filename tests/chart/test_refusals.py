@@ -21,9 +21,17 @@ REDIS_AWAY: Json = {"redis": {"url": ""}}
 RAY_REDIS_AWAY: Json = {"rayRedis": {"address": ""}}
 
 MISFITS: dict[str, tuple[Json, str]] = {
-    "no GPUs for the degree": (
+    "GPUs that the ranks cannot share out": (
+        _pool(tensorParallelSize=3, resources=GPUS),
+        "pools.decode has 2 GPUs .* is 3; give it that many, or none at all",
+    ),
+    "more ranks than the embedded model has heads for": (
         _pool(tensorParallelSize=2),
-        "pools.decode has 0 GPUs .* is 2; give it that many or lower the degrees",
+        "pools.decode: tensorParallelSize 2 .* valid: tensorParallelSize 1, 3, 9 with",
+    ),
+    "experts of a model that has none": (
+        _pool(expertParallelSize=3),
+        "expertParallelSize 3 does not fit the embedded model, .* and no experts",
     ),
     "too few GPUs for tensor times expert": (
         _pool(tensorParallelSize=2, expertParallelSize=2, resources=GPUS),

@@ -8,10 +8,7 @@
 {{- fail "pools.gateway: its workers would be named like gateways; choose another name" -}}
 {{- end -}}
 {{- $transport := (default (dict) .root.Values.config.kv_transfer).transport | default "auto" -}}
-{{- $degree := mul (int $pool.tensorParallelSize) (int $pool.expertParallelSize) -}}
-{{- if and (gt (int $degree) 1) (lt (int $pool.numGpus) (int $degree)) -}}
-{{- fail (printf "pools.%s has %d GPUs in resources.limits (%s), but tensorParallelSize x expertParallelSize is %d; give it that many or lower the degrees" $name (int $pool.numGpus) .root.Values.gpuResourceName (int $degree)) -}}
-{{- end -}}
+{{- include "baton.checkDegrees" . -}}
 {{- if lt (int $pool.maxReplicas) (int $pool.replicas) -}}
 {{- fail (printf "pools.%s.replicas (%d) is over maxReplicas (%d); raise the maximum" $name (int $pool.replicas) (int $pool.maxReplicas)) -}}
 {{- end -}}
@@ -44,6 +41,26 @@
 {{- end -}}
 {{- include "baton.checkMemory" . -}}
 {{- $_ := include "baton.workerGrace" . -}}
+{{- end -}}
+
+{{/* Degrees that a pod's GPUs cannot be shared out over, or the embedded model cannot be split
+     by. What other models allow is known to the worker, which refuses the rest as it starts. */}}
+{{- define "baton.checkDegrees" -}}
+{{- $ranks := int .pool.numRanks -}}
+{{- $gpu := .root.Values.gpuResourceName -}}
+{{- $others := list -}}
+{{- range $resource, $_ := default (dict) .pool.resources.limits -}}
+{{- if and (hasSuffix "/gpu" $resource) (ne $resource $gpu) -}}{{- $others = append $others $resource -}}{{- end -}}
+{{- end -}}
+{{- if and (gt $ranks 1) (or $others (mod (int .pool.numGpus) $ranks)) -}}
+{{- fail (printf "pools.%s has %d GPUs in resources.limits (%s), but tensorParallelSize x expertParallelSize is %d; give it that many, or none at all to compute on CPUs, or change the degrees" .name (int .pool.numGpus) $gpu $ranks) -}}
+{{- end -}}
+{{- $model := .root.Values.model -}}
+{{- if and (eq $model.source "embedded") (eq $model.embedded.name "smollm2-135m-instruct") -}}
+{{- if not (and (eq (int .pool.expertParallelSize) 1) (has $ranks (list 1 3 9))) -}}
+{{- fail (printf "pools.%s: tensorParallelSize %d x expertParallelSize %d does not fit the embedded model, which has 9 query heads, 3 KV heads and no experts; valid: tensorParallelSize 1, 3, 9 with expertParallelSize 1" .name (int .pool.tensorParallelSize) (int .pool.expertParallelSize)) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* A worker asks Ray for what the pool says, so its pods have to offer that. */}}

@@ -31,6 +31,7 @@
 {{- end -}}
 {{- $limits := default (dict) (index $pool.resources "limits") -}}
 {{- $_ := set $pool "numGpus" (int (default 0 (index $limits $.Values.gpuResourceName))) -}}
+{{- $_ := set $pool "numRanks" (mul (int $pool.tensorParallelSize) (int $pool.expertParallelSize)) -}}
 {{- $_ := set $pool "rayResource" (printf "baton-pool-%s" $name) -}}
 {{- $_ := set $pools $name $pool -}}
 {{- $_ := set $keys $name $key -}}
@@ -59,7 +60,7 @@
 {{- $_ := set $config "tensor_parallel_size" $pool.tensorParallelSize -}}
 {{- $_ := set $config "expert_parallel_size" $pool.expertParallelSize -}}
 {{- $_ := set $config "num_cpus" $pool.numCpus -}}
-{{- $_ := set $config "num_gpus" $pool.numGpus -}}
+{{- $_ := set $config "num_gpus" (div $pool.numGpus $pool.numRanks) -}}
 {{- $_ := set $config "resources" (dict $pool.rayResource 1) -}}
 {{- if $pool.engine -}}{{- $_ := set $config "engine" $pool.engine -}}{{- end -}}
 {{- $_ := set $config "worker" $worker -}}

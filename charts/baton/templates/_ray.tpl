@@ -17,7 +17,7 @@
 {{/* `ray start` of a pool's pod. One worker takes the pool's resource, so one fits. JSON. */}}
 {{- define "baton.workerStartParams" -}}
 {{- $ports := .root.Values.ray.ports -}}
-{{- $own := dict "num-cpus" (toString (int .pool.numCpus)) "num-gpus" (toString (int .pool.numGpus)) -}}
+{{- $own := dict "num-cpus" (toString (mul (int .pool.numCpus) (int .pool.numRanks))) "num-gpus" (toString (int .pool.numGpus)) -}}
 {{- $_ := set $own "resources" (printf "'%s'" (toJson (dict .pool.rayResource 1))) -}}
 {{- $_ := set $own "node-manager-port" (toString (int $ports.nodeManager)) -}}
 {{- $_ := set $own "object-manager-port" (toString (int $ports.objectManager)) -}}

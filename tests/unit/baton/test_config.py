@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from baton.config import BatonConfig, load_config, parse_config
 from baton.errors import ConfigurationError
+from baton.parallelism import Parallelism
 
 
 def test_unknown_setting_is_refused_with_the_nearest_name() -> None:
@@ -45,7 +46,7 @@ def test_default_deadline_over_the_maximum_is_refused() -> None:
         ({"cluster": {"fence_s": 1.5}}, "fence_s"),
         ({"registry": {"cluster": ".."}}, r"registry\.cluster"),
         ({"session": {"report_s": 30}}, "report_s"),
-        ({"pools": {"decode": {"tensor_parallel_size": 2}}}, "tensor_parallel_size"),
+        ({"pools": {"decode": {"tensor_parallel_size": 0}}}, "tensor_parallel_size"),
         ({"pools": {"decode": {"engine": {"load_format": "dummy"}}}}, r"set engine\.load_format"),
         (
             {"pools": {"prefill": {}, "decode": {"engine": {"block_size": 32}}}},
@@ -165,8 +166,16 @@ def test_pool_has_the_role_of_its_name_and_settings_of_its_own() -> None:
     prefill, long = config.for_pool("prefill"), config.for_pool("long")
     assert (prefill.engine.threads, prefill.engine.max_num_seqs) == (1, 7)
     assert (long.engine.threads, long.worker.drain_s) == (3, 90)
+    assert list(long.pools) == ["long"]
     with pytest.raises(ConfigurationError, match="there is no pool 'short'"):
         config.for_pool("short")
+
+
+def test_each_pool_has_degrees_of_its_own() -> None:
+    wide = {"tensor_parallel_size": 2, "expert_parallel_size": 4}
+    config = parse_config({"pools": {"decode": wide, "more": {"role": "decode"}}})
+    assert config.for_pool("decode").own_parallelism == Parallelism(2, 4)
+    assert config.for_pool("more").own_parallelism.num_ranks == 1
 
 
 def test_pools_of_a_file_are_all_there_are(tmp_path: Path) -> None:

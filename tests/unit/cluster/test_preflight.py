@@ -112,12 +112,24 @@ def test_dummy_weights_need_no_file(tmp_path: Path) -> None:
 
 
 def test_model_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import baton.checkpoint.checkpoint
-
-    monkeypatch.setattr(baton.checkpoint.checkpoint, "open_checkpoint", lambda *_: None)
+    write_tiny_llama(tmp_path / "llama")
     monkeypatch.chdir(tmp_path)
     assert preflight.local_model(parse_config({"model": "./llama"})) == str(tmp_path / "llama")
     assert preflight.local_model(parse_config({})) == "smollm2-135m-instruct"
+
+
+def test_pool_that_the_model_cannot_be_split_over_is_refused() -> None:
+    pools = {"decode": {"tensor_parallel_size": 2}, "more": {"role": "decode"}}
+    with pytest.raises(ConfigurationError, match=r"pools\.decode: tensor_.* valid: 1, 3, 9"):
+        preflight.local_model(parse_config({"pools": pools}))
+    pools["decode"]["tensor_parallel_size"] = 3
+    preflight.local_model(parse_config({"pools": pools}))
+
+
+def test_every_rank_counts_when_the_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.os, "sched_getaffinity", lambda _: set(range(24)))
+    pools = {"decode": {"replicas": 2, "tensor_parallel_size": 3, "expert_parallel_size": 2}}
+    assert preflight.default_threads(parse_config({"pools": pools})) == 2
 
 
 @pytest.mark.parametrize(

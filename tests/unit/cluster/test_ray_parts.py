@@ -225,6 +225,12 @@ def test_bundle_is_all_that_a_pool_asks_for() -> None:
     assert bundle_of(PoolConfig(role="decode", num_cpus=0)) == {"CPU": 0.001}
 
 
+def test_bundle_has_cpus_and_gpus_for_every_rank_and_further_resources_once() -> None:
+    degrees = {"tensor_parallel_size": 3, "expert_parallel_size": 2}
+    pool = PoolConfig(role="decode", num_cpus=0.5, num_gpus=1, resources={"node": 1}, **degrees)
+    assert bundle_of(pool) == {"CPU": 3, "GPU": 6, "node": 1}
+
+
 def test_ray_of_our_own_has_room_for_every_pool_at_its_largest() -> None:
     room = ample([({"CPU": 2.0, "node": 1.0}, 8), ({"CPU": 1.0, "GPU": 1.0}, 3)])
     assert room["CPU"] >= 2 * 8 + 3

@@ -124,6 +124,7 @@ def worker(worker_id: str, role: str, **over: Any) -> dict[str, Any]:
         "num_quarantined_blocks": 5,
         "num_blocks": 100,
         "block_size": 16,
+        "num_ranks": 1,
         **over,
     }
 
@@ -165,6 +166,19 @@ def test_status_table_shows_use_of_the_cache() -> None:
     row = next(line for line in console.file.getvalue().splitlines() if "prefill-0" in line)
     assert "30.0%" in row
     assert "20.0%" in row
+
+
+def test_status_table_shows_ranks_where_a_worker_has_several() -> None:
+    def shown(*workers: dict[str, Any]) -> list[list[str]]:
+        console = Console(file=io.StringIO(), width=120)
+        console.print(status_table(parse_status({**PAGE, "workers": list(workers)})))
+        assert isinstance(console.file, io.StringIO)
+        return [line.split() for line in console.file.getvalue().splitlines()]
+
+    one, three = worker("prefill-0", "prefill"), worker("decode-0", "decode", num_ranks=3)
+    assert "ranks" not in shown(one)[0]
+    heading, *rows = shown(one, three)
+    assert [row[heading.index("ranks")] for row in rows] == ["1", "3"]
 
 
 def test_status_says_what_is_missing_or_degraded(

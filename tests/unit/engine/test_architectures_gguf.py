@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def load(path: Path) -> dict[str, torch.Tensor]:
+def load(path: Path) -> Mapping[str, torch.Tensor]:
     return load_weights(open_checkpoint(str(path)), torch.float32)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def load(path: Path, dtype: torch.dtype = torch.float32) -> Mapping[str, torch.Tensor]:
     return load_weights(open_checkpoint(str(path)), dtype)
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
@@ -62,6 +64,17 @@ def test_another_dtype_is_a_plain_cast(
     folder = write_tiny_llama(tmp_path / "m", dtype=stored)
     expected = {name: t.to(stored).to(dtype) for name, t in tiny_tensors(TinyLlama()).items()}
     assert_equal(load(folder, dtype), expected)
+
+
+def test_a_cast_tensor_is_held_by_nobody_but_who_asked_for_it(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "m", dtype=torch.float16)
+    tensors = load(folder)
+    asked = tensors[KEYS]
+    watched = weakref.ref(asked)
+    asked.zero_()
+    assert not torch.equal(tensors[KEYS], asked)
+    del asked
+    assert watched() is None
 
 
 def test_tensors_are_mapped_and_writing_to_them_leaves_the_file(tmp_path: Path) -> None:

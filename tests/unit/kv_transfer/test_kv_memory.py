@@ -49,6 +49,23 @@ def test_nobody_can_resize_the_memory_or_map_it_writable() -> None:
     memory.close()
 
 
+def test_others_may_write_who_have_mapped_the_memory_before_it_is_sealed() -> None:
+    memory = KvMemory(8192, sealed=False)
+    with pytest.raises(PermissionError):
+        os.ftruncate(memory.fd, 4096)
+    again = os.open(f"/proc/self/fd/{memory.fd}", os.O_RDWR)
+    early = mmap.mmap(again, 8192, mmap.MAP_SHARED)
+    memory.seal()
+    memory.seal()
+    early[5000] = 7
+    assert memory.buffer[5000] == 7
+    with pytest.raises(PermissionError):
+        mmap.mmap(again, 8192, mmap.MAP_SHARED)
+    early.close()
+    os.close(again)
+    memory.close()
+
+
 def test_closed_memory_lives_as_long_as_its_views() -> None:
     memory = KvMemory(4096)
     view = np.frombuffer(memory.buffer, dtype=np.int64)

@@ -1,0 +1,51 @@
+"""The two ends of a decoder, whose rows are the vocabulary: embedding and head.
+
+Where there are several ranks, each has a range of these rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.layers import Linear
+from engine.parallel.group import RankGroups
+
+
+def embedding_of(weight: Tensor, groups: RankGroups) -> Callable[[Tensor], Tensor]:
+    """int64 [tokens] → [tokens, hidden], of ``weight`` [vocabulary, hidden]."""
+    if groups.world.size == 1:
+        return partial(F.embedding, weight=weight)
+    own = groups.shard.vocabulary(len(weight))
+    rows = weight[own].clone()  # not the file's pages of the other rows
+
+    def embed(token_ids: Tensor) -> Tensor:
+        is_own = (token_ids >= own.start) & (token_ids < own.stop)
+        found = F.embedding(torch.where(is_own, token_ids - own.start, 0), rows)
+        found = torch.where(is_own[:, None], found, 0)
+        return groups.world.all_reduce_(found.float())
+
+    return embed
+
+
+def head_of(weight: Tensor, groups: RankGroups) -> Callable[[Tensor], Tensor]:
+    """[rows, hidden] → logits, float32 [rows, vocabulary]; on the first rank only."""
+    if groups.world.size == 1:
+        return Linear(weight).in_float32
+    vocab_size, shard = len(weight), groups.shard
+    width = -(-vocab_size // shard.num_ranks)
+    own = weight[shard.vocabulary(vocab_size)]
+    padded = F.pad(own, (0, 0, 0, width - len(own)))
+    head = Linear(padded)
+
+    def logits(x: Tensor) -> Tensor:
+        parts = groups.world.gather(head.in_float32(x))
+        if parts is None:
+            return torch.empty(0, vocab_size)
+        return torch.cat(parts, dim=1)[:, :vocab_size]
+
+    return logits

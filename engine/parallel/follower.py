@@ -1,0 +1,60 @@
+"""A rank that follows: it computes the steps that its leader tells, and decides nothing."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+
+import torch
+
+from baton.checkpoint.checkpoint import open_checkpoint
+from baton.errors import CheckpointError
+from baton.kv_layout import KvLayout
+from engine.attention.paged_cpu import attention_of
+from engine.batch import Batch
+from engine.models.decoder import Decoder
+from engine.parallel.followers import READY, RankTask
+from engine.parallel.group import RankGroups, store_at
+from engine.parallel.shard import Shard
+from engine.parallel.step_message import END, decode_step
+from engine.weights.load import load_weights
+
+
+def follow(connection: Connection) -> None:
+    """Serves one leader to its end. Raises EOFError when the leader has died,
+    CheckpointError for weights that cannot be loaded, RuntimeError when another rank died."""
+    task = RankTask.from_json(connection.recv_bytes())
+    rank = _Rank(task, _received_memory(connection, task.layout))
+    connection.send_bytes(READY)
+    while (message := connection.recv_bytes()) != END:
+        rank.compute(decode_step(message))
+
+
+def _received_memory(connection: Connection, layout: KvLayout) -> mmap.mmap:
+    """The worker's KV memory, which all its ranks write to, each its own heads."""
+    descriptor = recv_handle(connection)
+    try:
+        return mmap.mmap(descriptor, layout.num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    finally:
+        os.close(descriptor)
+
+
+class _Rank:
+    def __init__(self, task: RankTask, memory: mmap.mmap) -> None:
+        torch.set_num_threads(task.threads)
+        groups = RankGroups.join(store_at(task.store_port), Shard(task.parallel, task.rank))
+        checkpoint = open_checkpoint(task.model, task.load_format)
+        if checkpoint.revision != task.revision:
+            raise CheckpointError(f"{task.model} has changed since this worker began to start")
+        dtype: torch.dtype = getattr(torch, task.dtype)
+        kv = torch.frombuffer(memory, dtype=dtype).view(task.layout.shape)
+        with torch.inference_mode():
+            self._model = Decoder(checkpoint.config, load_weights(checkpoint, dtype), groups)
+            self._attention = attention_of(checkpoint.config, task.layout, kv, groups)
+
+    @torch.inference_mode()
+    def compute(self, batch: Batch) -> None:
+        attention = self._attention.begin(batch)
+        self._model.forward(batch.token_ids, batch.positions, batch.sampled_rows, attention)

@@ -1,0 +1,94 @@
+"""The ranks of a worker other than its first, as the first one sees them.
+
+1. ``lead`` tells each over its connection what to load, and joins their groups. With it
+   goes the KV memory, which they map: every rank writes its own heads of each block.
+2. ``wait_ready`` returns once all have their weights.
+3. ``send`` starts a step; all compute it together, and only the leader gets its logits.
+4. ``close`` tells them that there are no more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
+
+from torch import Tensor
+
+from baton.checkpoint.checkpoint import LoadFormat
+from baton.errors import InternalError
+from baton.kv_layout import KvLayout
+from baton.parallelism import Parallelism
+from engine.batch import Batch
+from engine.parallel.group import RankGroups, found_store
+from engine.parallel.shard import Shard
+from engine.parallel.step_message import END, encode_step
+
+READY = b"ready"
+
+
+@dataclass(frozen=True, slots=True)
+class RankTask:
+    """What a follower is told at first. ``revision`` is that of the leader's checkpoint,
+    the store is where the ranks find each other."""
+
+    model: str
+    load_format: LoadFormat
+    revision: str
+    dtype: str
+    layout: KvLayout
+    threads: int
+    parallel: Parallelism
+    rank: int = 0
+    store_port: int = 0
+
+    def to_json(self, *, rank: int, store_port: int) -> bytes:
+        return json.dumps(asdict(self) | {"rank": rank, "store_port": store_port}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> RankTask:
+        fields = json.loads(data)
+        layout, parallel = KvLayout(**fields.pop("layout")), Parallelism(**fields.pop("parallel"))
+        return cls(**fields, layout=layout, parallel=parallel)
+
+
+class Followers:
+    """Not thread-safe but for ``close``, which may come while a step is under way."""
+
+    def __init__(self, connections: SequenceOf[Connection], groups: RankGroups) -> None:
+        self._connections = connections
+        self.groups = groups
+
+    @classmethod
+    def lead(cls, connections: SequenceOf[Connection], task: RankTask, memory_fd: int) -> Followers:
+        """Returns once all have joined and mapped ``memory_fd``, which stays the caller's.
+
+        ``connections`` are Unix sockets to rank 1, 2 and so on.
+        """
+        store = found_store()
+        for rank, connection in enumerate(connections, start=1):
+            connection.send_bytes(task.to_json(rank=rank, store_port=store.port))
+            send_handle(connection, memory_fd, 0)
+        return cls(connections, RankGroups.join(store, Shard(task.parallel)))
+
+    def wait_ready(self) -> None:
+        """Raises InternalError for a follower that has ended."""
+        for rank, connection in enumerate(self._connections, start=1):
+            try:
+                answer = connection.recv_bytes()
+            except (EOFError, OSError) as error:
+                raise InternalError(f"rank {rank} ended before it was ready") from error
+            assert answer == READY
+
+    def send(self, batch: Batch, sampled_rows: Tensor) -> None:
+        message = encode_step(batch, sampled_rows)
+        for connection in self._connections:
+            connection.send_bytes(message)
+
+    def close(self) -> None:
+        for connection in self._connections:
+            with suppress(OSError):  # it has ended already
+                connection.send_bytes(END)

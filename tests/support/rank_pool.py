@@ -1,0 +1,90 @@
+"""Ranks in processes of their own that serve one tiny engine after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from support.tiny_engine import DOMAIN, kv_layout
+
+from baton.checkpoint.checkpoint import open_checkpoint
+from baton.parallelism import Parallelism
+from engine.engine import Engine
+from engine.parallel.follower import follow
+from engine.parallel.followers import Followers, RankTask
+from kv_transfer.memory import KvMemory
+
+
+def _serve(connection: Connection) -> None:
+    with contextlib.suppress(EOFError):
+        while True:
+            follow(connection)
+
+
+@contextlib.contextmanager
+def leads(
+    connections: Sequence[Connection], model: str, parallel: Parallelism, *, dtype: str = "float32"
+) -> Iterator[Engine]:
+    """The engine of rank 0, with as many of the followers as ``parallel`` takes."""
+    checkpoint = open_checkpoint(model)
+    layout = replace(kv_layout(checkpoint.config, 20, 16), dtype=dtype)
+    memory = KvMemory(layout.num_bytes, sealed=False)
+    task = RankTask(
+        model=model,
+        load_format="auto",
+        revision=checkpoint.revision,
+        dtype=dtype,
+        layout=layout,
+        threads=1,
+        parallel=parallel,
+    )
+    followers = None
+    if parallel.num_ranks > 1:
+        followers = Followers.lead(connections[: parallel.num_ranks - 1], task, memory.fd)
+    try:
+        yield Engine(
+            checkpoint,
+            dtype=getattr(torch, dtype),
+            layout=layout,
+            memory=memory.buffer,
+            domain=DOMAIN,
+            followers=followers,
+        )
+    finally:
+        if followers is not None:
+            followers.close()
+        memory.close()
+
+
+class RankPool:
+    """This process is rank 0 of every engine; there are ``num_followers`` others."""
+
+    def __init__(self, num_followers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes = []
+        for _ in range(num_followers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def engine(
+        self, model: Path | str, parallel: Parallelism, *, dtype: str = "float32"
+    ) -> contextlib.AbstractContextManager[Engine]:
+        """An engine on the first ``parallel.num_ranks`` ranks, which are free again after it."""
+        return leads(self._connections, str(model), parallel, dtype=dtype)
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(10)
+            assert process.exitcode == 0
