@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -78,6 +80,18 @@ class Clients:
         return end
 
 
+@contextmanager
+def clients_of(server: BatonServer) -> Iterator[Clients]:
+    """Nothing holds them up once the block is left."""
+    with ThreadPoolExecutor(9) as threads:
+        clients = Clients(server, threads)
+        try:
+            yield clients
+        finally:
+            clients.leaves.set()
+            server.inject()
+
+
 @pytest.mark.slow
 def test_high_priority_is_answered_before_the_low_ones_that_fill_every_line(
     server: BatonServer,
@@ -93,8 +107,7 @@ def test_high_priority_is_answered_before_the_low_ones_that_fill_every_line(
 
     slow = {"action": "delay", "seconds": 0.3}
     server.inject(decode__step={**slow, "reached": str(reached)})
-    with ThreadPoolExecutor(9) as threads:
-        clients = Clients(server, threads)
+    with clients_of(server) as clients:
         first = clients.ask("first", LOW, max_tokens=400)
         wait_until(reached.exists, timeout_s=30, what="the first one decodes")
         low: dict[str, Future[str]] = {}
@@ -122,7 +135,6 @@ def test_high_priority_is_answered_before_the_low_ones_that_fill_every_line(
         assert first.result(60) == "left"
         assert high.result(60) == "length"
         assert [each.result(60) for each in low.values()] == ["length"] * 5
-    server.inject()
     order = [name for name in clients.order if name != "first"]
     assert [name for name in order if name != "high"] == list(low)
     # Whether the decode worker hears first of the place or of who is to have it, nobody says.
