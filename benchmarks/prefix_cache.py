@@ -1,15 +1,14 @@
 """What is a repeated prompt's time to the first token, beside that of its first time?
 
 Different prompts of 1,000 tokens are each asked several times, one request after the other, of
-three servers: one prefill and one decode worker as they are by default, the same with every
-prompt handed over, and one worker that does both. The first time nothing of a prompt is cached,
-later all of its full blocks are. Printed are the medians, their ratio, and where the repeated
-time goes.
+two servers: one prefill and one decode worker, and one worker that does both, with the default
+settings. The first time nothing of a prompt is cached, later all of its full blocks are. Printed
+are the medians, their ratio, and where the repeated time goes.
 
     python -m benchmarks.prefix_cache --prompts 8 --repeats 5
     python -m benchmarks.prefix_cache --report     # results into docs/, runs nothing
 
-The servers take turns; the ones that are not measured have nothing to do.
+The servers take turns; the one that is not measured has nothing to do.
 """
 
 from __future__ import annotations
@@ -33,18 +32,14 @@ from benchmarks import page, prefix_cache_report
 from benchmarks.chat_client import new_client, served_model
 from benchmarks.chat_stream import RequestFailed
 from benchmarks.measured import measured_now
-from benchmarks.prefix_cache_report import APART, BOTH, COLOCATED, PARTS, Results, Sample
+from benchmarks.prefix_cache_report import APART, COLOCATED, PARTS, Results, Sample
 from benchmarks.server import BatonServer
 
 SECTION = "prefix cache"
 KEPT = page.KEPT / "prefix-cache.json"
 _RESULTS = page.RESULTS / "prefix-cache.json"
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    BOTH: ("1", {}),
-    APART: ("1", {"local_prefill_max_tokens": 0}),
-    COLOCATED: ("0", {}),
-}
-"""Prefill workers, and settings of ``routing``."""
+NUM_PREFILL = {APART: "1", COLOCATED: "0"}
+"""Prefill workers of each way, beside one decode worker."""
 NUM_TOKENS = 1000
 _ANSWER_TOKENS = 4
 _VOCABULARY = range(1000, 40_000)
@@ -169,10 +164,10 @@ def main() -> None:
     measured = measured_now(shlex.join(["python", "-m", "benchmarks.prefix_cache", *sys.argv[1:]]))
     with tempfile.TemporaryDirectory(prefix="baton-prefix-cache-") as name, ExitStack() as stack:
         urls: dict[str, str] = {}
-        for way, (num_prefill, routing) in WAYS.items():
+        for way, num_prefill in NUM_PREFILL.items():
             server = BatonServer(
-                Path(name) / way.replace(" ", "-"),
-                settings={"engine": {"dtype": given.dtype}, "routing": routing},
+                Path(name) / way,
+                settings={"engine": {"dtype": given.dtype}},
                 arguments=("--prefill", num_prefill, "--decode", "1"),
             )
             urls[way] = stack.enter_context(server).url

@@ -11,7 +11,7 @@ from typing import Any, Self
 from benchmarks.measured import Measured
 from benchmarks.page import read_json, write_json
 
-BOTH, APART, COLOCATED = "disaggregated", "always handed over", "colocated"
+APART, COLOCATED = "disaggregated", "colocated"
 GOAL = 0.15
 """Of a repeated prompt's TTFT to that of its first time, at most."""
 PARTS = ("queue", "route", "room", "prefill")
@@ -83,8 +83,7 @@ def section(results: Results) -> str:
     setting = (
         f"{results.measured.sentence} Each of {results.num_prompts} prompts of {num_tokens:,} "
         f"tokens (dtype {results.dtype}) is asked once and then {results.num_repeats} times "
-        "again, one request at a time on an idle server: of one prefill and one decode worker as "
-        f"they are by default (*{BOTH}*), of the same with no prompt left to the decode worker "
+        "again, one request at a time on an idle server: of one prefill and one decode worker "
         f"(*{APART}*), and of one worker that does both (*{COLOCATED}*). TTFT is the client's, "
         "in ms: medians, and in brackets the least and the most."
     )

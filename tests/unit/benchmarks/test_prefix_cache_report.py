@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import prefix_cache_report
 from benchmarks.measured import Measured
-from benchmarks.prefix_cache_report import BOTH, COLOCATED, Results, Sample
+from benchmarks.prefix_cache_report import APART, COLOCATED, Results, Sample
 
 MEASURED = Measured("2030-01-01 00:00 UTC", "cmd", "abc1234", "A CPU", 2, 0, "3.11.7", 0.1)
 
@@ -23,7 +23,7 @@ def samples(way: str, first_ms: tuple[float, ...], again_ms: tuple[float, ...]) 
             repeat=repeat,
             num_tokens=1000,
             num_cached_tokens=992 * repeat,
-            prefill_worker="prefill-0" if way == BOTH and not repeat else None,
+            prefill_worker="prefill-0" if way == APART and not repeat else None,
             ttft_ms=ttft_ms,
             parts_ms={"queue": 1.0, "route": 2.0, "room": 3.0, "prefill": ttft_ms - 10},
         )
@@ -34,13 +34,13 @@ def samples(way: str, first_ms: tuple[float, ...], again_ms: tuple[float, ...]) 
 
 @pytest.fixture
 def results() -> Results:
-    both = samples(BOTH, (900, 1000, 5000), (50, 60, 70))
+    apart = samples(APART, (900, 1000, 5000), (50, 60, 70))
     colocated = samples(COLOCATED, (400, 400, 400), (61, 61, 30))
-    return Results(MEASURED, "float32", 3, 1, (*both, *colocated))
+    return Results(MEASURED, "float32", 3, 1, (*apart, *colocated))
 
 
 def test_the_ratio_is_that_of_the_medians(results: Results) -> None:
-    assert results.ratio(BOTH) == pytest.approx(0.06)
+    assert results.ratio(APART) == pytest.approx(0.06)
     assert results.ratio(COLOCATED) == pytest.approx(61 / 400)
 
 
@@ -54,7 +54,7 @@ def test_the_section_says_what_the_figures_say(results: Results) -> None:
 
 
 def test_the_goal_is_reached_at_its_very_bound(results: Results) -> None:
-    exact = replace(results, samples=tuple(samples(BOTH, (1000.0,), (150.0,))))
+    exact = replace(results, samples=tuple(samples(APART, (1000.0,), (150.0,))))
     assert "(the goal of 0.15 is reached)" in prefix_cache_report.section(exact)
 
 
