@@ -11,12 +11,13 @@
 # make bench-routing        cached tokens and TTFT of every routing policy on a trace (25 minutes);
 #                           fails where kv_aware misses its goal, an answer or the index is wrong
 # make bench-local-prefill  from how many uncached tokens on a prefill worker pays
+# make bench-prefix-cache   TTFT of a repeated 1,000-token prompt beside that of its first time
 # make clean    remove what the tools left; make distclean removes .venv too
 
 BIN := .venv/bin
 
 .PHONY: help setup serve test chaos exhaustive check proto clean distclean
-.PHONY: bench-goodput bench-routing bench-local-prefill
+.PHONY: bench-goodput bench-routing bench-local-prefill bench-prefix-cache
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +45,7 @@ check: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python scripts/stubs.py --check
 	$(BIN)/python scripts/config_page.py --check
+	$(BIN)/python scripts/models_page.py --check
 	$(BIN)/python scripts/chart_schema.py --check
 	$(BIN)/python scripts/chart_lint.py
 
@@ -58,6 +60,9 @@ bench-routing: setup
 
 bench-local-prefill: setup
 	@exec $(BIN)/python -m benchmarks.local_prefill $(ARGS)
+
+bench-prefix-cache: setup
+	@exec $(BIN)/python -m benchmarks.prefix_cache $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -66,24 +66,25 @@ class RankPool:
 
     def __init__(self, num_followers: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connections: list[Connection] = []
+        self.connections: list[Connection] = []
+        """To the others; they serve whoever leads on them, one engine after the other."""
         self._processes = []
         for _ in range(num_followers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
-            self._connections.append(ours)
+            self.connections.append(ours)
             self._processes.append(process)
 
     def engine(
         self, model: Path | str, parallel: Parallelism, *, dtype: str = "float32"
     ) -> contextlib.AbstractContextManager[Engine]:
         """An engine on the first ``parallel.num_ranks`` ranks, which are free again after it."""
-        return leads(self._connections, str(model), parallel, dtype=dtype)
+        return leads(self.connections, str(model), parallel, dtype=dtype)
 
     def close(self) -> None:
-        for connection in self._connections:
+        for connection in self.connections:
             connection.close()
         for process in self._processes:
             process.join(10)

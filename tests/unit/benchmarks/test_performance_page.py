@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import goodput, local_prefill, page
+from benchmarks import goodput, local_prefill, page, prefix_cache
 from benchmarks.routing import replay
 
 SECTIONS = [
-    (module.SECTION, module.KEPT, module.section) for module in (goodput, replay, local_prefill)
+    (module.SECTION, module.KEPT, module.section)
+    for module in (goodput, replay, local_prefill, prefix_cache)
 ]
 MOST_BYTES = 100 * 1024
 
