@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 from baton.checkpoint.model_config import ModelConfig
-from engine.weights.tensor_shapes import Shape, expected_shapes
+from engine.weights.tensor_shapes import Shape, expected_shapes, is_float32
 
 
 def dummy_tensors(
@@ -18,13 +18,14 @@ def dummy_tensors(
     Each tensor is drawn by itself, so that who needs some of them gets the same.
     """
     return {
-        name: _draw(name, shape, seed).to(dtype) for name, shape in expected_shapes(config).items()
+        name: _draw(name, shape, seed).to(torch.float32 if is_float32(name) else dtype)
+        for name, shape in expected_shapes(config).items()
     }
 
 
 def _draw(name: str, shape: Shape, seed: int) -> torch.Tensor:
     """Norms of 1; of matrices, outputs that are about as large as the inputs."""
-    if len(shape) == 1 and not name.endswith(".bias"):
+    if len(shape) == 1 and not name.endswith("bias"):
         return torch.ones(shape)
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -20,6 +20,7 @@ from engine.weights.tensor_shapes import (
     Shape,
     check_shapes,
     expected_shapes,
+    is_float32,
     is_ignored,
 )
 
@@ -33,7 +34,8 @@ def read_tensors(
     """All tensors of the model, checked against ``config``, on the CPU.
 
     A tensor stored in ``dtype`` is a view of its file, mapped privately: its pages are
-    shared between processes until somebody writes to them. Others are cast copies.
+    shared between processes until somebody writes to them. Others are cast copies. A few
+    are always float32 (``is_float32``).
 
     Raises:
         CheckpointError: a tensor or a file is missing, surplus, misshapen, truncated
@@ -42,7 +44,7 @@ def read_tensors(
     files = list(files)
     found: dict[str, Shape] = {}
     for path in files:
-        for name, shape in _read_shapes(path).items():
+        for name, shape in _read_shapes(path, config).items():
             if name in found:
                 raise CheckpointError(f"{path}: {name} is in another file too")
             found[name] = shape
@@ -52,7 +54,7 @@ def read_tensors(
     check_shapes({n: s for n, s in found.items() if n != HEAD or not tied_copy}, expected, where)
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
-        tensors |= _read_file(path, dtype)
+        tensors |= _read_file(path, config, dtype)
     if tied_copy and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
         raise CheckpointError(
             f"{where}: config.json sets tie_word_embeddings, but {HEAD} differs from {EMBEDDING}"
@@ -60,13 +62,13 @@ def read_tensors(
     return tensors
 
 
-def _read_shapes(path: Path) -> dict[str, Shape]:
+def _read_shapes(path: Path, config: ModelConfig) -> dict[str, Shape]:
     """Shapes of the file's tensors, from its header. Raises CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {}
             for name in file.keys():  # noqa: SIM118 - the handle is no mapping
-                if is_ignored(name):
+                if is_ignored(name, config):
                     continue
                 part = file.get_slice(name)
                 if part.get_dtype() not in _KINDS.values():
@@ -85,11 +87,14 @@ def _read_shapes(path: Path) -> dict[str, Shape]:
         ) from error
 
 
-def _read_file(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _read_file(path: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if not is_ignored(name)]  # noqa: SIM118
+        names = [name for name in file.keys() if not is_ignored(name, config)]  # noqa: SIM118
         # A tensor that has the dtype already is returned as it is.
-        return {name: file.get_tensor(name).to(dtype) for name in names}
+        return {
+            name: file.get_tensor(name).to(torch.float32 if is_float32(name) else dtype)
+            for name in names
+        }
 
 
 def write_tensors(
