@@ -1,6 +1,7 @@
 """The shape of a paged KV pool in memory, shared by engine and hand-off.
 
-One pool is one allocation ``[block][kv_head][layer][K/V][token][dim]``. A block
+One pool is one allocation ``[block][kv_head][layer][part][token][dim]``; the parts of
+a token are its key and its value, or one row that is both (latent attention). A block
 is one contiguous run, and so is every (block, kv_head): moving a block, or one
 rank's heads of it, needs one descriptor.
 """
@@ -19,7 +20,11 @@ DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
 @dataclass(frozen=True, slots=True)
 class KvLayout:
     """Sizes of one worker's pool. ``num_blocks`` counts usable blocks only:
-    the memory holds one more, ``scratch_block``, where padding writes go."""
+    the memory holds one more, ``scratch_block``, where padding writes go.
+
+    ``num_kv_parts`` is 2 where a token has a key and a value of ``head_dim`` elements
+    each, 1 where its value is the beginning of its key.
+    """
 
     num_blocks: int
     num_kv_heads: int
@@ -27,6 +32,7 @@ class KvLayout:
     block_size: int
     head_dim: int
     dtype: KvDtype
+    num_kv_parts: int = 2
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
@@ -35,7 +41,7 @@ class KvLayout:
             self.num_blocks + 1,
             self.num_kv_heads,
             self.num_layers,
-            2,
+            self.num_kv_parts,
             self.block_size,
             self.head_dim,
         )
@@ -51,8 +57,9 @@ class KvLayout:
 
     @property
     def token_bytes(self) -> int:
-        """KV bytes of one token: layers × 2 × KV heads × head_dim × element size."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.item_bytes
+        """KV bytes of one token: layers × parts × KV heads × head_dim × element size."""
+        rows = self.num_layers * self.num_kv_parts * self.num_kv_heads
+        return rows * self.head_dim * self.item_bytes
 
     @property
     def block_bytes(self) -> int:
@@ -70,8 +77,8 @@ class KvLayout:
         strides = [self.item_bytes]
         for size in reversed(sizes[1:]):
             strides.append(strides[-1] * size)
-        block, head, layer, kv, token, dim = reversed(strides)
-        return (block, head, layer, kv, token, dim)
+        block, head, layer, part, token, dim = reversed(strides)
+        return (block, head, layer, part, token, dim)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` tokens occupy."""

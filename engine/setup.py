@@ -62,9 +62,7 @@ def plan_engine(
     check_parallelism(model, parallel, where=checkpoint.name)
     dtype = resolve_dtype(engine.dtype)
     dtype_name = cast(KvDtype, str(dtype).removeprefix("torch."))
-    one_block = KvLayout(
-        1, model.num_kv_heads, model.num_layers, engine.block_size, model.head_dim, dtype_name
-    )
+    one_block = model.kv_layout(num_blocks=1, block_size=engine.block_size, dtype=dtype_name)
     num_blocks = engine.kv_cache_bytes // one_block.block_bytes - 1
     if num_blocks < 1:
         raise ConfigurationError(

@@ -4,8 +4,8 @@ Words of 8 bytes, because copying is faster with them than byte by byte; both
 operations release the GIL. A whole block is one run of bytes. Of a block that
 is filled in part, only the valid tokens are touched::
 
-    block [kv_head][layer][K/V][token][dim]
-          every (kv_head, layer, K/V) is a row; the first num_tokens of each row move
+    block [kv_head][layer][part][token][dim]
+          every (kv_head, layer, part) is a row; the first num_tokens of each row move
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PoolView:
         row_bytes = layout.head_dim * layout.item_bytes
         kind = np.int64 if row_bytes % 8 == 0 else np.uint8
         words = np.frombuffer(memory, dtype=kind, count=layout.num_bytes // kind().itemsize)
-        rows = layout.num_kv_heads * layout.num_layers * 2
+        rows = layout.num_kv_heads * layout.num_layers * layout.num_kv_parts
         self._blocks = words.reshape(layout.num_blocks + 1, -1)
         self._rows = words.reshape(layout.num_blocks + 1, rows, layout.block_size, -1)
 

@@ -16,6 +16,8 @@ from baton.protocol import PROTOCOL_VERSION
 from kv_transfer.transports import gloo_links, shared_memory
 from kv_transfer.v1 import transfer_pb2 as pb
 
+_LAYOUT = ("num_kv_heads", "num_layers", "num_kv_parts", "block_size", "head_dim", "dtype")
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -92,6 +94,7 @@ def make_welcome(identity: Identity, *, verify: bool) -> pb.PeerWelcome:
             head_dim=layout.head_dim,
             dtype=layout.dtype,
             strides=layout.strides,
+            num_kv_parts=layout.num_kv_parts,
         ),
         verify=verify,
     )
@@ -106,7 +109,7 @@ def refuse_welcome(
     if welcome.worker_id != worker_id:
         return f"{welcome.worker_id} answers where {worker_id} was expected"
     mine, theirs = identity.layout, welcome.layout
-    for name in ("num_kv_heads", "num_layers", "block_size", "head_dim", "dtype"):
+    for name in _LAYOUT:
         if getattr(mine, name) != getattr(theirs, name):
             return _differ(f"KV layout ({name})", getattr(mine, name), getattr(theirs, name))
     if tuple(theirs.strides) != mine.strides:

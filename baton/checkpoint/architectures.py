@@ -19,6 +19,7 @@ from baton.checkpoint.decoder_parts import (
     qwen_windows,
     same_window,
 )
+from baton.checkpoint.deepseek import deepseek_v2, deepseek_v3
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,4 +178,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         rope_theta=2e6,
         tie_word_embeddings=True,
     ),
+    "DeepseekV2ForCausalLM": Architecture("deepseek_v2", deepseek_v2),
+    "DeepseekV3ForCausalLM": Architecture("deepseek_v3", deepseek_v3, required=("norm_topk_prob",)),
 }

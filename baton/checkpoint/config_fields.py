@@ -26,14 +26,14 @@ class ConfigFields:
         """The value, or None where it is absent or null."""
         return self.data.get(name)
 
-    def count(self, name: str, default: int | None = None) -> int:
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         value = self.get(name)
         if value is None:
             value = default
         if value is None:
             self.fail(f"{name} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.fail(f"{name} is {value!r}; expected a whole number of 1 or more")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self.fail(f"{name} is {value!r}; expected a whole number of {least} or more")
         return int(value)
 
     def positive(self, name: str, default: float | None = None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from baton.checkpoint.config_fields import ConfigFields
 
@@ -14,6 +15,13 @@ class MoeConfig:
     ``normalizes`` says whether the chosen experts' weights are scaled to a sum of 1.
     ``dense_layers`` have the dense MLP all the same. The names are those of the tensors
     in one layer: the block's, and an expert's gate, up and down projections.
+
+    ``scoring`` makes an expert's score of the router's output. Where ``has_choice_bias``,
+    experts are chosen by their scores and a bias each; weights come from the scores alone,
+    times ``weights_scale``. The experts lie in ``num_groups`` groups, of which only
+    ``num_chosen_groups`` are chosen from: those with the largest sums of their best
+    ``num_summed`` experts. ``shared_intermediate_size`` is that of an MLP that every token
+    goes through beside its experts; 0 where there is none.
     """
 
     num_experts: int
@@ -25,6 +33,41 @@ class MoeConfig:
     gate_name: str = "gate_proj"
     up_name: str = "up_proj"
     down_name: str = "down_proj"
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    has_choice_bias: bool = False
+    weights_scale: float = 1.0
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    num_summed: int = 1
+    shared_intermediate_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, 2024) in place of grouped-query attention.
+
+    A token's keys and values, those of all heads, are made from one latent vector of
+    ``kv_rank`` elements, and its queries from one of ``query_rank``, if that is not None.
+    A query and a key are ``plain_dim`` elements and ``rotary_dim`` more that have the
+    rotary embedding; those of the key are the same for all heads. ``turns_neighbours``
+    says that the embedding turns pairs (2i, 2i+1), not (i, i + rotary_dim / 2).
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    turns_neighbours: bool = True
+
+    @property
+    def query_dim(self) -> int:
+        return self.plain_dim + self.rotary_dim
+
+    @property
+    def cached_dim(self) -> int:
+        """Elements that are kept of a token: its latent vector, and the rotated part of its key."""
+        return self.kv_rank + self.rotary_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +76,9 @@ class DecoderParts:
 
     ``windows`` has one entry a layer: how many tokens it attends to, itself included,
     or None for all. It is empty where no layer has a window. ``unrotated_layers`` have
-    no position embedding.
+    no position embedding. With ``latent`` attention ``qkv_bias`` is that of the projections
+    to the latent vectors. ``num_draft_layers`` come behind the others, for multi-token
+    prediction: a checkpoint has their tensors, and nothing here uses them.
     """
 
     qkv_bias: bool = False
@@ -43,6 +88,8 @@ class DecoderParts:
     windows: tuple[int | None, ...] = ()
     unrotated_layers: frozenset[int] = frozenset()
     moe: MoeConfig | None = None
+    latent: LatentConfig | None = None
+    num_draft_layers: int = 0
 
     def within(self, max_position: int) -> DecoderParts:
         """Without windows as long as the longest context: they never cut anything off."""

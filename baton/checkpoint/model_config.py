@@ -14,6 +14,7 @@ from baton.checkpoint.architectures import ARCHITECTURES
 from baton.checkpoint.config_fields import ConfigFields
 from baton.checkpoint.decoder_parts import DecoderParts
 from baton.checkpoint.rope_config import RopeConfig, read_rope
+from baton.kv_layout import KvDtype, KvLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class ModelConfig:
     """Sizes and constants of one decoder. ``architecture`` is a key of ARCHITECTURES.
 
     ``intermediate_size`` is that of the dense MLPs; 0 where no layer has one.
+    ``num_kv_heads`` and ``head_dim`` are those of what is cached: with latent attention
+    one head of the latent vector and the rotated key, whatever the heads made from it.
     """
 
     architecture: str
@@ -53,8 +56,13 @@ class ModelConfig:
         parts = entry.parts(fields)
         num_layers = fields.count("num_hidden_layers")
         num_heads, hidden_size = fields.count("num_attention_heads"), fields.count("hidden_size")
-        head_dim = fields.count("head_dim", hidden_size // num_heads)
-        rope = read_rope(fields, default_theta=entry.rope_theta, head_dim=head_dim)
+        if parts.latent is not None:
+            num_kv_heads, head_dim = 1, parts.latent.cached_dim
+            rotary_dim = parts.latent.rotary_dim
+        else:
+            num_kv_heads = fields.count("num_key_value_heads", num_heads)
+            rotary_dim = head_dim = fields.count("head_dim", hidden_size // num_heads)
+        rope = read_rope(fields, default_theta=entry.rope_theta, head_dim=rotary_dim)
         max_position = _max_position(fields, rope)
         has_dense = any(not parts.is_sparse(layer) for layer in range(num_layers))
         config = cls(
@@ -63,7 +71,7 @@ class ModelConfig:
             hidden_size=hidden_size,
             intermediate_size=fields.count("intermediate_size") if has_dense else 0,
             num_heads=num_heads,
-            num_kv_heads=fields.count("num_key_value_heads", num_heads),
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             vocab_size=fields.count("vocab_size"),
             max_position=max_position,
@@ -74,6 +82,36 @@ class ModelConfig:
         )
         _check_sizes(config, fields)
         return config
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that have the rotary embedding."""
+        return self.parts.latent.rotary_dim if self.parts.latent is not None else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of what attention sums up, as it is cached."""
+        return self.parts.latent.kv_rank if self.parts.latent is not None else self.head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention's scores are multiplied by."""
+        if self.parts.latent is None:
+            return float(self.head_dim**-0.5)
+        magnitude = self.rope.magnitude(self.rope.mscale_all_dim or 0.0)
+        return float(self.parts.latent.query_dim**-0.5 * magnitude**2)
+
+    def kv_layout(self, *, num_blocks: int, block_size: int, dtype: KvDtype) -> KvLayout:
+        """A pool that caches this model's tokens."""
+        return KvLayout(
+            num_blocks=num_blocks,
+            num_kv_heads=self.num_kv_heads,
+            num_layers=self.num_layers,
+            block_size=block_size,
+            head_dim=self.head_dim,
+            dtype=dtype,
+            num_kv_parts=1 if self.parts.latent is not None else 2,
+        )
 
 
 def _architecture(fields: ConfigFields) -> str:
@@ -102,7 +140,8 @@ def _max_position(fields: ConfigFields, rope: RopeConfig) -> int:
 
 
 def _check_sizes(config: ModelConfig, fields: ConfigFields) -> None:
-    if fields.get("head_dim") is None and config.hidden_size % config.num_heads:
+    has_heads = config.parts.latent is None
+    if has_heads and fields.get("head_dim") is None and config.hidden_size % config.num_heads:
         fields.fail(
             f"hidden_size {config.hidden_size} is no multiple of num_attention_heads "
             f"{config.num_heads}, and head_dim is missing"
@@ -112,8 +151,9 @@ def _check_sizes(config: ModelConfig, fields: ConfigFields) -> None:
             f"num_attention_heads {config.num_heads} is no multiple of num_key_value_heads "
             f"{config.num_kv_heads}"
         )
-    if config.head_dim % 2:
-        fields.fail(f"head_dim {config.head_dim} is odd; rotary embeddings need an even one")
+    if config.rotary_dim % 2:
+        name = "head_dim" if has_heads else "qk_rope_head_dim"
+        fields.fail(f"{name} {config.rotary_dim} is odd; rotary embeddings need an even one")
     moe = config.parts.moe
     if moe is not None and moe.num_experts_per_token > moe.num_experts:
         fields.fail(

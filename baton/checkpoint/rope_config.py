@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +48,10 @@ class RopeConfig:
     truncate: bool = True
     attention_factor: float | None = None
     factors: tuple[float, ...] = ()
+
+    def magnitude(self, mscale: float) -> float:
+        """What YaRN multiplies queries and keys by, each, at ``factor`` times the length."""
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
 
 def read_rope(fields: ConfigFields, *, default_theta: float, head_dim: int) -> RopeConfig:

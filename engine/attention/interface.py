@@ -23,6 +23,10 @@ class AttentionStep(Protocol):
         ``query`` is [tokens, heads, head_dim], ``key_value`` [tokens, 2, KV heads,
         head_dim]. Returns a contiguous [tokens, heads, head_dim]. Query head h reads KV
         head h // (heads / KV heads); scores are scaled by head_dim ** -0.5.
+
+        In a pool of one part, ``key_value`` is [tokens, 1, KV heads, head_dim]: the first
+        ``value_dim`` elements of a key are its value. That length, which then is the last of
+        the result, and the scale are what the backend was made with.
         """
         ...
 

@@ -1,12 +1,13 @@
 """Attention over the paged pool on a CPU: gathers each context, then multiplies.
 
-The pool [block][kv_head][layer][K/V][token][dim] is read and written through two
+The pool [block][kv_head][layer][part][token][dim] is read and written through two
 flat views of rows::
 
-    one block of one head, layer, K or V: ((block * heads + head) * layers + layer) * 2 + kv
-    one token in it:                      the above * block_size + offset
+    one block of one head, layer, part: ((block * heads + head) * layers + layer) * parts + part
+    one token in it:                    the above * block_size + offset
 
-Both are linear in the layer, so their indices are computed once per step.
+Both are linear in the layer, so their indices are computed once per step. The parts are
+K and V; where there is one, V is the beginning of K and is gathered with it.
 
 Scores come from batched matrix products and a softmax rather than from torch's
 fused attention, whose CPU kernel multiplies in float32: for a chunk of 512 tokens
@@ -45,7 +46,8 @@ class PagedCpuAttention:
 
     ``windows`` is one layer's sliding window each, None for none; empty if no layer has one.
     ``kv_heads`` are those that the query heads read, by default all; the pool's others are
-    left alone.
+    left alone. ``scale`` multiplies scores, by default head_dim ** -0.5. ``value_dim`` is
+    the length of a value, by default head_dim; only in a pool of one part it may be shorter.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class PagedCpuAttention:
         windows: Windows = (),
         *,
         kv_heads: slice = WHOLE,
+        scale: float | None = None,
+        value_dim: int | None = None,
     ) -> None:
         own_heads = torch.arange(layout.num_kv_heads)[kv_heads]
         assert kv.shape == layout.shape
@@ -65,6 +69,9 @@ class PagedCpuAttention:
         self.num_kv_heads = len(own_heads)
         self._kv_heads = own_heads
         self.num_heads = num_heads
+        self.scale = layout.head_dim**-0.5 if scale is None else scale
+        self.value_dim = value_dim or layout.head_dim
+        assert layout.num_kv_parts == 1 or self.value_dim == layout.head_dim
         self.windows = windows or (None,) * layout.num_layers
         self.dtype = kv.dtype
         self.tokens = kv.view(-1, layout.head_dim)
@@ -79,47 +86,50 @@ class PagedCpuAttention:
         return _PagedCpuStep(self, batch)
 
     def block_rows(self, block_table: Tensor) -> Tensor:
-        """Rows of ``blocks`` to gather, [layers, 2 × tables × heads × blocks], K before V."""
+        """Rows of ``blocks`` to gather: [layers, parts × tables × heads × blocks]."""
         layout = self.layout
+        num_parts = layout.num_kv_parts
         table = block_table.long()[:, None, :] * layout.num_kv_heads
-        keys = (table + self._kv_heads[:, None]) * (layout.num_layers * 2)
-        first = torch.stack([keys, keys + 1]).view(-1)
-        return first + torch.arange(layout.num_layers)[:, None] * 2
+        keys = (table + self._kv_heads[:, None]) * (layout.num_layers * num_parts)
+        first = torch.stack([keys + part for part in range(num_parts)]).view(-1)
+        return first + torch.arange(layout.num_layers)[:, None] * num_parts
 
     def token_rows(self, slot_mapping: Tensor) -> Tensor:
-        """Rows of ``tokens`` to write, [layers, tokens × 2 × heads]."""
+        """Rows of ``tokens`` to write, [layers, tokens × parts × heads]."""
         layout = self.layout
+        num_parts = layout.num_kv_parts
         block_ids = (slot_mapping // layout.block_size)[:, None, None] * layout.num_kv_heads
-        kinds = torch.arange(2)[:, None]
-        rows = (block_ids + self._kv_heads) * (layout.num_layers * 2) + kinds
+        parts = torch.arange(num_parts)[:, None]
+        rows = (block_ids + self._kv_heads) * (layout.num_layers * num_parts) + parts
         rows = rows * layout.block_size + (slot_mapping % layout.block_size)[:, None, None]
-        layers = torch.arange(layout.num_layers)[:, None] * (2 * layout.block_size)
+        layers = torch.arange(layout.num_layers)[:, None] * (num_parts * layout.block_size)
         return rows.view(-1) + layers
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """The blocks at ``rows``, as K and V: [2, tables × heads, tokens, head_dim].
+    def gather(self, rows: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
+        """K and V of the blocks at ``rows``, of ``num_pairs`` tables × heads:
+        [pairs, tokens, head_dim] and [pairs, tokens, value_dim].
 
-        The result is overwritten by the next call.
+        They are overwritten by the next call.
         """
         width = self.blocks.shape[1]
         if self._workspace.numel() < len(rows) * width:
             self._workspace = torch.empty(len(rows) * width, dtype=self.blocks.dtype)
         out = self._workspace[: len(rows) * width].view(len(rows), width)
         torch.index_select(self.blocks, 0, rows, out=out)
-        return out
+        parts = out.view(self.layout.num_kv_parts, num_pairs, -1, self.layout.head_dim)
+        return parts[0], parts[-1, ..., : self.value_dim]
 
     def attend_decodes(
         self, query: Tensor, out: Tensor, rows: slice, block_rows: Tensor, mask: Tensor
     ) -> None:
         """Spans of one token each: ``mask`` is added to the scores of what is gathered."""
-        head_dim = self.layout.head_dim
         num_pairs = (rows.stop - rows.start) * self.num_kv_heads
-        keys, values = self.gather(block_rows).view(2, num_pairs, -1, head_dim)
+        keys, values = self.gather(block_rows, num_pairs)
         # The query heads of one KV head are the rows of one product.
-        grouped = query[rows].reshape(num_pairs, -1, head_dim)
-        scores = torch.baddbmm(mask, grouped, keys.transpose(1, 2), alpha=head_dim**-0.5)
+        grouped = query[rows].reshape(num_pairs, -1, query.shape[2])
+        scores = torch.baddbmm(mask, grouped, keys.transpose(1, 2), alpha=self.scale)
         attended = torch.bmm(scores.softmax(dim=-1), values)
-        out[rows] = attended.view(-1, *query.shape[1:])
+        out[rows] = attended.view(-1, *out.shape[1:])
 
     def chunk_scores(self, query: Tensor, keys: Tensor) -> Tensor:
         """Scaled products of consecutive tokens' [rows, heads, head_dim] with
@@ -132,7 +142,7 @@ class PagedCpuAttention:
             grouped.reshape(num_kv_heads, -1, head_dim),
             keys.transpose(1, 2),
             beta=0,
-            alpha=head_dim**-0.5,
+            alpha=self.scale,
         )
 
 
@@ -147,6 +157,8 @@ def attention_of(
         query.stop - query.start,
         config.parts.windows,
         kv_heads=groups.shard.kv_heads(config),
+        scale=config.attention_scale,
+        value_dim=config.value_dim,
     )
 
 
@@ -161,7 +173,7 @@ class _PagedCpuStep:
         tokens = self._attention.tokens
         flat = key_value.reshape(-1, tokens.shape[1])
         tokens.index_copy_(0, self._token_rows[layer], flat)
-        out = torch.empty(query.shape, dtype=query.dtype)
+        out = torch.empty(*query.shape[:2], self._attention.value_dim, dtype=query.dtype)
         for part in self._parts[layer]:
             part.attend(layer, query, out)
         return out
@@ -245,9 +257,8 @@ class _Chunk:
         self._block_rows = attention.block_rows(block_table[None, :num_blocks])
 
     def attend(self, layer: int, query: Tensor, out: Tensor) -> None:
-        layout, span = self._attention.layout, self._span
-        gathered = self._attention.gather(self._block_rows[layer])
-        keys, values = gathered.view(2, self._attention.num_kv_heads, -1, layout.head_dim)
+        attention, span = self._attention, self._span
+        keys, values = attention.gather(self._block_rows[layer], attention.num_kv_heads)
         end = span.first_row + span.num_tokens
         for first in range(span.first_row, end, _NUM_QUERY_ROWS):
             rows = slice(first, min(end, first + _NUM_QUERY_ROWS))
@@ -257,11 +268,11 @@ class _Chunk:
     def _attend_rows(self, query: Tensor, keys: Tensor, values: Tensor, num_before: int) -> Tensor:
         """Consecutive tokens, [rows, heads, head_dim], that ``num_before`` tokens precede."""
         layout = self._attention.layout
-        num_rows, num_heads, head_dim = query.shape
+        num_rows, num_heads, _ = query.shape
         # Up to the end of the last row's block; what lies behind that row is masked.
         num_keys = layout.num_blocks_for(num_before + num_rows) * layout.block_size
         scores = self._attention.chunk_scores(query, keys[:, :num_keys])
         own = scores.view(num_heads, num_rows, num_keys)[:, :, num_before:]
         own.add_(self._attention.causal[:num_rows, : num_keys - num_before])
         attended = torch.bmm(scores.softmax(dim=-1), values[:, :num_keys])
-        return attended.view(num_heads, num_rows, head_dim).transpose(0, 1)
+        return attended.view(num_heads, num_rows, -1).transpose(0, 1)

@@ -79,14 +79,13 @@ class WindowedChunk:
             self._products.append((rows, slice(low - offset, high - offset), mask))
 
     def attend(self, layer: int, query: Tensor, out: Tensor) -> None:
-        layout = self._attention.layout
-        gathered = self._attention.gather(self._block_rows[layer])
-        keys, values = gathered.view(2, self._attention.num_kv_heads, -1, layout.head_dim)
+        attention = self._attention
+        keys, values = attention.gather(self._block_rows[layer], attention.num_kv_heads)
         for rows, visible, mask in self._products:
-            scores = self._attention.chunk_scores(query[rows], keys[:, visible])
+            scores = attention.chunk_scores(query[rows], keys[:, visible])
             scores.view(-1, *mask.shape).add_(mask)
             attended = torch.bmm(scores.softmax(dim=-1), values[:, visible])
-            out[rows] = attended.view(query.shape[1], -1, layout.head_dim).transpose(0, 1)
+            out[rows] = attended.view(query.shape[1], -1, out.shape[2]).transpose(0, 1)
 
 
 def _mask(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""A decoder of the Llama kind: RMSNorm, rotary embedding, grouped-query attention and
+"""A decoder of the Llama kind: RMSNorm, rotary embedding, grouped-query or latent attention and
 SwiGLU (Touvron et al., 2023), over one packed step of tokens of many sequences.
 
 What architectures differ in is in ``ModelConfig.parts``; each part is a file beside this.
@@ -15,6 +15,7 @@ from baton.checkpoint.model_config import ModelConfig
 from engine.attention.interface import AttentionStep
 from engine.layers import RMSNorm, Rotary
 from engine.models.expert_parallel import SplitSparseMlp
+from engine.models.latent_attention import LatentAttention
 from engine.models.mlp import DenseMlp, Mlp
 from engine.models.moe import SparseMlp
 from engine.models.rope import rope_frequencies
@@ -31,7 +32,7 @@ class _Layer:
     ) -> None:
         eps = config.rms_norm_eps
         self._attention_norm = tensors.norm("input_layernorm", eps)
-        self._attention = SelfAttention(config, index, tensors.under("self_attn"), groups)
+        self._attention = _attention(config, index, tensors.under("self_attn"), groups)
         self._mlp_norm = tensors.norm("post_attention_layernorm", eps)
         self._mlp = _mlp(config, index, tensors, groups)
 
@@ -39,6 +40,14 @@ class _Layer:
         """Adds this layer's part to the residual stream ``x``, float32 [tokens, hidden]."""
         x += self._attention(self._attention_norm(x), angles, attention)
         x += self._mlp(self._mlp_norm(x))
+
+
+def _attention(
+    config: ModelConfig, index: int, tensors: Tensors, groups: RankGroups
+) -> SelfAttention | LatentAttention:
+    if config.parts.latent is None:
+        return SelfAttention(config, index, tensors, groups)
+    return LatentAttention(config, index, tensors, groups)
 
 
 def _mlp(config: ModelConfig, index: int, tensors: Tensors, groups: RankGroups) -> Mlp:
@@ -51,8 +60,8 @@ def _mlp(config: ModelConfig, index: int, tensors: Tensors, groups: RankGroups) 
 
 
 class Decoder:
-    """One model's weights, ready to run. ``weights`` go by their Hugging Face names,
-    all of one dtype; those that a Linear lays out anew are not kept.
+    """One model's weights, ready to run. ``weights`` go by their Hugging Face names, of one
+    dtype but for those that are always float32; those that a Linear lays out anew are not kept.
 
     One of several ranks keeps its part of them. All ranks compute every step together.
     """
@@ -74,7 +83,7 @@ class Decoder:
         ]
         self._norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
         self._logits = head_of(embedding if tied else weights["lm_head.weight"], groups)
-        frequencies, scale = rope_frequencies(config.rope, config.head_dim)
+        frequencies, scale = rope_frequencies(config.rope, config.rotary_dim)
         self._rotary = Rotary(frequencies, embedding.dtype, scale)
 
     def forward(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from baton.checkpoint.decoder_parts import MoeConfig
-from engine.models.moe import Experts, Router, Routing, combine, dispatch
+from engine.models.moe import Experts, combine, dispatch, shared_experts
+from engine.models.router import Router, Routing
 from engine.models.tensors import Tensors
 from engine.parallel.group import RankGroups
 
@@ -28,13 +29,16 @@ class SplitSparseMlp:
     def __init__(self, config: MoeConfig, tensors: Tensors, groups: RankGroups) -> None:
         shard = groups.shard
         self._groups = groups
-        self._router = Router(config, tensors.linear("gate"))
+        self._router = Router(config, tensors)
         self._experts = Experts(
             config,
             tensors.under("experts"),
             owned=shard.experts(config.num_experts),
             inner=shard.expert_inner(config.intermediate_size),
         )
+        # A dense MLP like others: over all ranks, and the same sum adds it up.
+        inner = shard.inner(config.shared_intermediate_size)
+        self._shared = shared_experts(config, tensors, inner=inner)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, hidden] → float32 [tokens, hidden]."""
@@ -42,6 +46,8 @@ class SplitSparseMlp:
         out = torch.zeros(x.shape, dtype=torch.float32)
         routing = self._router(x[own])
         out[own] = combine(self._compute(dispatch(x[own], routing), routing), routing)
+        if self._shared is not None:
+            out += self._shared(x)
         return self._groups.world.all_reduce_(out)
 
     def _compute(self, pairs: Tensor, routing: Routing) -> Tensor:

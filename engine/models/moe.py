@@ -10,64 +10,37 @@ combine (``expert_parallel.py``); the counts say how many go where.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from baton.checkpoint.decoder_parts import MoeConfig
-from engine.layers import Linear
 from engine.models.mlp import DenseMlp
+from engine.models.router import Router, Routing
 from engine.models.tensors import Tensors
 from engine.parallel.shard import WHOLE
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """Which experts a step's tokens go to.
-
-    A pair is one of the top k experts of one token; ``order`` (int64 [tokens × k]) lists
-    the pairs by expert, each as token × k + rank. ``counts`` has each expert's number of
-    pairs. ``weights`` is float32 [tokens, k].
-    """
-
-    order: Tensor
-    counts: list[int]
-    weights: Tensor
 
 
 class SparseMlp:
     """The experts of one layer; ``tensors`` are those of its mixture-of-experts block."""
 
     def __init__(self, config: MoeConfig, tensors: Tensors) -> None:
-        self._router = Router(config, tensors.linear("gate"))
+        self._router = Router(config, tensors)
         self._experts = Experts(config, tensors.under("experts"))
+        self._shared = shared_experts(config, tensors)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, hidden] → float32 [tokens, hidden]."""
         routing = self._router(x)
-        return combine(self._experts(dispatch(x, routing), routing.counts), routing)
+        out = combine(self._experts(dispatch(x, routing), routing.counts), routing)
+        return out if self._shared is None else out.add_(self._shared(x))
 
 
-class Router:
-    def __init__(self, config: MoeConfig, gate: Linear) -> None:
-        self._num_experts = config.num_experts
-        self._num_chosen = config.num_experts_per_token
-        self._normalizes = config.normalizes
-        self._gate = gate
-
-    def __call__(self, x: Tensor) -> Routing:
-        """Chooses by a softmax in float32 over all experts."""
-        scores = self._gate.in_float32(x).softmax(dim=-1)
-        weights, chosen = scores.topk(self._num_chosen, dim=-1)
-        if self._normalizes:
-            weights /= weights.sum(dim=-1, keepdim=True)
-        chosen = chosen.view(-1)
-        return Routing(
-            order=chosen.argsort(stable=True),
-            counts=chosen.bincount(minlength=self._num_experts).tolist(),
-            weights=weights,
-        )
+def shared_experts(config: MoeConfig, tensors: Tensors, *, inner: slice = WHOLE) -> DenseMlp | None:
+    """The MLP that every token goes through beside its experts, if there is one; of all its
+    features, or of ``inner`` a summand."""
+    if not config.shared_intermediate_size:
+        return None
+    return DenseMlp(tensors.under("shared_experts"), inner=inner)
 
 
 class Experts:

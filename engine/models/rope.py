@@ -58,10 +58,6 @@ def _yarn(rope: RopeConfig, plain: Tensor) -> Tensor:
 def _yarn_scale(rope: RopeConfig) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
-
-    def grown(mscale: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
-
     if rope.mscale and rope.mscale_all_dim:
-        return grown(rope.mscale) / grown(rope.mscale_all_dim)
-    return grown(1.0)
+        return rope.magnitude(rope.mscale) / rope.magnitude(rope.mscale_all_dim)
+    return rope.magnitude(1.0)

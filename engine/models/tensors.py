@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.layers import Linear, RMSNorm
-from engine.parallel.shard import WHOLE
+from engine.parallel.shard import WHOLE, scaled
 
 
 class Tensors:
@@ -45,6 +45,14 @@ class Tensors:
         present = [bias[each] for bias, each in zip(biases, rows, strict=True) if bias is not None]
         assert len(present) in (0, len(biases)), f"{self._prefix}: some biases are missing"
         return Linear(torch.cat(weights), torch.cat(present) if present and has_bias else None)
+
+    def by_head(self, name: str, heads: slice, head_dim: int) -> Tensor:
+        """[heads, head_dim, in]: some heads of a projection whose ``head_dim`` outputs of a
+        head lie side by side, for products that a Linear cannot express. A view, if it is all."""
+        weight = self[f"{name}.weight"]
+        own = weight[scaled(heads, head_dim)]
+        own = own if len(own) == len(weight) else own.clone()
+        return own.view(-1, head_dim, weight.shape[1])
 
     def norm(self, name: str, eps: float) -> RMSNorm:
         return RMSNorm(self[f"{name}.weight"], eps)

@@ -9,7 +9,7 @@ import torch
 
 from baton.checkpoint.model_config import ModelConfig
 from engine.weights.on_demand import OnDemand
-from engine.weights.tensor_shapes import Shape, expected_shapes
+from engine.weights.tensor_shapes import Shape, expected_shapes, is_float32
 
 
 def dummy_tensors(
@@ -20,12 +20,16 @@ def dummy_tensors(
     Each is drawn by itself when it is asked for, so who needs some of them gets the same.
     """
     shapes = expected_shapes(config)
-    return OnDemand(shapes, lambda name: _draw(name, shapes[name], seed).to(dtype))
+
+    def make(name: str) -> torch.Tensor:
+        return _draw(name, shapes[name], seed).to(torch.float32 if is_float32(name) else dtype)
+
+    return OnDemand(shapes, make)
 
 
 def _draw(name: str, shape: Shape, seed: int) -> torch.Tensor:
     """Norms of 1; of matrices, outputs that are about as large as the inputs."""
-    if len(shape) == 1 and not name.endswith(".bias"):
+    if len(shape) == 1 and not name.endswith("bias"):
         return torch.ones(shape)
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

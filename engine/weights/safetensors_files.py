@@ -21,6 +21,7 @@ from engine.weights.tensor_shapes import (
     Shape,
     check_shapes,
     expected_shapes,
+    is_float32,
     is_ignored,
 )
 
@@ -35,7 +36,8 @@ def read_tensors(
 
     A tensor stored in ``dtype`` is a view of its file, mapped privately: its pages are
     shared between processes until somebody writes to them. Others are cast when they
-    are asked for, each time to a copy that is the caller's.
+    are asked for, each time to a copy that is the caller's. A few are always float32
+    (``is_float32``).
 
     Raises:
         CheckpointError: a tensor or a file is missing, surplus, misshapen, truncated
@@ -44,7 +46,7 @@ def read_tensors(
     files = list(files)
     found: dict[str, Shape] = {}
     for path in files:
-        for name, shape in _read_shapes(path).items():
+        for name, shape in _read_shapes(path, config).items():
             if name in found:
                 raise CheckpointError(f"{path}: {name} is in another file too")
             found[name] = shape
@@ -54,22 +56,26 @@ def read_tensors(
     check_shapes({n: s for n, s in found.items() if n != HEAD or not tied_copy}, expected, where)
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
-        tensors |= _map_file(path)
+        tensors |= _map_file(path, config)
     if tied_copy and not torch.equal(tensors.pop(HEAD).to(dtype), tensors[EMBEDDING].to(dtype)):
         raise CheckpointError(
             f"{where}: config.json sets tie_word_embeddings, but {HEAD} differs from {EMBEDDING}"
         )
-    # A tensor that has the dtype already is returned as it is.
-    return OnDemand(tensors, lambda name: tensors[name].to(dtype))
+
+    def make(name: str) -> torch.Tensor:
+        # One that has the dtype already is returned as it is.
+        return tensors[name].to(torch.float32 if is_float32(name) else dtype)
+
+    return OnDemand(tensors, make)
 
 
-def _read_shapes(path: Path) -> dict[str, Shape]:
+def _read_shapes(path: Path, config: ModelConfig) -> dict[str, Shape]:
     """Shapes of the file's tensors, from its header. Raises CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {}
             for name in file.keys():  # noqa: SIM118 - the handle is no mapping
-                if is_ignored(name):
+                if is_ignored(name, config):
                     continue
                 part = file.get_slice(name)
                 if part.get_dtype() not in _KINDS.values():
@@ -88,9 +94,9 @@ def _read_shapes(path: Path) -> dict[str, Shape]:
         ) from error
 
 
-def _map_file(path: Path) -> dict[str, torch.Tensor]:
+def _map_file(path: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if not is_ignored(name)]  # noqa: SIM118
+        names = [name for name in file.keys() if not is_ignored(name, config)]  # noqa: SIM118
         return {name: file.get_tensor(name) for name in names}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from baton.checkpoint.decoder_parts import MoeConfig
+from baton.checkpoint.decoder_parts import LatentConfig, MoeConfig
 from baton.checkpoint.model_config import ModelConfig
 from baton.errors import CheckpointError
 
@@ -12,6 +12,8 @@ Shape = tuple[int, ...]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+
+_CHOICE_BIAS = "e_score_correction_bias"
 
 _NUM_NAMED = 5
 
@@ -30,7 +32,10 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
 def _layer_shapes(config: ModelConfig, index: int) -> dict[str, Shape]:
     prefix, hidden = f"model.layers.{index}", config.hidden_size
     shapes: dict[str, Shape] = {f"{prefix}.input_layernorm.weight": (hidden,)}
-    shapes |= _attention_shapes(config, f"{prefix}.self_attn")
+    if config.parts.latent is None:
+        shapes |= _attention_shapes(config, f"{prefix}.self_attn")
+    else:
+        shapes |= _latent_shapes(config, config.parts.latent, f"{prefix}.self_attn")
     shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
     moe = config.parts.moe
     if moe is not None and config.parts.is_sparse(index):
@@ -58,8 +63,32 @@ def _attention_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:
     return shapes
 
 
+def _latent_shapes(config: ModelConfig, latent: LatentConfig, prefix: str) -> dict[str, Shape]:
+    hidden, num_heads, rank = config.hidden_size, config.num_heads, latent.query_rank
+    made = num_heads * (latent.plain_dim + latent.value_dim)
+    values, has_bias = num_heads * latent.value_dim, config.parts.qkv_bias
+    queries = (num_heads * latent.query_dim, rank or hidden)
+    shapes = {
+        f"{prefix}.{'q_b_proj' if rank else 'q_proj'}.weight": queries,
+        **_linear(f"{prefix}.kv_a_proj_with_mqa", (latent.cached_dim, hidden), has_bias),
+        f"{prefix}.kv_a_layernorm.weight": (latent.kv_rank,),
+        f"{prefix}.kv_b_proj.weight": (made, latent.kv_rank),
+        **_linear(f"{prefix}.o_proj", (hidden, values), config.parts.out_bias),
+    }
+    if rank is not None:
+        shapes |= _linear(f"{prefix}.q_a_proj", (rank, hidden), has_bias)
+        shapes[f"{prefix}.q_a_layernorm.weight"] = (rank,)
+    return shapes
+
+
 def _moe_shapes(moe: MoeConfig, hidden: int, prefix: str) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {f"{prefix}.gate.weight": (moe.num_experts, hidden)}
+    if moe.has_choice_bias:
+        shapes[f"{prefix}.gate.{_CHOICE_BIAS}"] = (moe.num_experts,)
+    if shared := moe.shared_intermediate_size:
+        shapes[f"{prefix}.shared_experts.gate_proj.weight"] = (shared, hidden)
+        shapes[f"{prefix}.shared_experts.up_proj.weight"] = (shared, hidden)
+        shapes[f"{prefix}.shared_experts.down_proj.weight"] = (hidden, shared)
     inner = moe.intermediate_size
     for expert in range(moe.num_experts):
         name = f"{prefix}.experts.{expert}"
@@ -74,9 +103,20 @@ def _linear(name: str, shape: Shape, has_bias: bool) -> dict[str, Shape]:
     return {**shapes, f"{name}.bias": shape[:1]} if has_bias else shapes
 
 
-def is_ignored(name: str) -> bool:
-    """True for buffers of older checkpoints that are computed from the config anyway."""
-    return name.endswith("rotary_emb.inv_freq")
+def is_ignored(name: str, config: ModelConfig) -> bool:
+    """True for buffers of older checkpoints that are computed from the config anyway, and
+    for the layers behind the model's own that predict more than one token."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    num_layers = config.num_layers
+    draft_layers = range(num_layers, num_layers + config.parts.num_draft_layers)
+    return name.startswith(tuple(f"model.layers.{layer}." for layer in draft_layers))
+
+
+def is_float32(name: str) -> bool:
+    """True for tensors that keep float32 whatever the model's dtype is: biases that are
+    large beside the differences they decide on."""
+    return name.endswith(f".{_CHOICE_BIAS}")
 
 
 def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str) -> None:

@@ -36,7 +36,7 @@ class TensorPool:
         self._dtype = torch.int64 if row_bytes % 8 == 0 else torch.uint8
         num_words = layout.num_bytes // self._dtype.itemsize
         words = torch.frombuffer(memory, dtype=self._dtype, count=num_words)
-        rows = layout.num_kv_heads * layout.num_layers * 2
+        rows = layout.num_kv_heads * layout.num_layers * layout.num_kv_parts
         self._rows = words.view(layout.num_blocks + 1, rows, layout.block_size, -1)
 
     def pieces(self, block_ids: Sequence[int], num_valid: Sequence[int]) -> list[torch.Tensor]:

@@ -57,16 +57,19 @@ class Layout(google.protobuf.message.Message):
     HEAD_DIM_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     STRIDES_FIELD_NUMBER: builtins.int
+    NUM_KV_PARTS_FIELD_NUMBER: builtins.int
     num_blocks: builtins.int
     num_kv_heads: builtins.int
     num_layers: builtins.int
     block_size: builtins.int
     head_dim: builtins.int
     dtype: builtins.str
+    num_kv_parts: builtins.int
+    """2: a key and a value; 1: one row that is both"""
     @property
     def strides(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Bytes from one element to the next along each axis, in the order
-        block, kv_head, layer, K/V, token, dim. Declared, never assumed.
+        block, kv_head, layer, part, token, dim. Declared, never assumed.
         """
 
     def __init__(
@@ -79,8 +82,9 @@ class Layout(google.protobuf.message.Message):
         head_dim: builtins.int = ...,
         dtype: builtins.str = ...,
         strides: collections.abc.Iterable[builtins.int] | None = ...,
+        num_kv_parts: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "num_blocks", b"num_blocks", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "strides", b"strides"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "num_blocks", b"num_blocks", "num_kv_heads", b"num_kv_heads", "num_kv_parts", b"num_kv_parts", "num_layers", b"num_layers", "strides", b"strides"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Layout: typing_extensions.TypeAlias = Layout

@@ -74,7 +74,7 @@ class PoolMemory:
         self.memory = KvMemory(layout.num_bytes)
         flat: Pool = np.frombuffer(self.memory.buffer, dtype=np.uint8)
         flat[:] = np.random.default_rng(seed).integers(0, 256, layout.num_bytes, dtype=np.uint8)
-        rows = layout.num_kv_heads * layout.num_layers * 2
+        rows = layout.num_kv_heads * layout.num_layers * layout.num_kv_parts
         self.tokens = flat.reshape(layout.num_blocks + 1, rows, layout.block_size, -1)
         self.before = self.tokens.copy()
 

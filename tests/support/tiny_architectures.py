@@ -32,6 +32,23 @@ _SIZES = {
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 _QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "routed_scaling_factor": 1.7,
+}
+_DEEPSEEK_V2 = {**_LATENT, "topk_method": "greedy"}
+_DEEPSEEK_V3 = {**_LATENT, "n_group": 4, "topk_group": 2, "norm_topk_prob": True}
 
 
 def scaled(kind: str, **parameters: Any) -> dict[str, Any]:
@@ -119,6 +136,58 @@ VARIANTS = {
     "smollm3, layers by list": Variant(
         "SmolLM3", {"no_rope_layers": [0, 1], "tie_word_embeddings": False}
     ),
+    "deepseek v2": Variant("DeepseekV2", _DEEPSEEK_V2),
+    "deepseek v2, queries without a latent vector": Variant(
+        "DeepseekV2", {**_DEEPSEEK_V2, "q_lora_rank": None, "attention_bias": True}
+    ),
+    "deepseek v2, groups": Variant(
+        "DeepseekV2",
+        {**_DEEPSEEK_V2, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek v2, rope yarn, as before": Variant(
+        "DeepseekV2",
+        {
+            **_DEEPSEEK_V2,
+            "attention_bias": True,
+            **scaled(
+                "yarn",
+                original_max_position_embeddings=ORIGINAL,
+                mscale=0.7,
+                mscale_all_dim=0.7,
+            ),
+        },
+        legacy=True,
+    ),
+    "deepseek v3": Variant("DeepseekV3", _DEEPSEEK_V3),
+    "deepseek v3, rope yarn": Variant(
+        "DeepseekV3",
+        {
+            **_DEEPSEEK_V3,
+            "attention_bias": True,
+            **scaled(
+                "yarn",
+                original_max_position_embeddings=ORIGINAL,
+                mscale=0.7,
+                mscale_all_dim=1.1,
+            ),
+        },
+    ),
+    "deepseek v3, rope linear, one group, weights as they are": Variant(
+        "DeepseekV3",
+        {
+            **_DEEPSEEK_V3,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+            **scaled("linear"),
+        },
+    ),
+    "deepseek v3, halves are turned": Variant(
+        "DeepseekV3",
+        {**_DEEPSEEK_V3, "rope_interleave": False, "tie_word_embeddings": True},
+    ),
 }
 
 
@@ -159,6 +228,9 @@ def _randomize(model: Any) -> None:
             elif "embed_tokens" not in name and "lm_head" not in name:
                 values *= 2 / parameter.shape[-1] ** 0.5
             parameter.copy_(values)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.5 * torch.randn(buffer.shape, generator=random))
     model.tie_weights()
 
 

@@ -24,9 +24,7 @@ def model_config(model: TinyLlama) -> ModelConfig:
 
 
 def kv_layout(config: ModelConfig, num_blocks: int, block_size: int) -> KvLayout:
-    return KvLayout(
-        num_blocks, config.num_kv_heads, config.num_layers, block_size, config.head_dim, "float32"
-    )
+    return config.kv_layout(num_blocks=num_blocks, block_size=block_size, dtype="float32")
 
 
 def tiny_engine(*, num_blocks: int = 64, block_size: int = 16, threads: int = 0) -> Engine:

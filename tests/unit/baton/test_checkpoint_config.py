@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from support.tiny_models import TinyLlama, config_json
 
-from baton.checkpoint.decoder_parts import DecoderParts
+from baton.checkpoint.decoder_parts import DecoderParts, LatentConfig, MoeConfig
 from baton.checkpoint.model_config import ModelConfig
 from baton.checkpoint.rope_config import RopeConfig
 from baton.errors import CheckpointError
+from baton.kv_layout import KvLayout
 
 
 def read(**changes: Any) -> ModelConfig:
@@ -83,6 +85,38 @@ QWEN3_MOE = {
 }
 SMOLLM3 = {"architectures": ["SmolLM3ForCausalLM"]}
 WINDOW = {"use_sliding_window": True, "sliding_window": 512}
+DEEPSEEK_V2 = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "num_key_value_heads": 8,
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "n_group": 4,
+    "topk_group": 2,
+}
+DEEPSEEK_V3 = {
+    **DEEPSEEK_V2,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "q_lora_rank": 24,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "num_nextn_predict_layers": 1,
+}
+YARN40 = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize("length", [1024, 2000, None])
@@ -176,10 +210,116 @@ def test_layers_without_experts_or_rotation_are_found() -> None:
     assert read(**SMOLLM3, tie_word_embeddings=...).tie_word_embeddings
 
 
+def test_deepseek_v2_is_read() -> None:
+    config = read(**DEEPSEEK_V2)
+    assert config.parts == DecoderParts(
+        latent=LatentConfig(query_rank=None, kv_rank=32, plain_dim=16, rotary_dim=8, value_dim=12),
+        moe=MoeConfig(
+            num_experts=8,
+            num_experts_per_token=3,
+            intermediate_size=40,
+            normalizes=False,
+            dense_layers=frozenset({0}),
+            shared_intermediate_size=80,
+        ),
+    )
+    limited = read(**DEEPSEEK_V2 | {"topk_method": "group_limited_greedy"}).parts.moe
+    assert limited is not None
+    assert (limited.num_groups, limited.num_chosen_groups, limited.num_summed) == (4, 2, 1)
+
+
+def test_deepseek_v3_is_read() -> None:
+    parts = read(**DEEPSEEK_V3, rope_interleave=False, attention_bias=True).parts
+    assert parts == DecoderParts(
+        qkv_bias=True,
+        out_bias=True,
+        latent=LatentConfig(
+            query_rank=24,
+            kv_rank=32,
+            plain_dim=16,
+            rotary_dim=8,
+            value_dim=12,
+            turns_neighbours=False,
+        ),
+        moe=MoeConfig(
+            num_experts=8,
+            num_experts_per_token=3,
+            intermediate_size=40,
+            normalizes=True,
+            dense_layers=frozenset({0}),
+            scoring="sigmoid",
+            has_choice_bias=True,
+            weights_scale=2.5,
+            num_groups=4,
+            num_chosen_groups=2,
+            num_summed=2,
+            shared_intermediate_size=80,
+        ),
+        num_draft_layers=1,
+    )
+    assert read(**DEEPSEEK_V3 | {"num_nextn_predict_layers": ...}).parts.num_draft_layers == 0
+
+
+def test_latent_attention_caches_one_row_for_all_heads() -> None:
+    config = read(**DEEPSEEK_V2)
+    layout = config.kv_layout(num_blocks=5, block_size=16, dtype="bfloat16")
+    assert layout == KvLayout(5, 1, 2, 16, 32 + 8, "bfloat16", num_kv_parts=1)
+    assert (config.value_dim, config.rotary_dim) == (32, 8)
+    others = read().kv_layout(num_blocks=5, block_size=16, dtype="float32")
+    assert others == KvLayout(5, 4, 2, 16, 8, "float32", num_kv_parts=2)
+
+
+@pytest.mark.parametrize(
+    ("section", "magnitude"),
+    [
+        (None, 1.0),
+        (YARN40, 1.0),
+        ({**YARN40, "mscale": 0.7}, 1.0),
+        ({**YARN40, "mscale": 1.0, "mscale_all_dim": 0.707}, 0.0707 * math.log(40) + 1),
+        ({"type": "linear", "factor": 4.0}, 1.0),
+    ],
+)
+def test_scores_of_latent_attention_grow_with_mscale_all_dim(
+    section: dict[str, Any] | None, magnitude: float
+) -> None:
+    changes = {"rope_parameters": ..., "rope_scaling": section}
+    config = read(**DEEPSEEK_V2, **changes)
+    assert config.attention_scale == pytest.approx(24**-0.5 * magnitude**2, rel=1e-12)
+    assert read(**changes).attention_scale == 8**-0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "sparse"),
+    [
+        ({}, [1, 2, 3, 4, 5]),
+        ({"first_k_dense_replace": 0}, [0, 1, 2, 3, 4, 5]),
+        ({"first_k_dense_replace": 9}, []),
+        ({"moe_layer_freq": 2}, [2, 4]),
+        ({"moe_layer_freq": ..., "first_k_dense_replace": 3}, [3, 4, 5]),
+    ],
+)
+def test_the_first_layers_of_deepseek_are_dense(changes: dict[str, Any], sparse: list[int]) -> None:
+    parts = read(**DEEPSEEK_V2 | {"num_hidden_layers": 6} | changes).parts
+    assert [layer for layer in range(6) if parts.is_sparse(layer)] == sparse
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3ForCausalLM.*LlamaForCausalLM"),
+        ({"architectures": ["DeepseekV32ForCausalLM"]}, "DeepseekV32ForCausalLM.*LlamaForCausalLM"),
+        ({**DEEPSEEK_V3, "quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({**DEEPSEEK_V3, "scoring_func": "softmax"}, "scoring_func 'softmax'.*'sigmoid'"),
+        ({**DEEPSEEK_V3, "topk_method": "greedy"}, "topk_method 'greedy'.*'noaux_tc'"),
+        ({**DEEPSEEK_V3, "norm_topk_prob": ...}, "norm_topk_prob is missing"),
+        ({**DEEPSEEK_V3, "q_lora_rank": ...}, "q_lora_rank is missing"),
+        ({**DEEPSEEK_V3, "routed_scaling_factor": ...}, "routed_scaling_factor is missing"),
+        ({**DEEPSEEK_V3, "num_key_value_heads": 4}, "num_key_value_heads is 4.*heads 8"),
+        ({**DEEPSEEK_V2, "scoring_func": "sigmoid"}, "scoring_func 'sigmoid'.*'softmax'"),
+        ({**DEEPSEEK_V2, "topk_method": "noaux_tc"}, "topk_method 'noaux_tc'.*'greedy'"),
+        ({**DEEPSEEK_V2, "topk_method": ...}, "topk_method None"),
+        ({**DEEPSEEK_V2, "norm_topk_prob": True}, "norm_topk_prob is not supported"),
+        ({**DEEPSEEK_V2, "mlp_bias": True}, "mlp_bias is not supported"),
+        ({**DEEPSEEK_V2, "n_shared_experts": None}, "n_shared_experts is missing"),
         ({"architectures": ...}, "None.*LlamaForCausalLM"),
         ({"rope_parameters": {"rope_type": "su"}}, "rope_parameters of type 'su'.*yarn"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "proportional"),
@@ -235,6 +375,13 @@ def test_what_is_not_built_is_refused_by_name(changes: dict[str, Any], named: st
         ({**QWEN3_MOE, "num_experts_per_tok": 5}, "num_experts_per_tok 5"),
         ({**QWEN3_MOE, "mlp_only_layers": ["1"]}, "mlp_only_layers"),
         ({**SMOLLM3, "no_rope_layers": [1]}, "no_rope_layers has 1 entries; expected 2"),
+        ({**DEEPSEEK_V2, "qk_rope_head_dim": 7}, "qk_rope_head_dim 7 is odd"),
+        ({**DEEPSEEK_V2, "first_k_dense_replace": -1}, "first_k_dense_replace is -1"),
+        ({**DEEPSEEK_V2, "num_experts_per_tok": 9}, "num_experts_per_tok 9"),
+        ({**DEEPSEEK_V3, "n_group": 3}, "n_group 3 and topk_group 2 do not fit"),
+        ({**DEEPSEEK_V3, "n_group": 8, "topk_group": 4}, "n_group 8 and topk_group 4"),
+        ({**DEEPSEEK_V3, "topk_group": 5}, "n_group 4 and topk_group 5"),
+        ({**DEEPSEEK_V3, "num_experts_per_tok": 5}, "do not fit .*num_experts_per_tok 5"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 0}}, "factor is 0"),
         (

@@ -287,6 +287,7 @@ KINDS = [3] * 3 + [1] * (len(vocabulary()) - 3)
         ({"llama.expert_gating_func": 2}, r"llama\.expert_gating_func = 2"),
         ({"llama.attention.sliding_window": 512}, r"attention\.sliding_window = 512"),
         ({"general.architecture": "falcon"}, "architecture 'falcon'.*'llama', 'qwen2'"),
+        ({"general.architecture": "deepseek2"}, "architecture 'deepseek2' is not supported"),
         ({"llama.new_kind_of_scale": 2.0}, r"llama\.new_kind_of_scale"),
         ({"llama.attention.value_length": 4}, r"value_length 4 .*the head's 8"),
         ({"llama.vocab_size": 300}, "vocab_size 300"),

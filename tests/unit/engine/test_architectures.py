@@ -16,6 +16,7 @@ from support.tiny_engine import tokens
 from baton.checkpoint.architectures import ARCHITECTURES
 from baton.checkpoint.checkpoint import open_checkpoint
 from baton.errors import CheckpointError
+from engine.weights.dummy import dummy_tensors
 from engine.weights.load import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +29,17 @@ def test_logits_and_greedy_tokens_equal_transformers(tmp_path: Path, variant: Va
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral, window", "qwen2", "qwen3", "mixtral", "qwen3 moe", "smollm3"]
+    "name",
+    [
+        "mistral, window",
+        "qwen2",
+        "qwen3",
+        "mixtral",
+        "qwen3 moe",
+        "smollm3",
+        "deepseek v2",
+        "deepseek v3",
+    ],
 )
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, name: str) -> None:
     model = save_variant(tmp_path, VARIANTS[name])
@@ -50,7 +61,9 @@ def test_every_architecture_is_tried() -> None:
     assert tried == ARCHITECTURES.keys()
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "mixtral", "qwen3 moe"])
+@pytest.mark.parametrize(
+    "name", ["mistral", "qwen2", "qwen3", "mixtral", "qwen3 moe", "deepseek v3"]
+)
 def test_a_sharded_folder_gives_the_same_tensors(tmp_path: Path, name: str) -> None:
     single, sharded = tmp_path / "single", tmp_path / "sharded"
     save_variant(single, VARIANTS[name])
@@ -65,6 +78,9 @@ def test_a_sharded_folder_gives_the_same_tensors(tmp_path: Path, name: str) -> N
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 NORM = "model.layers.0.self_attn.q_norm.weight"
 BIAS = "model.layers.0.self_attn.v_proj.bias"
+LATENT = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+CHOICE = "model.layers.2.mlp.gate.e_score_correction_bias"
+SHARED = "model.layers.1.mlp.shared_experts.up_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +94,11 @@ BIAS = "model.layers.0.self_attn.v_proj.bias"
         ("qwen2", {BIAS: None}, f"missing {BIAS}"),
         ("qwen2", {BIAS.replace("v_", "o_"): torch.ones(64)}, r"surplus .*o_proj\.bias"),
         ("mistral", {BIAS: torch.ones(32)}, f"surplus {BIAS}"),
+        ("deepseek v2", {LATENT: torch.ones(24, 64)}, rf"{LATENT} is .*, expected \[32, 64\]"),
+        ("deepseek v2", {SHARED: None}, rf"missing {SHARED} \[80, 64\]"),
+        ("deepseek v2", {CHOICE: torch.ones(8)}, f"surplus {CHOICE}"),
+        ("deepseek v3", {CHOICE: None}, rf"missing {CHOICE} \[8\]"),
+        ("deepseek v3", {"model.layers.4.eh_proj.weight": torch.ones(1)}, "surplus .*layers.4.eh"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named_before_an_engine_is_made(
@@ -95,7 +116,47 @@ def test_tensors_that_do_not_fit_are_named_before_an_engine_is_made(
 def test_an_architecture_that_is_not_built_is_named(tmp_path: Path) -> None:
     save_variant(tmp_path, VARIANTS["llama"])
     path = tmp_path / "config.json"
-    config = json.loads(path.read_text()) | {"architectures": ["DeepseekV3ForCausalLM"]}
+    config = json.loads(path.read_text()) | {"architectures": ["DeepseekV32ForCausalLM"]}
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="'DeepseekV3ForCausalLM' is not supported"):
+    with pytest.raises(CheckpointError, match="'DeepseekV32ForCausalLM' is not supported"):
         engine_for(tmp_path)
+
+
+def test_layers_for_multi_token_prediction_are_left_alone_where_the_config_names_them(
+    tmp_path: Path,
+) -> None:
+    """As in DeepSeek-V3's own checkpoint: whatever they hold, logits stay what they are."""
+    model = save_variant(tmp_path, VARIANTS["deepseek v3"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.3.eh_proj.weight"] = torch.randn(64, 128)
+    tensors["model.layers.3.mlp.gate.weight"] = torch.randn(3, 4).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("num_mtp_layers", None)
+
+    def write(num_layers: int) -> None:
+        (tmp_path / "config.json").write_text(
+            json.dumps(config | {"num_nextn_predict_layers": num_layers})
+        )
+
+    write(1)
+    assert_equals_oracle(engine_for(tmp_path), model)
+    write(0)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.3\.\w.* is stored as|surplus"):
+        engine_for(tmp_path)
+
+
+def test_the_bias_that_chooses_experts_keeps_float32(tmp_path: Path) -> None:
+    """In bfloat16 two biases that differ by less than its rounding would become one."""
+    save_variant(tmp_path, VARIANTS["deepseek v3"])
+    exact = load_file(tmp_path / "model.safetensors")[CHOICE]
+    assert exact.dtype == torch.float32
+    assert not torch.equal(exact, exact.bfloat16().float())
+    checkpoint = open_checkpoint(str(tmp_path))
+    weights = load_weights(checkpoint, torch.bfloat16)
+    assert torch.equal(weights.pop(CHOICE), exact)
+    dummy = dummy_tensors(checkpoint.config, torch.bfloat16)
+    assert dummy.pop(CHOICE).dtype == torch.float32
+    for tensors in (weights, dummy):
+        others = {t.dtype for name, t in tensors.items() if "e_score" not in name}
+        assert others == {torch.bfloat16}

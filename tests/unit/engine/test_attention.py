@@ -32,6 +32,8 @@ class Case:
     key_value: torch.Tensor
     num_heads: int
     windows: tuple[int | None, ...] = ()
+    scale: float | None = None
+    value_dim: int = 8
 
 
 def make_case(
@@ -42,10 +44,13 @@ def make_case(
     group: int = 3,
     dtype: KvDtype = "float32",
     window: int | None = None,
+    is_latent: bool = False,
 ) -> Case:
+    """``is_latent``: one part a token, of which the first 5 elements are the value."""
     random = torch.Generator().manual_seed(seed)
     counts = [-(-(before + new) // block_size) for before, new in spans]
-    layout = KvLayout(sum(counts) + 5, 2, 3, block_size, 8, dtype)
+    num_parts = 1 if is_latent else 2
+    layout = KvLayout(sum(counts) + 5, 2, 3, block_size, 8, dtype, num_parts)
     free = torch.randperm(layout.num_blocks, generator=random).tolist()
     scheduled = []
     for (before, new), count in zip(spans, counts, strict=True):
@@ -64,25 +69,37 @@ def make_case(
         kv=normal(*layout.shape),
         batch=build_batch(scheduled, layout),
         query=normal(num_tokens, num_heads, 8),
-        key_value=normal(num_tokens, 2, 2, 8),
+        key_value=normal(num_tokens, num_parts, 2, 8),
         num_heads=num_heads,
         windows=() if window is None else (None, window, None),
+        scale=0.6 if is_latent else None,
+        value_dim=5 if is_latent else 8,
     )
 
 
 def run_paged(case: Case) -> torch.Tensor:
-    attention = PagedCpuAttention(case.layout, case.kv, case.num_heads, case.windows)
+    attention = PagedCpuAttention(
+        case.layout,
+        case.kv,
+        case.num_heads,
+        case.windows,
+        scale=case.scale,
+        value_dim=case.value_dim,
+    )
     return attention.begin(case.batch)(LAYER, case.query, case.key_value)
 
 
 def run_both(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs of the paged path and of the reference; both leave the same pool."""
     expected_kv = case.kv.clone()
-    reference = ReferenceAttention(case.layout, expected_kv, case.windows)
+    reference = ReferenceAttention(
+        case.layout, expected_kv, case.windows, scale=case.scale, value_dim=case.value_dim
+    )
     expected = reference.begin(case.batch)(LAYER, case.query, case.key_value)
     out = run_paged(case)
     assert torch.equal(case.kv, expected_kv)
     assert out.is_contiguous()
+    assert out.shape == (*case.query.shape[:2], case.value_dim)
     return out, expected
 
 
@@ -103,21 +120,36 @@ spans = st.lists(
     block_size=st.integers(1, 5),
     group=st.integers(1, 3),
     window=st.one_of(st.none(), st.integers(1, 45)),
+    is_latent=st.booleans(),
 )
 def test_any_mixture_over_any_tables_equals_the_reference(
-    spans: list[tuple[int, int]], seed: int, block_size: int, group: int, window: int | None
+    spans: list[tuple[int, int]],
+    seed: int,
+    block_size: int,
+    group: int,
+    window: int | None,
+    is_latent: bool,
 ) -> None:
-    case = make_case(spans, seed=seed, block_size=block_size, group=group, window=window)
+    case = make_case(
+        spans,
+        seed=seed,
+        block_size=block_size,
+        group=group,
+        window=window,
+        is_latent=is_latent,
+    )
     out, expected = run_both(case)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("is_latent", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 17, 150])
 @pytest.mark.parametrize(("before", "new"), [(0, 300), (37, 300), (130, 129), (5, 128)])
 def test_a_chunk_of_several_products_equals_the_reference(
-    before: int, new: int, window: int | None
+    before: int, new: int, window: int | None, is_latent: bool
 ) -> None:
-    out, expected = run_both(make_case([(before, new)], block_size=16, window=window))
+    case = make_case([(before, new)], block_size=16, window=window, is_latent=is_latent)
+    out, expected = run_both(case)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -133,6 +165,17 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     out, expected = run_both(case)
     exact = expected.float()
     assert (out.float() - exact).norm() / exact.norm() < 8e-3
+
+
+def test_a_value_is_the_beginning_of_its_key_where_a_token_has_one_part() -> None:
+    """The newest token has the mean of the context's values where all scores are equal."""
+    case = make_case([(20, 1)], is_latent=True)
+    case.query.zero_()
+    out = run_paged(case)
+    keys = case.kv[case.batch.block_table[0].long(), :, LAYER, 0]
+    values = keys.transpose(1, 2).reshape(-1, 2, 8)[:21, :, :5]
+    expected = values.mean(0).repeat_interleave(3, dim=0)
+    torch.testing.assert_close(out[0], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("visible", [1, 7, 8, 9])
@@ -155,9 +198,11 @@ def test_only_the_blocks_that_a_window_reaches_are_gathered(
     gathered: list[int] = []
     gather = PagedCpuAttention.gather
 
-    def watched(self: PagedCpuAttention, rows: torch.Tensor) -> torch.Tensor:
+    def watched(
+        self: PagedCpuAttention, rows: torch.Tensor, num_pairs: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         gathered.append(len(rows) // (2 * case.layout.num_kv_heads))
-        return gather(self, rows)
+        return gather(self, rows, num_pairs)
 
     monkeypatch.setattr(PagedCpuAttention, "gather", watched)
     run_paged(case)

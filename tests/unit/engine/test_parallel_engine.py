@@ -49,6 +49,9 @@ MODELS = {
             "attention_bias": True,
         },
     ),
+    "deepseek v2": VARIANTS["deepseek v2, rope yarn, as before"],
+    "deepseek v2, no latent query": VARIANTS["deepseek v2, queries without a latent vector"],
+    "deepseek v3": VARIANTS["deepseek v3, rope yarn"],
 }
 
 
@@ -97,6 +100,13 @@ def greedy(engine: Engine) -> list[list[int]]:
         ("qwen3 moe, a dense layer", 1, 2),
         ("qwen3 moe, a dense layer", 1, 4),
         ("qwen3 moe, a dense layer", 2, 2),
+        ("deepseek v2", 2, 1),
+        ("deepseek v2, no latent query", 4, 1),
+        ("deepseek v2", 2, 2),
+        ("deepseek v3", 2, 1),
+        ("deepseek v3", 4, 1),
+        ("deepseek v3", 1, 2),
+        ("deepseek v3", 2, 2),
     ],
 )
 def test_ranks_give_what_one_process_gives(

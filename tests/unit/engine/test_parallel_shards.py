@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.tiny_engine import model_config
 from support.tiny_models import TinyLlama
 
-from baton.checkpoint.decoder_parts import DecoderParts, MoeConfig
+from baton.checkpoint.decoder_parts import DecoderParts, LatentConfig, MoeConfig
 from baton.checkpoint.model_config import ModelConfig
 from baton.config import BatonConfig
 from baton.errors import ConfigurationError
@@ -153,6 +153,16 @@ def test_degrees_that_cannot_be_are_refused_with_those_that_can(
 ) -> None:
     with pytest.raises(ConfigurationError, match=rf"pools\.decode: .*{said}"):
         check_parallelism(model, parallel, where="pools.decode")
+
+
+def test_latent_attention_splits_its_heads_and_every_rank_reads_the_one_that_is_cached() -> None:
+    model = replace(config(6, 1), parts=DecoderParts(latent=LatentConfig(None, 32, 16, 8, 12)))
+    assert valid_num_ranks(model) == [1, 2, 3, 6]
+    shards = [Shard(Parallelism(3), rank) for rank in range(3)]
+    assert [shard.query_heads(model) for shard in shards] == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert [shard.kv_heads(model) for shard in shards] == [slice(0, 1)] * 3
+    with pytest.raises(ConfigurationError, match=r"6 query heads.*valid: 1, 2, 3, 6"):
+        check_parallelism(model, Parallelism(4), where="pools.decode")
 
 
 @pytest.mark.parametrize("parallel", [Parallelism(1, 1), Parallelism(4, 2), Parallelism(1, 2)])

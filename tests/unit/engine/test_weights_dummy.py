@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATON_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(params=["llama", "qwen2", "qwen3", "mixtral", "qwen3 moe"])
+@pytest.fixture(params=["llama", "qwen2", "qwen3", "mixtral", "qwen3 moe", "deepseek v3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint without its weights."""
     save_variant(tmp_path / "m", VARIANTS[request.param])

@@ -25,6 +25,7 @@ layouts = st.builds(
     block_size=st.integers(1, 5),
     head_dim=st.integers(1, 6),
     dtype=st.sampled_from(["bfloat16", "float32"]),
+    num_kv_parts=st.integers(1, 2),
 )
 
 
@@ -33,8 +34,8 @@ def filled(layout: KvLayout, seed: int) -> Bytes:
 
 
 def by_token(layout: KvLayout, memory: Bytes) -> Bytes:
-    """``[block][head, layer, K/V][token][byte]``, from the layout's own shape."""
-    rows = layout.num_kv_heads * layout.num_layers * 2
+    """``[block][head, layer, part][token][byte]``, from the layout's own shape."""
+    rows = layout.num_kv_heads * layout.num_layers * layout.num_kv_parts
     return memory.reshape(layout.num_blocks + 1, rows, layout.block_size, -1)
 
 

@@ -53,6 +53,7 @@ def test_hello_that_differs_is_refused_by_name(field: str, value: object, named:
     [
         ("num_kv_heads", 9),
         ("num_layers", 9),
+        ("num_kv_parts", 1),
         ("block_size", 9),
         ("head_dim", 9),
         ("dtype", "float32"),
