@@ -46,6 +46,8 @@ TRIED = {
     "MixtralForCausalLM": Tried("mixtral", "mixtral", has_experts=True),
     "Qwen3MoeForCausalLM": Tried("qwen3 moe", "qwen3 moe", has_experts=True),
     "SmolLM3ForCausalLM": Tried("smollm3", None),
+    "DeepseekV2ForCausalLM": Tried("deepseek v2, groups", None, has_experts=True),
+    "DeepseekV3ForCausalLM": Tried("deepseek v3, rope yarn", None, has_experts=True),
 }
 
 
