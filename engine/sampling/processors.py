@@ -6,6 +6,19 @@ saved or sent: a sequence that is recomputed here, or goes on elsewhere from its
 emitted tokens, has an equal one. All rows of a step with processors of one kind are
 edited together.
 
+What it takes to add a kind, a grammar for example:
+
+1. What the client asks for becomes a field of ``Sampling`` in ``proto/`` and of
+   ``SamplingParams``. What is dear to make of it (a compiled grammar) is made where the
+   other values are checked, in ``engine/intake.py``, once, and never changed: sequences
+   share it.
+2. A subclass of ``LogitsProcessor`` here. Its state begins with ``of`` and moves on with
+   ``advance`` alone, which sees every emitted token once and in order, those of other
+   workers too. It knows no clock, no position in a batch, no other sequence, no random
+   number of its own; ``apply`` leaves it as it is. Some token has to stay possible.
+3. Its place in ``KINDS``, and in the settings of ``test_sampling_processors.py``, which
+   hold its state against one made anew from the tokens.
+
 The kinds apply in the order of ``KINDS``, which is vLLM's (the docstring of
 ``Sampler`` in its ``vllm/v1/sample/sampler.py``): what may not be drawn yet, biases,
 then penalties; temperature, min_p, top_k and top_p follow in ``draw.py``.
@@ -30,16 +43,17 @@ _FIRST_CAPACITY = 64
 
 
 class LogitsProcessor(ABC):
-    """One sequence's part in changing the logits of its next token."""
+    """One sequence's part in changing the logits of its next token: see the rules above."""
 
     @classmethod
     @abstractmethod
     def of(cls, params: SamplingParams, prompt_token_ids: Sequence[int]) -> LogitsProcessor | None:
-        """The state before the first emitted token; None where nothing is asked for."""
+        """The state before the first emitted token, though it may be made after many;
+        None where nothing is asked for."""
 
     @abstractmethod
     def advance(self, token_id: int) -> None:
-        """One more token has been emitted."""
+        """One more token has been emitted, the one after the last that it was told of."""
 
     @property
     def idle(self) -> bool:
@@ -49,7 +63,11 @@ class LogitsProcessor(ABC):
     @staticmethod
     @abstractmethod
     def apply(logits: Tensor, rows: Sequence[int], processors: Sequence[Any]) -> None:
-        """Changes ``logits[rows[i]]`` in place as ``processors[i]``, all of this kind, asks."""
+        """Changes ``logits[rows[i]]`` in place as ``processors[i]``, all of this kind, asks.
+
+        ``logits``, float32 [batch, vocabulary], have been changed by the kinds before; -inf
+        forbids a token.
+        """
 
 
 class MinTokens(LogitsProcessor):
