@@ -28,7 +28,7 @@ KEY = StreamKey(1, 5)
 
 
 class PrefillRig(Rig):
-    def __init__(self, *, num_blocks: int = 16) -> None:
+    def __init__(self, *, num_blocks: int = 16, config: EngineConfig | None = None) -> None:
         super().__init__("prefill")
         self.kv = small_cache(num_blocks)
         self.sender = Recorder()
@@ -41,7 +41,7 @@ class PrefillRig(Rig):
             outbox=self.outbox,
             metrics=self.metrics,
             faults=self.faults,
-            config=EngineConfig(),
+            config=config or EngineConfig(),
         )
 
     def job(self, tokens: list[int], *, key: StreamKey = KEY, most: int = 5) -> PrefillJob:
@@ -72,6 +72,20 @@ async def test_job_waits_for_the_reservation_without_taking_blocks() -> None:
     rig.worker.open(rig.job(list(range(10))))
     await rig.step()
     assert (rig.tokens, rig.sender.calls, rig.referenced()) == ([], [], 0)
+
+
+async def test_full_worker_refuses_what_comes_until_somebody_goes() -> None:
+    rig = PrefillRig(config=EngineConfig(max_num_seqs=1, max_waiting=1))
+    keys = [StreamKey(1, number) for number in range(4)]
+    for key in keys[:3]:
+        rig.worker.open(rig.job([1, 2, 3], key=key))
+    await rig.step()
+    assert list(rig.closed) == [keys[2]]
+    assert rig.closed[keys[2]].error_code == "overloaded"
+    rig.worker.cancel(keys[0])
+    rig.worker.open(rig.job([1, 2, 3], key=keys[3]))
+    await rig.step()
+    assert list(rig.closed) == [keys[2], keys[0]]
 
 
 async def test_work_is_in_the_load_once_from_the_routers_decision_to_its_end() -> None:
