@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 
 PROTOCOL_VERSION = 2
-"""Version of both protos. Workers and gateways of different versions never pair."""
+"""Version of both protos. Workers and gateways of different versions never pair. It is raised
+where a peer that passes over what is new would answer wrongly; a field that only changes when
+something happens, and is absent by default, needs no new one."""
 
 EPOCH_BYTES = 16
 """An epoch is 128 random bits, drawn at a process's start, compared for equality only."""

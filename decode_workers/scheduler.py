@@ -7,27 +7,30 @@ A stream is
 3. RUNNING: it is in the batch, decoding or prefilling here;
 4. ENDED.
 
-Room for tokens still to come is taken as decode goes. When it runs out, the
-stream that was admitted last gives its blocks up and goes back to QUEUED, to be
-recomputed here (prompt and emitted tokens): the oldest always gets on, so the
-pool cannot lock up. RECEIVING streams are never preempted: their blocks have
-writes in flight.
+Room for tokens still to come is taken as decode goes. When it runs out, of the streams
+of the worst priority (the highest number) the one that was admitted last gives its blocks
+up and goes back to QUEUED, to be recomputed here (prompt and emitted tokens): the oldest
+of the best priority always gets on, so the pool cannot lock up. RECEIVING streams are never
+preempted: their blocks have writes in flight. Nobody is preempted for one that is QUEUED.
 
-Who is QUEUED waits in one line: preempted streams in front, then streams that have
-begun (their Open brings tokens of another worker's, which a client is watching), then
-the others; the last two in order of arrival. Nobody starves. A begun stream was once
-admitted from among the others, on some worker, and comes here because that worker was
-lost, is leaving, or let it wait for room: at most ``gateway.max_attempts`` times, once
-for each worker that leaves, or every few seconds until its deadline. So those that pass
-a waiting stream are no more than the gateways had running elsewhere, and each ends after
-its ``max_tokens``; while no worker goes, nobody is passed.
+Who is QUEUED waits in one line: streams that have begun before all others, whatever their
+priorities. They were preempted, or their Open brings tokens of another worker's: a client
+is watching. Each part of the line is in order of priority; among equals preempted streams
+come first, and then it is the order of arrival. Among equal priorities nobody starves. A
+begun stream was once admitted from among the others, on some worker, and comes here because
+that worker was lost, is leaving, or let it wait for room: at most ``gateway.max_attempts``
+times, once for each worker that leaves, or every few seconds until its deadline. So those
+that pass a waiting stream are no more than the gateways had running elsewhere, and each
+ends after its ``max_tokens``; while no worker goes, nobody is passed. Better priorities
+may pass a stream for as long as they keep coming, until its deadline.
 """
 
 from __future__ import annotations
 
 import enum
-from collections import deque
+from bisect import insort_left, insort_right
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from baton.v1 import session_pb2 as pb
 from baton.worker.outbox import InputUse
@@ -37,6 +40,8 @@ from engine.intake import StopRule
 from engine.kv_cache.kv_cache import KvCache
 from engine.sequence import Scheduled, Sequence
 from kv_transfer.keys import TransferKey
+
+_PRIORITY = attrgetter("priority")
 
 
 class StreamState(enum.Enum):
@@ -60,6 +65,7 @@ class DecodeStream:
     """None: this worker prefills by itself."""
     handoff: pb.Handoff | None
     queued_at: float
+    priority: int = 0
     state: StreamState = StreamState.QUEUED
     num_input_tokens: int = 0
     """Prompt and tokens emitted by earlier attempts."""
@@ -80,8 +86,8 @@ class DecodeScheduler:
         self._budget = max_num_batched_tokens
         self._max_running = max_num_seqs
         self._watermark = watermark_blocks
-        self._begun: deque[DecodeStream] = deque()  # the preempted ones before all others
-        self._fresh: deque[DecodeStream] = deque()
+        self._begun: list[DecodeStream] = []  # the next one first, as in the other line
+        self._fresh: list[DecodeStream] = []
         self._running: list[DecodeStream] = []  # in order of admission
         self._num_receiving = 0
         self.num_preemptions = 0
@@ -109,7 +115,7 @@ class DecodeScheduler:
 
     def enqueue(self, stream: DecodeStream) -> None:
         line = self._begun if stream.sequence.num_emitted_tokens > 0 else self._fresh
-        line.append(stream)
+        insort_right(line, stream, key=_PRIORITY)
 
     def remove(self, stream: DecodeStream) -> None:
         """→ ENDED, from any state; its blocks stay the caller's business."""
@@ -142,7 +148,7 @@ class DecodeScheduler:
             stream = line[0]
             if not self._take_blocks(stream.sequence):
                 break
-            line.popleft()
+            line.pop(0)
             if stream.num_cached_tokens is None:
                 # A fully cached input still has its last token computed.
                 num_cached = stream.sequence.num_cached_tokens
@@ -169,14 +175,14 @@ class DecodeScheduler:
 
     def schedule(self) -> list[Scheduled]:
         """Chunks for one step: every decoding stream one token; local prefills share what
-        is left of the budget."""
-        for stream in list(self._running):
+        is left of the budget. Better priorities come first, the oldest among equals."""
+        for stream in sorted(self._running, key=_PRIORITY):
             if stream.state is StreamState.RUNNING and stream.sequence.num_remaining == 1:
                 self._make_room(stream)
         for stream in self._running:
             if stream.sequence.num_remaining > 1:
                 self._extend_prefix(stream)
-        running = [stream.sequence for stream in self._running]
+        running = [stream.sequence for stream in sorted(self._running, key=_PRIORITY)]
         decoding = [seq for seq in running if seq.num_remaining == 1][: self._budget]
         prefilling = [seq for seq in running if seq.num_remaining > 1]
         chunks = [Scheduled(sequence, 1) for sequence in decoding]
@@ -190,18 +196,19 @@ class DecodeScheduler:
             stream.num_cached_tokens += num_found
 
     def _make_room(self, stream: DecodeStream) -> None:
-        """A block for the stream's next token, preempting from the youngest on."""
+        """A block for the stream's next token, preempting from the worst priority's youngest
+        on."""
         while not self._kv.ensure_blocks(stream.sequence, stream.sequence.num_tokens):
-            victim = self._running[-1]
+            victim = max(reversed(self._running), key=_PRIORITY)
             self._preempt(victim)
             if victim is stream:
                 return
 
     def _preempt(self, victim: DecodeStream) -> None:
-        """RUNNING → QUEUED, first in line, to be recomputed by this worker."""
+        """RUNNING → QUEUED, first among equals in line, to be recomputed by this worker."""
         self._running.remove(victim)
         self._kv.free(victim.sequence)
         victim.transfer = None
         victim.state = StreamState.QUEUED
-        self._begun.appendleft(victim)
+        insort_left(self._begun, victim, key=_PRIORITY)
         self.num_preemptions += 1

@@ -56,6 +56,7 @@ class DecodeService:
             transfer=transfer,
             handoff=handoff,
             queued_at=now,
+            priority=message.priority,
             num_input_tokens=sequence.num_tokens,
         )
 

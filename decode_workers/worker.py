@@ -77,7 +77,7 @@ class DecodeWorker:
             logger.error("request %s: its stream id is in use; ignored", stream.request_id)
         elif self._draining:
             self._outbox.failed(stream.key, DrainingError("this decode worker is going away"))
-        elif len(self._scheduler.queued) >= self._config.max_waiting:
+        elif self._scheduler.num_waiting >= self._config.max_waiting:
             self._outbox.failed(stream.key, ReservationError("this decode worker's queue is full"))
         else:
             self._streams[stream.key] = stream

@@ -1,12 +1,13 @@
 """How far each input is computed in a step: chunks of it, within the step's token budget.
 
-Half of the budget goes in order of age. So no input starves: however many others come,
-it is slowed at most twofold. The other half goes to the inputs that are nearest to their
-end, so a short prompt is computed in the step after it arrives, though long ones came
-before. Alike inputs are computed one after the other, as first come, first served has it.
+Half of the budget goes in the order of rank: by priority and, among equals, by age. So no
+input is slowed more than twofold by what ranks behind it, however much of that comes; with
+equal priorities none starves. The other half goes to the inputs that are nearest to their
+end, so a short prompt is computed in the step after it arrives, though long ones rank before
+it. Alike inputs are computed one after the other, as first come, first served has it.
 
 What several inputs have in common is computed once: those that would compute the same
-block next wait for the oldest of them, and what they would get goes to it.
+block next wait for one of them, and what they would get goes to it.
 
 Chunks: Sarathi-Serve, https://arxiv.org/abs/2403.02310. Their order is shortest remaining
 processing time first (Schrage, 1968), which has the least mean waiting time, beside a
@@ -24,13 +25,14 @@ from engine.sequence import Scheduled, Sequence
 
 def prefill_chunks(sequences: SequenceOf[Sequence], budget: int, kv: KvCache) -> list[Scheduled]:
     """Chunks of at most ``budget`` tokens together, in the order of ``sequences``, which is
-    that of their age, the oldest first. Sequences that get nothing are left out.
+    that of their rank: the best priority first, and the oldest among equals. Sequences that
+    get nothing are left out.
 
     The caller has called ``kv.extend_prefix`` for every one: who waits takes the block
     there, once it is computed.
     """
-    by_age = range(len(sequences))
-    by_length = sorted(by_age, key=lambda index: sequences[index].num_remaining)
+    by_rank = range(len(sequences))
+    by_length = sorted(by_rank, key=lambda index: sequences[index].num_remaining)
     num_left = [sequence.num_remaining for sequence in sequences]
     num_given = [0] * len(sequences)
     leaders = _leaders(sequences, kv)
@@ -45,7 +47,7 @@ def prefill_chunks(sequences: SequenceOf[Sequence], budget: int, kv: KvCache) ->
         return num_tokens
 
     reserved = (budget + 1) // 2
-    rest = budget - reserved + give(by_age, reserved)
+    rest = budget - reserved + give(by_rank, reserved)
     give(by_length, rest)
     return [
         Scheduled(sequence, given)
@@ -55,11 +57,16 @@ def prefill_chunks(sequences: SequenceOf[Sequence], budget: int, kv: KvCache) ->
 
 
 def _leaders(sequences: SequenceOf[Sequence], kv: KvCache) -> list[int]:
-    """Index of who computes the next block of each: itself, or an older sequence that is
-    at the same block."""
-    oldest: dict[bytes, int] = {}
-    leaders: list[int] = []
-    for index, sequence in enumerate(sequences):
-        block_hash = kv.next_block_hash(sequence)
-        leaders.append(index if block_hash is None else oldest.setdefault(block_hash, index))
-    return leaders
+    """Index of who computes the next block of each: of those that are at the same block who
+    has begun it, else the first."""
+    block_hashes = [kv.next_block_hash(sequence) for sequence in sequences]
+    leader_of: dict[bytes, int] = {}
+    for index, block_hash in enumerate(block_hashes):
+        if block_hash is not None:
+            leader = leader_of.setdefault(block_hash, index)
+            if sequences[index].num_computed_tokens > sequences[leader].num_computed_tokens:
+                leader_of[block_hash] = index
+    return [
+        index if block_hash is None else leader_of[block_hash]
+        for index, block_hash in enumerate(block_hashes)
+    ]

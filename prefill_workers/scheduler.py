@@ -8,9 +8,10 @@ A job is
    prompts can never wait for each other's room;
 4. LEASED when its input is computed and its blocks belong to the hand-off.
 
-Jobs begin to run in order of arrival: one that waits for blocks is passed by none, or
-short ones could keep it waiting for ever. ``engine/chunked_prefill.py`` says how those
-that run share a step.
+Jobs begin to run in order of priority, the lower first, and equal ones in order of arrival:
+one that waits for blocks is passed by better priorities alone, or short ones could keep it
+waiting for ever. Who runs keeps its blocks. ``engine/chunked_prefill.py`` says how those that
+run share a step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import enum
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from baton.worker.outbox import InputUse
 from baton.worker.session_server import StreamKey
@@ -26,6 +28,8 @@ from engine.intake import StopRule
 from engine.kv_cache.kv_cache import KvCache
 from engine.sequence import Scheduled, Sequence
 from kv_transfer.keys import TransferKey
+
+_PRIORITY = attrgetter("priority")
 
 
 class JobState(enum.Enum):
@@ -46,6 +50,7 @@ class PrefillJob:
     transfer: TransferKey
     deadline: float
     """On the monotonic clock, seconds."""
+    priority: int = 0
     state: JobState = JobState.WAITING
     num_held_tokens: int = 0
     """Leading tokens that decode already holds."""
@@ -109,14 +114,14 @@ class PrefillScheduler:
         than before: those that it admits, and those that another has computed a part of."""
         grown = [job for job in self._running.values() if self._kv.extend_prefix(job.sequence)]
         admitted = self._admit()
-        sequences = [job.sequence for job in self._running.values()]
+        sequences = [job.sequence for job in sorted(self._running.values(), key=_PRIORITY)]
         return prefill_chunks(sequences, self._budget, self._kv), grown + admitted
 
     def _admit(self) -> list[PrefillJob]:
         """QUEUED → RUNNING, in order, while blocks for the whole input are to be had."""
         admitted: list[PrefillJob] = []
         while self._queued and len(self._running) < self._max_running:
-            job = next(iter(self._queued.values()))
+            job = min(self._queued.values(), key=_PRIORITY)  # of equal ones the oldest
             self._kv.hold_prefix(job.sequence)
             if not self._kv.ensure_blocks(job.sequence, job.sequence.num_tokens):
                 self._kv.free(job.sequence)

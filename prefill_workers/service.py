@@ -48,6 +48,7 @@ class PrefillService:
                 handoff.transfer_id, message.attempt, handoff.prefill_epoch, handoff.decode_epoch
             ),
             deadline=time.monotonic() + message.remaining_ms / 1000,
+            priority=message.priority,
         )
 
     def on_proceed(self, key: StreamKey, num_held_tokens: int) -> None:

@@ -220,6 +220,7 @@ class ChoiceRun:
             tracestate=choice.tracestate,
             cache_salt=choice.cache_salt,
             handoff=handoff,
+            priority=choice.priority,
         )
 
     # -------------------------------------------------------------- attempting

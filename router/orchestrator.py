@@ -75,7 +75,11 @@ class Orchestrator:
         """
         timeline = choice.timeline or Timeline()
         timeline.submitted()
-        async with self._admission.admitted(choice.deadline):
+        # The choices of a request wait in their order: while the first does, none has begun.
+        place = self._admission.admitted(
+            choice.deadline, choice.priority, keeps_place=choice.choice_index > 0
+        )
+        async with place:
             timeline.admitted()
             run = ChoiceRun(choice, self._serving, timeline)
             try:

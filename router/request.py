@@ -64,6 +64,8 @@ class ChoiceRequest:
     traceparent: str = ""
     tracestate: str = ""
     cache_salt: str = ""
+    priority: int = 0
+    """Wherever choices wait, the lower one goes first."""
     timeline: Timeline | None = None
     """Where the choice's times are noted, if somebody wants to read them."""
 

@@ -137,6 +137,7 @@ class Open(google.protobuf.message.Message):
     ADAPTER_FIELD_NUMBER: builtins.int
     GRAMMAR_FIELD_NUMBER: builtins.int
     HANDOFF_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     stream_id: builtins.int
     """drawn by the gateway, unique on its Sessions"""
     request_id: builtins.str
@@ -156,6 +157,8 @@ class Open(google.protobuf.message.Message):
     """refused until adapters are built"""
     grammar: builtins.str
     """refused until structured output is built"""
+    priority: builtins.int
+    """who waits with a lower one is served earlier"""
     @property
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The model's input is prompt followed by emitted; they travel apart so that
@@ -193,10 +196,11 @@ class Open(google.protobuf.message.Message):
         adapter: builtins.str = ...,
         grammar: builtins.str = ...,
         handoff: Global___Handoff | None = ...,
+        priority: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["handoff", b"handoff", "sampling", b"sampling"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "choice_index", b"choice_index", "emitted_token_ids", b"emitted_token_ids", "grammar", b"grammar", "handoff", b"handoff", "max_tokens", b"max_tokens", "prompt_token_ids", b"prompt_token_ids", "remaining_ms", b"remaining_ms", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "stream_id", b"stream_id", "traceparent", b"traceparent", "tracestate", b"tracestate"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "choice_index", b"choice_index", "emitted_token_ids", b"emitted_token_ids", "grammar", b"grammar", "handoff", b"handoff", "max_tokens", b"max_tokens", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "remaining_ms", b"remaining_ms", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "stream_id", b"stream_id", "traceparent", b"traceparent", "tracestate", b"tracestate"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Open: typing_extensions.TypeAlias = Open

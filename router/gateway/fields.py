@@ -124,6 +124,10 @@ _SHARED = (
         "Prompts share cached prefixes only under equal salts.", extension=True,
     ),
     _honoured(
+        "priority", "any signed 64-bit integer",
+        "Where requests wait, the lower value goes first; 0 by default.", extension=True,
+    ),
+    _honoured(
         "ignore_eos", "`true`, `false`", "Goes on past end-of-sequence tokens.", extension=True
     ),
     _honoured(

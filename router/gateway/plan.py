@@ -86,6 +86,7 @@ class Planner:
                 traceparent=context.trace.traceparent,
                 tracestate=context.trace.tracestate,
                 cache_salt=request.cache_salt,
+                priority=request.priority,
                 timeline=Timeline() if with_timeline else None,
             )
             for index in range(len(prompts) * request.n)

@@ -139,6 +139,7 @@ class GenerationRequest(_Model):
     logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=1024)] = {}
     min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] = 0
     cache_salt: Annotated[str, StringConstraints(max_length=256)] = ""
+    priority: Annotated[int, Field(ge=-_INT64, lt=_INT64)] = 0
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = []
     return_token_ids: bool = False

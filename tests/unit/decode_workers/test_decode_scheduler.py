@@ -5,40 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.sequences import pretend_step, sequence, small_cache
+from support.decode_streams import finish, scheduler, stream
+from support.sequences import pretend_step, small_cache
 
-from baton.v1 import session_pb2 as pb
 from baton.worker.session_server import StreamKey
-from decode_workers.scheduler import DecodeScheduler, DecodeStream, StreamState
-from engine.intake import StopRule
-from engine.kv_cache.kv_cache import KvCache
-from kv_transfer.keys import TransferKey
-
-
-def stream(
-    number: int, tokens: list[int], *, max_tokens: int = 8, local: bool, num_emitted: int = 0
-) -> DecodeStream:
-    key = StreamKey(1, number)
-    return DecodeStream(
-        key=key,
-        request_id=f"request-{number}",
-        sequence=sequence(key, tokens, len(tokens) - num_emitted),
-        stop=StopRule(max_tokens, frozenset()),
-        deadline=1e9,
-        transfer=None if local else TransferKey(bytes([number]), 0, b"p", b"d"),
-        handoff=None if local else pb.Handoff(),
-        queued_at=0.0,
-        num_input_tokens=len(tokens),
-    )
-
-
-def scheduler(kv: KvCache, *, budget: int = 16, most: int = 8) -> DecodeScheduler:
-    return DecodeScheduler(kv, max_num_batched_tokens=budget, max_num_seqs=most, watermark_blocks=1)
-
-
-def finish(kv: KvCache, chosen: DecodeScheduler, done: DecodeStream) -> None:
-    chosen.remove(done)
-    kv.free(done.sequence)
+from decode_workers.scheduler import DecodeStream, StreamState
 
 
 def test_reservation_takes_blocks_for_the_whole_input_before_it_is_granted() -> None:
@@ -202,6 +173,7 @@ def test_removed_stream_is_in_no_list(state: StreamState) -> None:
             st.booleans(),
             st.integers(0, 6),
             st.integers(0, 1),
+            st.integers(0, 2),
         ),
         min_size=1,
         max_size=8,
@@ -209,7 +181,7 @@ def test_removed_stream_is_in_no_list(state: StreamState) -> None:
     num_blocks=st.integers(8, 16),
 )
 def test_every_stream_ends_with_all_its_tokens_however_scarce_blocks_are(
-    jobs: list[tuple[int, int, bool, int, int]], num_blocks: int
+    jobs: list[tuple[int, int, bool, int, int, int]], num_blocks: int
 ) -> None:
     kv = small_cache(num_blocks)
     chosen = scheduler(kv, budget=7, most=4)
@@ -220,10 +192,11 @@ def test_every_stream_ends_with_all_its_tokens_however_scarce_blocks_are(
             max_tokens=most,
             local=local,
             num_emitted=min(num_emitted, length - 1),
+            priority=priority,
         )
-        for n, (length, most, local, _, num_emitted) in enumerate(jobs)
+        for n, (length, most, local, _, num_emitted, priority) in enumerate(jobs)
     ]
-    arrivals = {n: arrival for n, (*_, arrival, _) in enumerate(jobs)}
+    arrivals = {n: arrival for n, (_, _, _, arrival, _, _) in enumerate(jobs)}
     emitted: dict[StreamKey, int] = {}
     receiving: list[DecodeStream] = []
     for tick in range(2000):
@@ -238,8 +211,12 @@ def test_every_stream_ends_with_all_its_tokens_however_scarce_blocks_are(
         admitted = chosen.admit()
         assert line[len(line) - len(chosen.queued) :] == chosen.queued, "somebody was passed"
         receiving = [item for item in admitted if item.state is StreamState.RECEIVING]
+        running = [item for item in streams if item.state is StreamState.RUNNING]
         pretend_step(kv, chosen.schedule(), 3)
         kv.pool.check()
+        gone = [item.priority for item in running if item.state is StreamState.QUEUED]
+        kept = [item.priority for item in running if item.state is StreamState.RUNNING]
+        assert not gone or not kept or min(gone) >= max(kept), "not the worst has given way"
         for item in streams:
             if (
                 item.state is StreamState.RUNNING

@@ -96,7 +96,15 @@ def test_several_short_ones_go_by_length_and_then_by_age() -> None:
     assert given_to(prefill_chunks(inputs([50, 4, 3, 4]), 16)) == {0: 8, 1: 4, 2: 3, 3: 1}
 
 
-def test_what_inputs_have_in_common_is_computed_by_the_oldest_of_them() -> None:
+def test_who_has_begun_a_block_goes_on_with_it_for_one_that_ranks_before_it() -> None:
+    """And with the share of the step that the other has by its rank."""
+    begun, better = sequence(0, list(range(40))), sequence(1, list(range(40)))
+    begun.num_computed_tokens = 2  # of a block of four
+    between = sequence(2, [90] * 40)
+    assert given_to(prefill_chunks([better, between, begun], 8)) == {0: 8}
+
+
+def test_what_inputs_have_in_common_is_computed_by_the_first_of_them() -> None:
     document = list(range(100, 116))
     sequences = [sequence(0, [0] * 40), *(sequence(n, [*document, n]) for n in (1, 2, 3))]
     # What the short ones get by their length goes to the one that computes for them all.

@@ -16,7 +16,7 @@ from kv_transfer.keys import TransferKey
 from prefill_workers.scheduler import JobState, PrefillJob, PrefillScheduler
 
 
-def job(number: int, tokens: list[int]) -> PrefillJob:
+def job(number: int, tokens: list[int], priority: int = 0) -> PrefillJob:
     key = StreamKey(1, number)
     return PrefillJob(
         key=key,
@@ -25,6 +25,7 @@ def job(number: int, tokens: list[int]) -> PrefillJob:
         stop=StopRule(8, frozenset()),
         transfer=TransferKey(bytes([number]), 0, b"p", b"d"),
         deadline=1e9,
+        priority=priority,
     )
 
 
@@ -125,6 +126,56 @@ def test_short_job_does_not_pass_a_long_one_that_waits_for_blocks() -> None:
     _, admitted = chosen.schedule()
     assert admitted == [one]
     assert (long.state, short.state) == (JobState.QUEUED, JobState.QUEUED)
+
+
+def test_jobs_begin_in_order_of_priority_and_equal_ones_of_arrival() -> None:
+    kv = small_cache(64)
+    chosen = scheduler(kv, most=1)
+    jobs = [job(n, [n], priority) for n, priority in enumerate((5, 0, 5, -3, 0))]
+    assert run(kv, chosen, {0: jobs}) == [3, 1, 4, 0, 2]
+
+
+def test_better_priority_passes_a_job_that_waits_for_blocks_and_takes_none_from_who_runs() -> None:
+    kv = small_cache(8)
+    chosen = scheduler(kv)
+    running, waiting = job(1, list(range(20)), 5), job(2, list(range(50, 66)))
+    chosen.enqueue(running)
+    chosen.schedule()
+    chosen.enqueue(waiting)
+    assert chosen.schedule()[1] == []
+    worse, better, best = job(3, [1], 1), job(4, [90] * 8, -1), job(5, [80] * 8, -2)
+    for each in (worse, better, best):
+        chosen.enqueue(each)
+    assert chosen.schedule()[1] == [best]
+    assert (running.state, better.state, worse.state) == (
+        JobState.RUNNING,
+        JobState.QUEUED,
+        JobState.QUEUED,
+    )
+
+
+def test_best_priority_has_half_a_step_and_the_shortest_job_the_other() -> None:
+    kv = small_cache(128)
+    chosen = scheduler(kv, budget=10)
+    jobs = [job(1, list(range(100)), 7), job(2, [200, 201], 7), job(3, list(range(300, 400)))]
+    for each in jobs:
+        chosen.enqueue(each)
+        chosen.schedule()
+    assert [each.state for each in jobs] == [JobState.RUNNING] * 3
+    chunks, _ = chosen.schedule()
+    assert [(c.seq, c.num_tokens) for c in chunks] == [
+        (jobs[2].sequence, 8),
+        (jobs[1].sequence, 2),
+    ]
+
+
+def test_best_priority_is_slowed_at_most_twofold_by_worse_short_ones() -> None:
+    kv = small_cache(400)
+    arrivals = {step: [job(step + 1, [1000 + step] * 8, 1)] for step in range(30)}
+    arrivals[3].append(job(99, list(range(80))))
+    ended = run(kv, scheduler(kv, budget=8, most=64), arrivals)
+    # It takes 20 steps, of half a budget each; a short one ends in every other of them.
+    assert ended.index(99) <= 13
 
 
 def test_waiting_job_counts_as_work_and_takes_nothing() -> None:
@@ -234,30 +285,30 @@ def test_common_part_of_jobs_that_arrive_together_is_computed_once(gap: int) -> 
     assert [each.sequence.num_cached_tokens for each in jobs] == [0] + [128] * 7
 
 
+Drawn = tuple[int, int, int, int, int]
 PROMPTS = st.lists(
     st.tuples(
         st.integers(0, 6),  # blocks of the document that all begin with
         st.integers(0, 2),  # which of three goes on from there
         st.integers(1, 14),  # for how many tokens
         st.integers(0, 6),  # the step that it arrives in
+        st.integers(0, 2),  # its priority
     ),
     min_size=1,
     max_size=10,
 )
 
 
-def prompts(drawn: list[tuple[int, int, int, int]]) -> dict[int, list[PrefillJob]]:
+def prompts(drawn: list[Drawn]) -> dict[int, list[PrefillJob]]:
     arrivals: dict[int, list[PrefillJob]] = {}
-    for number, (num_common, branch, num_own, step) in enumerate(drawn):
+    for number, (num_common, branch, num_own, step, priority) in enumerate(drawn):
         tokens = [*range(num_common * 4), *([1000 + branch] * num_own)]
-        arrivals.setdefault(step, []).append(job(number, tokens))
+        arrivals.setdefault(step, []).append(job(number, tokens, priority))
     return arrivals
 
 
 @given(drawn=PROMPTS, budget=st.integers(1, 24))
-def test_no_full_block_is_computed_twice(
-    drawn: list[tuple[int, int, int, int]], budget: int
-) -> None:
+def test_no_full_block_is_computed_twice(drawn: list[Drawn], budget: int) -> None:
     kv = small_cache(400)
     num_computed = run_counting(kv, scheduler(kv, budget=budget, most=16), prompts(drawn))
     assert set(num_computed.values()) <= {1}
@@ -265,7 +316,7 @@ def test_no_full_block_is_computed_twice(
 
 @given(drawn=PROMPTS, budget=st.integers(1, 24), seed=st.integers(0, 99))
 def test_every_job_ends_whatever_is_cancelled_and_evicted(
-    drawn: list[tuple[int, int, int, int]], budget: int, seed: int
+    drawn: list[Drawn], budget: int, seed: int
 ) -> None:
     kv = small_cache(24)
     drawn_by = random.Random(seed)

@@ -60,6 +60,19 @@ async def test_orchestrator_is_asked_for_what_the_client_set() -> None:
     assert choice.cache_salt == "tenant"
 
 
+@pytest.mark.parametrize("priority", [None, -(2**63), -1, 0, 2**63 - 1])
+async def test_every_choice_has_the_requests_priority_which_is_0_by_default(
+    priority: int | None,
+) -> None:
+    gateway = Gateway()
+    for response in (
+        await gateway.chat(priority=priority, n=2),
+        await gateway.complete([[7], [8]], priority=priority, max_tokens=9),
+    ):
+        assert response.status_code == 200, response.text
+    assert [choice.priority for choice in gateway.orchestrator.choices] == [priority or 0] * 4
+
+
 async def test_orchestrator_is_asked_for_every_sampling_parameter() -> None:
     gateway = Gateway()
     response = await gateway.complete(

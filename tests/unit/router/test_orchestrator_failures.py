@@ -81,6 +81,30 @@ async def test_repeated_attempt_loses_and_repeats_no_log_probabilities() -> None
         assert client.logprobs == list(told.values())
 
 
+async def test_every_attempt_has_the_priority_of_its_request() -> None:
+    async with fake_cluster() as cluster:
+        workers = [await cluster.add(f"decode-{i}", "decode") for i in range(3)]
+        client = cluster.ask(dataclasses.replace(choice(), priority=-(2**63)))
+        for attempt in range(3):
+            await wait_until(lambda: any(worker.streams for worker in workers))
+            (worker,) = [worker for worker in workers if worker.streams]
+            stream = await worker.next_open()
+            assert (stream.message.attempt, stream.message.priority) == (attempt, -(2**63))
+            if attempt == 2:
+                stream.tokens(1, 51)
+                stream.close(STOP)
+                break
+            workers.remove(worker)
+            if attempt == 0:
+                stream.tokens(0, 50)
+                await wait_until(lambda: client.token_ids == [50])
+                await worker.stop()
+            else:
+                stream.fail(TransferError("another failure"))
+        await client.end()
+        assert client.token_ids == [50, 51]
+
+
 async def test_cached_tokens_are_those_of_the_attempt_that_gave_the_first_token() -> None:
     async with fake_cluster() as cluster:
         workers = [await cluster.add(f"decode-{i}", "decode") for i in range(3)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from hypothesis import given, settings
@@ -124,8 +124,9 @@ class Game:
         self.clients: list[Client] = []
         self.dead: list[Worker] = []
 
-    def ask(self, deadline_s: float = 60.0) -> None:
+    def ask(self, deadline_s: float = 60.0, *, priority: int = 0, index: int = 0) -> None:
         request = choice(*PROMPT, max_tokens=MAX_TOKENS, deadline_s=deadline_s)
+        request = replace(request, priority=priority, choice_index=index)
         self.clients.append(Client(self.orchestrator.generate(request)))
 
     async def play(self, steps: list[Step]) -> None:
@@ -141,7 +142,7 @@ class Game:
 
     def move(self, step: Step) -> None:
         if step.action == "ask":
-            self.ask()
+            self.ask(priority=step.position, index=step.which % 2)
         elif step.action == "expire":
             self.ask(deadline_s=0.0)
         elif step.action == "leave":

@@ -1,0 +1,37 @@
+"""A gateway's Open becomes a job."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.sampling_open import PLAN
+from support.worker_rig import Recorder
+
+from baton.v1 import session_pb2 as pb
+from baton.worker.session_server import StreamKey
+from prefill_workers.service import PrefillService
+
+EPOCH = b"p" * 16
+KEY = StreamKey(1, 5)
+
+
+@pytest.mark.parametrize("priority", [-(2**63), 0, 2**63 - 1])
+def test_open_brings_the_jobs_priority(priority: int) -> None:
+    inbox, worker = Recorder(), SimpleNamespace(open="open")
+    parts: Any = SimpleNamespace(
+        plan=PLAN, identity=SimpleNamespace(epoch=EPOCH), inbox=inbox, outbox=Recorder()
+    )
+    service = PrefillService(worker, parts)  # type: ignore[arg-type]
+    message = pb.Open(
+        stream_id=5,
+        prompt_token_ids=[5, 6, 7],
+        max_tokens=4,
+        priority=priority,
+        handoff=pb.Handoff(prefill_epoch=EPOCH),
+    )
+    service.on_open(KEY, pb.Open.FromString(message.SerializeToString()))
+    [(_, (command, job), _)] = inbox.calls
+    assert command == "open"
+    assert (job.key, job.priority) == (KEY, priority)
