@@ -45,8 +45,8 @@ MOST_TOKENS = 24
 """Of prompt and answer: less than the smallest pool holds."""
 LIMITS = {"max_num_batched_tokens": 7, "max_num_seqs": 4}
 NEVER = 1e18
-SETTLES_WITHIN = 150
-"""Rounds of every worker; it takes 60 at most where nobody waits for ever."""
+SETTLES_WITHIN = 100
+"""Rounds of every worker; under 20 do where nobody waits for ever."""
 
 
 class Now:
