@@ -38,6 +38,8 @@ from baton.checkpoint.checkpoint import open_checkpoint
 from baton.v1 import session_pb2 as pb
 
 NUM_TOKENS = 10
+DECODED = NUM_TOKENS - 1
+"""Tokens of an answer that decode computes beside its prompt: not the last."""
 BLOCK = 16
 
 
@@ -75,10 +77,6 @@ class Cluster:
         for answer, prompt in zip(answers, prompts, strict=True):
             best = self.likeliest([*prompt, *answer.token_ids])
             assert answer.token_ids == best[len(prompt) - 1 : -1]
-
-
-def asks(*prompts: list[int]) -> list[Ask]:
-    return [Ask(prompt, NUM_TOKENS) for prompt in prompts]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,8 +117,9 @@ async def prefix_cache(cluster: Cluster) -> None:
     first, own = tokens(60, seed=1), tokens(27, seed=2)
     prompts = [first, [*first[: 3 * BLOCK], *own], first[: 3 * BLOCK]]
     async with worker_pair(cluster.other, cluster.engine) as pair:
-        answers = [(await pair.answers(asks(prompt)))[0] for prompt in prompts]
+        answers, computed = await in_turn(pair, prompts)
     cluster.check(answers, prompts)
+    assert computed == [(0, 60 + DECODED), (0, 27 + DECODED), (0, 1 + DECODED)]
     assert [_use(each.decode) for each in answers] == [(0, 60, 0), (48, 27, 0), (47, 1, 0)]
 
 
@@ -128,11 +127,10 @@ async def chunked_prefill(cluster: Cluster) -> None:
     """A prompt in chunks that end within blocks, alone and then beside others."""
     alone, *others = prompts = [tokens(num, seed=num) for num in (75, 61, 40, 3)]
     async with worker_pair(cluster.other, cluster.engine, chunk=19) as pair:
-        answers = await pair.answers(asks(alone))
-        num_steps = pair.decode_rig.outbox.standing.load.num_steps
-        answers += await pair.answers(asks(*others))
+        answers, _ = await in_turn(pair, [alone])
+        assert pair.decode_engine.num_steps == 4 + DECODED
+        answers += await pair.answers([Ask(prompt, NUM_TOKENS) for prompt in others])
     cluster.check(answers, prompts)
-    assert num_steps == 4 + NUM_TOKENS - 1
     assert [_use(each.decode) for each in answers] == [(0, len(each), 0) for each in prompts]
 
 
@@ -145,17 +143,26 @@ async def disaggregated(cluster: Cluster) -> None:
         first, own = tokens(75, seed), tokens(20, seed + 50)
         prompts = [first, [*first[: 4 * BLOCK], *own], first[: 4 * BLOCK]]
         async with worker_pair(prefill, decode, chunk=33) as pair:
-            answers = [await _handed_over(pair, prompt) for prompt in prompts]
+            answers, computed = await in_turn(pair, prompts, handed_over=True)
         cluster.check(answers, prompts)
+        assert computed == [(75, DECODED), (20, DECODED), (1, DECODED)]
         assert [_use(each.decode) for each in answers] == [(0, 0, 75), (64, 0, 20), (64, 0, 0)]
-        assert [_use(each.prefill) for each in answers] == [(0, 75, 0), (64, 20, 0), (63, 1, 0)]
+        for answer in answers:
+            assert answer.prefill is not None
+            assert answer.prefill.reason == pb.CLOSE_REASON_HANDED_OFF
 
 
-async def _handed_over(pair: WorkerPair, prompt: list[int]) -> Answer:
-    (answer,) = await pair.answers(asks(prompt), handed_over=True)
-    assert answer.prefill is not None
-    assert answer.prefill.reason == pb.CLOSE_REASON_HANDED_OFF
-    return answer
+async def in_turn(
+    pair: WorkerPair, prompts: Items[list[int]], *, handed_over: bool = False
+) -> tuple[list[Answer], list[tuple[int, int]]]:
+    """The answers, and how many tokens prefill and decode computed for each."""
+    answers, computed = [], []
+    for prompt in prompts:
+        before = pair.prefill_engine.num_tokens, pair.decode_engine.num_tokens
+        answers += await pair.answers([Ask(prompt, NUM_TOKENS)], handed_over=handed_over)
+        after = pair.prefill_engine.num_tokens, pair.decode_engine.num_tokens
+        computed.append((after[0] - before[0], after[1] - before[1]))
+    return answers, computed
 
 
 def _use(closed: pb.Closed | None) -> tuple[int, int, int]:

@@ -45,8 +45,8 @@ MOST_TOKENS = 24
 """Of prompt and answer: less than the smallest pool holds."""
 LIMITS = {"max_num_batched_tokens": 7, "max_num_seqs": 4}
 NEVER = 1e18
-SETTLES_WITHIN = 150
-"""Rounds of every worker; it takes 60 at most where nobody waits for ever."""
+SETTLES_WITHIN = 100
+"""Rounds of every worker; under 20 do where nobody waits for ever."""
 
 
 class Now:
@@ -120,12 +120,13 @@ class Side:
         holders = Counter(block for seq in sequences for block in seq.block_table)
         references = {block: num for block, num in enumerate(pool._num_references) if num}
         assert references == holders, "a block is held by nobody, or not by who believes it"
-        assert pool._quarantined == self.quarantined()
+        assert pool._quarantined == self.quarantined(), "nobody waits for their drain"
         for seq in sequences:
             self.engine.slots.check(seq)
             self.remember(seq)
         for block_hash, block in pool._block_of_hash.items():
-            assert self.engine.slots.block(block) == self._contents[block_hash]
+            found = self.engine.slots.block(block)
+            assert found == self._contents[block_hash], "a cached block is not what it is named"
 
     def remember(self, seq: Sequence) -> None:
         """What each of its full blocks holds, for ``check``."""
@@ -137,9 +138,9 @@ class Side:
     def assert_at_rest(self) -> None:
         self.check()
         counts = self.kv.pool.counts()
-        assert (counts.referenced, counts.quarantined) == (0, 0)
+        assert (counts.referenced, counts.quarantined) == (0, 0), "blocks are held at rest"
         assert self.worker.idle
-        assert self.told == self.kv.pool.published()
+        assert self.told == self.kv.pool.published(), "gateways were told of another cache"
 
 
 class PrefillSide(Side):

@@ -26,7 +26,7 @@ from baton.worker.session_server import StreamKey
 from decode_workers.scheduler import DecodeScheduler
 from decode_workers.service import DecodeService
 from decode_workers.worker import DecodeWorker
-from engine.engine import Engine
+from engine.engine import Engine, Sampled, Scheduled
 from engine.parallel.followers import Followers
 from engine.setup import EnginePlan, plan_engine
 from kv_transfer.client import KvReceiver
@@ -96,6 +96,21 @@ def built(
         memory.close()
 
 
+class CountingEngine:
+    """An engine as its worker sees it, which counts what it computes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.kv = engine.kv
+        self._engine = engine
+        self.num_tokens = 0
+        self.num_steps = 0
+
+    def step(self, chunks: Items[Scheduled]) -> list[Sampled]:
+        self.num_tokens += sum(chunk.num_tokens for chunk in chunks)
+        self.num_steps += 1
+        return self._engine.step(chunks)
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     prompt: Items[int]
@@ -121,6 +136,8 @@ class WorkerPair:
     def __init__(self, prefill: Built, decode: Built, *, chunk: int = 512) -> None:
         """``chunk``: tokens computed in one step of either worker."""
         self.prefill_rig, self.decode_rig = Rig("prefill"), Rig("decode")
+        self.prefill_engine = CountingEngine(prefill.engine)
+        self.decode_engine = CountingEngine(decode.engine)
         self._epochs = new_epoch(), new_epoch()
         self._server = rpc.server(SECRET, SessionConfig())
         self._sender = KvSender(
@@ -139,12 +156,12 @@ class WorkerPair:
         )
         limits = {"max_num_batched_tokens": chunk, "max_num_seqs": 64}
         self.prefill = PrefillWorker(
-            **self._worker(prefill.engine, self.prefill_rig),
+            **self._worker(self.prefill_engine, self.prefill_rig),
             scheduler=PrefillScheduler(prefill.engine.kv, **limits),
             sender=self._sender,
         )
         self.decode = DecodeWorker(
-            **self._worker(decode.engine, self.decode_rig),
+            **self._worker(self.decode_engine, self.decode_rig),
             scheduler=DecodeScheduler(decode.engine.kv, **limits, watermark_blocks=1),
             receiver=self._receiver,
             transfer_config=TRANSFER,
@@ -175,7 +192,7 @@ class WorkerPair:
         }
 
     @staticmethod
-    def _worker(engine: Engine, rig: Rig) -> dict[str, Any]:
+    def _worker(engine: CountingEngine, rig: Rig) -> dict[str, Any]:
         """What both workers are made with."""
         return {
             "engine": engine,
