@@ -186,9 +186,11 @@ class RoutingConfig(_Section):
     transfer_weight: float = Field(0.25, ge=0)
     """Cost of a token that the hand-off moves, in tokens of prefill."""
     local_prefill_max_tokens: int = Field(128, ge=0)
-    """A decode worker that lacks no more of an input than this may prefill it by itself, where
-    `kv_aware` finds that cheaper and each prefill worker would have more to compute before its
-    first token, because it holds less of the input or others wait there; 0: never."""
+    """A decode worker that lacks no more of an input than this may prefill it by itself where
+    `kv_aware` finds that cheaper, and each prefill worker would have more to compute before its
+    first token: it holds less of the input, or others wait there. Up to four times as many are
+    allowed where every prefill worker lacks at least twice what the decode worker does. 0: none,
+    while there is a prefill worker."""
 
 
 class RegistryConfig(_Section):

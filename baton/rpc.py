@@ -17,8 +17,9 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
 
 def channel_options(session: SessionConfig) -> list[tuple[str, int]]:
-    """Options of servers and clients alike: sizes, and keep-alive that finds a
-    dead peer within ``keepalive_s + keepalive_timeout_s`` even when idle."""
+    """Options of servers and clients alike: sizes, and keep-alive that finds a dead peer even
+    when idle: within ``keepalive_s + keepalive_timeout_s`` of the last ping, and gRPC spaces
+    its pings out, so that a stopped process has been seen to last three times as long."""
     interval_ms = int(session.keepalive_s * 1000)
     return [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

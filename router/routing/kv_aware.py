@@ -18,6 +18,9 @@ from router.workers.session import WorkerSession
 BALANCE_HALF_LIFE_S = 30.0
 """Of the memory of what a worker was given lately."""
 MAX_CANDIDATES = 8
+CONTINUED = 4
+"""Times ``routing.local_prefill_max_tokens`` that a decode worker may prefill of a conversation
+that it holds far more of than any prefill worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,40 +118,47 @@ class KvAware:
         if not pairs:
             return None
         standings = self._standings(input_, [*prefill, *decode])
-        pairs += self._alone(pairs, standings)
         costs = [
             self.cost(standings[pair.prefill] if pair.prefill else None, standings[pair.decode])
             for pair in pairs
         ]
+        alone = self._alone(input_, pairs, standings)
+        pairs += [Pairing(None, session) for session in alone]
+        costs += [self.cost(None, standing) for standing in alone.values()]
         least = min(costs)
         chosen = self._rng.choice(
             [pair for pair, cost in zip(pairs, costs, strict=True) if cost == least]
         )
+        if chosen.prefill is None:
+            standings |= alone
         for session in chosen.sessions:
             computes = session is chosen.computing
             self._count(input_, session, standings[session], computes=computes)
         return Pairing(chosen.prefill, chosen.decode, _cheapest(pairs, costs))
 
     def _alone(
-        self, pairs: Sequence[Pairing], standings: Mapping[WorkerSession, Standing]
-    ) -> list[Pairing]:
-        """Decode workers of ``pairs`` that lack little, and less than each of their prefill
-        workers has to compute until its first token: they have the answers that prefill
-        workers never see, or those are busy."""
-        todo: dict[WorkerSession, int] = {}  # empty where there is no prefill worker
+        self,
+        input_: InputHashes,
+        pairs: Sequence[Pairing],
+        standings: Mapping[WorkerSession, Standing],
+    ) -> dict[WorkerSession, Standing]:
+        """Decode workers of ``pairs`` that may prefill by themselves, and how they stand for it:
+        blocks that a hand-off is still to bring are missing to them."""
+        limit = self._config.local_prefill_max_tokens
+        if not limit:
+            return {}
+        partners: dict[WorkerSession, list[Standing]] = {}
         for pair in pairs:
             if pair.prefill is not None:
-                prefill = standings[pair.prefill]
-                until_first = prefill.num_missing + prefill.num_waiting
-                todo[pair.decode] = min(todo.get(pair.decode, until_first), until_first)
-        limit = self._config.local_prefill_max_tokens
-        return [
-            Pairing(None, decode)
-            for decode, least in todo.items()
-            # An input that is held whole still has its last token computed.
-            if max(1, standings[decode].num_missing) <= limit
-            and standings[decode].num_missing < least
-        ]
+                partners.setdefault(pair.decode, []).append(standings[pair.prefill])
+        alone: dict[WorkerSession, Standing] = {}
+        for session, prefill in partners.items():
+            epoch, hashes = session.epoch, input_.of(session)
+            num_held = self._index.leading_blocks((epoch,), hashes, or_soon=False)[epoch]
+            standing = self._standing(input_, session, num_held)
+            if _may_prefill(standing.num_missing, prefill, limit):
+                alone[session] = standing
+        return alone
 
     def _standings(
         self, input_: InputHashes, sessions: Sequence[WorkerSession]
@@ -195,6 +205,20 @@ class KvAware:
         self._recent_of(session).num_tokens += standing.num_missing
         self._peers.given(session.epoch, num_tokens, num_blocks)
         self._index.expect(session.epoch, input_.of(session))
+
+
+def _may_prefill(num_missing: int, prefill: Sequence[Standing], limit: int) -> bool:
+    """Whether a decode worker that lacks ``num_missing`` tokens may compute them.
+
+    Few of them, if no prefill worker would come to the first token as soon: it lacks more, or
+    is busy. Some more, if every prefill worker lacks twice as much or more: it has not seen the
+    turns of the conversation that decode workers have computed, nor any answer.
+    """
+    num_computed = max(1, num_missing)  # an input that is held whole has its last token computed
+    if num_computed <= limit:
+        return num_missing < min(each.num_missing + each.num_waiting for each in prefill)
+    is_some_more = num_computed <= CONTINUED * limit
+    return is_some_more and 2 * num_missing <= min(each.num_missing for each in prefill)
 
 
 def _cheapest(pairs: Sequence[Pairing], costs: Sequence[float]) -> tuple[Candidate, ...]:

@@ -157,7 +157,7 @@ class KvIndex:
         self._expected.remove(part.bit, (hash_,))
 
     def leading_blocks(
-        self, epochs: Collection[bytes], hashes: Sequence[bytes]
+        self, epochs: Collection[bytes], hashes: Sequence[bytes], *, or_soon: bool = True
     ) -> dict[bytes, int]:
         """How many of the leading blocks each worker holds, or soon will."""
         counts = dict.fromkeys(epochs, 0)
@@ -165,7 +165,7 @@ class KvIndex:
         for part in parts.values():
             self._expire(part)
         holding = sum(part.bit for part in parts.values())
-        held, expected = self._held.bits, self._expected.bits
+        held, expected = self._held.bits, self._expected.bits if or_soon else {}
         for number, hash_ in enumerate(hashes):
             still = holding & (held.get(hash_, 0) | expected.get(hash_, 0))
             if still != holding:

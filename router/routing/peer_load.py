@@ -137,7 +137,9 @@ class SharedLoad:
         while not self._closed:
             await self._news.wait()
             await asyncio.sleep(BATCH_S)
-            while batch := self._take_batch():
+            # What could not be told may have arrived all the same, and is not told again; but
+            # something is, though it be nothing new, to know when Redis answers.
+            while (batch := self._take_batch()) or not self._tells:
                 message = announce(
                     batch,
                     sender=self._sender,
@@ -149,6 +151,7 @@ class SharedLoad:
                     await self._redis.publish(self._channel, message)
                 except BaseException:
                     self._set(tells=False)
+                    self._news.set()
                     raise
                 self._set(tells=True)
                 self._metrics.peer_decisions.labels(direction="sent").inc(len(batch))

@@ -57,6 +57,10 @@ class Gateway:
         return self.samples.get_sample_value("baton_peer_decisions_total", labels) or 0.0
 
 
+async def refused(*_: object) -> None:
+    raise redis.exceptions.TimeoutError("no answer")
+
+
 @asynccontextmanager
 async def gateways(url: str, number: int = 2) -> AsyncIterator[list[Gateway]]:
     """That many, sharing already."""
@@ -114,6 +118,22 @@ async def test_sharing_pauses_while_redis_is_away_and_goes_on_when_it_is_back(
         one.load.given(WORKER, 5, 1)
         await wait_until(lambda: two.share() == PeerShare(5, 1, 1))
         assert one.counted("sent") == 1
+
+
+async def test_sharing_goes_on_without_a_decision_once_redis_takes_what_it_refused(
+    server: RedisServer,
+) -> None:
+    """The listeners' connections stay, so they do not notice."""
+    async with gateways(server.url) as (one, two):
+        publish = one.load._redis.publish
+        one.load._redis.publish = refused
+        one.load.given(WORKER, 100, 7)
+        await wait_until(lambda: not one.load.up, "that it cannot tell")
+        one.load._redis.publish = publish
+        await wait_until(lambda: one.load.up, "that it can tell again")
+        assert one.counted("sent") == two.counted("received") == 0
+        one.load.given(WORKER, 20, 2)
+        await wait_until(lambda: two.share() == PeerShare(20, 2, 1))
 
 
 async def test_redis_that_hangs_is_noticed(server: RedisServer) -> None:

@@ -217,9 +217,33 @@ def test_a_decode_worker_prefills_the_little_that_it_lacks() -> None:
     assert pick(policy, prefill, decode, input_) == Pairing(None, decode[1])
 
 
-def test_a_decode_worker_that_lacks_more_than_the_setting_gets_a_partner() -> None:
-    _, policy, prefill, decode, input_ = local_case(max_tokens=2 * SIZE - 1)
-    assert pick(policy, prefill, decode, input_).prefill in prefill
+@pytest.mark.parametrize(
+    ("num_held", "num_held_by_prefill", "max_tokens", "is_local"),
+    [
+        (4, 3, 6 * SIZE, True),  # lacks few, and less than they
+        (4, 3, 6 * SIZE - 1, False),  # more, and not half as many as they
+        (7, 3, 1 * SIZE, True),  # not few, and less than half as many as they
+        (5, 0, 2 * SIZE, True),  # just half as many
+        (5, 1, 2 * SIZE, False),
+        (8, 0, SIZE // 2, True),  # four times as many as are few
+        (8, 0, SIZE // 2 - 1, False),
+    ],
+)
+def test_few_tokens_are_prefilled_locally_and_some_more_where_prefill_lacks_twice_as_many(
+    num_held: int, num_held_by_prefill: int, max_tokens: int, is_local: bool
+) -> None:
+    workers, policy, prefill, decode, input_ = local_case(num_held=num_held, max_tokens=max_tokens)
+    workers.hold(prefill[0], input_.of(prefill[0])[:num_held_by_prefill])
+    assert (pick(policy, prefill, decode, input_).prefill is None) == is_local
+
+
+def test_a_decode_worker_that_waits_for_a_prompt_does_not_compute_it_as_well() -> None:
+    _, policy, prefill, decode, _ = local_case(max_tokens=2 * SIZE)
+    fresh = input_of(*prefill, num_tokens=50 * SIZE, first=7)
+    for _ in range(3):
+        pairing = pick(policy, prefill, decode, fresh)
+        assert pairing.prefill in prefill
+        open_on(pairing)
 
 
 def test_at_0_nothing_is_prefilled_locally_even_where_decode_holds_it_all() -> None:
