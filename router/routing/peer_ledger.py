@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from router.routing.policy import PeerShare
 
 EXPIRE_S = 2.0
-"""How long a decision counts: the worker's reports, each half a second, know of it by then."""
+"""How long a decision counts. The worker's reports, each half a second, know of it by then,
+unless an engine step takes longer."""
 MAX_TRANSIT_S = 0.25
 """Of what the clocks say a message took, how much is taken for the way and not for skew."""
 MAX_PER_WORKER = 4096

@@ -1,9 +1,9 @@
 """Kill or stop a worker under sixteen streams: every one of them ends with exactly its text.
 
-A decode worker alone has no room for all of them. How soon a stream goes on depends on the
-machine's speed; what is asserted is how soon the gateway opened it elsewhere, with a margin
-for how long the machine kept this process from running. Run with ``-s`` to see the longest
-gaps and how soon the pools were whole again.
+How soon a stream goes on depends on the machine's speed; what is asserted is how soon the
+gateway opened it elsewhere, with a margin for how long the machine kept this process from
+running, and that no gap was much longer than first tokens had taken. Run with ``-s`` to see
+the longest gaps and how soon the pools were whole again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ PROMPTS = [
     + " ".join(f"Item {number * 31 + i} costs {i * 7 + number} euros." for i in range(22))
     for number in range(NUM_STREAMS)
 ]
-SETTINGS = {"engine": {"dtype": "float32", "kv_cache_bytes": 134_217_728}}
+TIGHT = "too little room on one worker"
+KV_BYTES = {TIGHT: 2**27, "processes": 2**29, "ray": 2**29}
+GAP_S = 3.0
+"""On a machine that is fast enough."""
 REOPEN_S = 3.0
 """From a worker's loss until its streams have been opened elsewhere."""
 SILENCE_S = 5.0
@@ -79,8 +82,11 @@ def assert_opened_elsewhere(
 
 @pytest.fixture(scope="module", params=["processes", "ray"])
 def server(request: pytest.FixtureRequest, serving: Serving) -> BatonServer:
+    """A decode worker alone has room for all streams, unless it is ``TIGHT``."""
     return serving(
-        backend=request.param, arguments=("--prefill", "2", "--decode", "2"), settings=SETTINGS
+        backend="ray" if request.param == "ray" else "processes",
+        arguments=("--prefill", "2", "--decode", "2"),
+        settings={"engine": {"dtype": "float32", "kv_cache_bytes": KV_BYTES[request.param]}},
     )
 
 
@@ -142,14 +148,19 @@ def test_streams_outlive_a_killed_worker(
         server.inject()
         assert streams.results() == expected
     assert_opened_elsewhere(streams, victim, lost_at, stalls, within_s=REOPEN_S)
-    gap_s, healed_s = streams.longest_gap_s, wait_healed()
+    gap_s, first_s, healed_s = streams.longest_gap_s, streams.longest_ttft_s, wait_healed()
+    print(
+        f"\n{victim} killed: longest gap {gap_s:.2f} s (first tokens within {first_s:.2f} s), "
+        f"whole again after {healed_s:.1f} s"
+    )
+    # Half of the prompts are computed again, beside what else the machine has to do.
+    assert gap_s < max(GAP_S, 1.5 * first_s)
     server.wait_at_rest()
-    print(f"\n{victim} killed: longest gap {gap_s:.2f} s, whole again after {healed_s:.1f} s")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("server", ["processes"], indirect=True)
+@pytest.mark.parametrize("server", [TIGHT], indirect=True)
 def test_streams_without_room_go_on_at_the_replacement_as_soon_as_it_is_there(
     server: BatonServer, expected: list[list[int]]
 ) -> None:

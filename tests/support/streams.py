@@ -118,6 +118,11 @@ class Streams:
     def longest_gap_s(self) -> float:
         return max(stream.longest_gap_s for stream in self.each)
 
+    @property
+    def longest_ttft_s(self) -> float:
+        """Of those that have a token."""
+        return max(s.arrived_at[0] - s.asked_at for s in self.each if s.arrived_at)
+
 
 @contextmanager
 def streaming(
