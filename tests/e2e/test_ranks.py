@@ -61,7 +61,14 @@ def exact_answers(server: BatonServer, oracle: Oracle) -> list[list[int]]:
 @pytest.mark.timeout(300)
 def test_handoff_from_three_ranks_to_one_is_exact(serving: Serving, oracle: Oracle) -> None:
     pools = {"prefill": RANKS, "decode": {}}
-    server = serving(settings={"engine": ENGINE, "pools": pools, "kv_transfer": {"verify": True}})
+    server = serving(
+        settings={
+            "engine": ENGINE,
+            "pools": pools,
+            "kv_transfer": {"verify": True},
+            "routing": {"local_prefill_max_tokens": 0},
+        }
+    )
     exact_answers(server, oracle)
     assert server.metric("baton_kv_handoffs_total", outcome="ready") == len(PROMPTS)
 
