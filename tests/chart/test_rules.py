@@ -93,9 +93,9 @@ def test_gpus_cover_the_parallel_degree(name: str) -> None:
     tensor = 4 if "h100" in name else 1
     for group in rendered.ray["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        gpus = limits.get("nvidia.com/gpu", 0)
-        assert group["rayStartParams"]["num-gpus"] == str(gpus)
-        assert tensor == 1 or gpus >= tensor
+        gpus = limits.get("nvidia.com/gpu", "0")
+        assert group["rayStartParams"]["num-gpus"] == gpus
+        assert tensor == 1 or int(gpus) >= tensor
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("given", "-cuda"), ("values-cpu.yaml", "-cpu")])
@@ -152,7 +152,7 @@ def test_rdma_is_there_or_the_pod_is_not() -> None:
     for pool in ("prefill", "decode"):
         worker = rendered.worker(pool)
         for side in ("requests", "limits"):
-            assert worker["resources"][side]["rdma/rdma_shared_device_a"] == 1
+            assert worker["resources"][side]["rdma/rdma_shared_device_a"] == "1"
         (transports,) = (e["value"] for e in worker["env"] if e["name"] == "UCX_TLS")
         assert "rc" in transports.split(",")
         assert not {"tcp", "all"} & set(transports.split(","))
@@ -167,7 +167,7 @@ def test_a_pool_may_ask_for_more_cards_than_others() -> None:
         pool: rendered.worker(pool)["resources"]["limits"]["rdma/rdma_shared_device_a"]
         for pool in ("prefill", "decode")
     }
-    assert counts == {"prefill": 1, "decode": 2}
+    assert counts == {"prefill": "1", "decode": "2"}
 
 
 def test_workers_without_rdma_have_nothing_of_it() -> None:
