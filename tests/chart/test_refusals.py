@@ -64,7 +64,7 @@ MISFITS: dict[str, tuple[Json, str]] = {
     "one Redis for both": (
         {
             "redis": {"url": "redis://:p@redis.example:6379/0"},
-            "rayRedis": {"address": "redis://redis.example"},
+            "rayRedis": {"address": "redis://redis.example:6379"},
         },
         "are one Redis",
     ),
@@ -105,7 +105,7 @@ MISFITS: dict[str, tuple[Json, str]] = {
         "redis.url is on localhost:6379, which is another place in every pod",
     ),
     "a Redis of Ray's in every pod": (
-        {"rayRedis": {"address": "redis://127.0.0.1"}},
+        {"rayRedis": {"address": "redis://127.0.0.1:6379"}},
         "rayRedis.address is on 127.0.0.1:6379",
     ),
     "another protocol": ({"redis": {"url": "http://redis"}}, "redis.url is no URL of a Redis"),
@@ -116,7 +116,7 @@ MISFITS: dict[str, tuple[Json, str]] = {
     "a Redis without a host": ({"redis": {"url": "redis:///0"}}, "redis.url is no URL"),
     "another protocol of Ray's": (
         {"rayRedis": {"address": "http://redis"}},
-        "rayRedis.address is no URL of a Redis",
+        "rayRedis.address is no address that Ray reads",
     ),
     "a password of two words for Ray": (
         {"rayRedis": {"password": {"value": "two words"}}},

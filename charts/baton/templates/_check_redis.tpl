@@ -29,13 +29,19 @@
 {{- else if $redis.embedded.enabled -}}
 {{- fail "rayRedis.embedded.enabled is of no use without ray.gcsFaultTolerance.enabled" -}}
 {{- end -}}
-{{- if not (regexMatch "^[A-Za-z0-9._~+/=-]*$" $redis.password.value) -}}
+{{- if not (regexMatch "^[A-Za-z0-9._~+/=-]*$" (default "" $redis.password.value)) -}}
 {{- fail "rayRedis.password.value becomes a word of a shell's and of Redis' configuration; use letters, digits and . _ ~ + / = - alone" -}}
 {{- end -}}
-{{- include "baton.checkRedisPlace" (dict "policy" .Values.networkPolicy "name" "rayRedis" "setting" "rayRedis.address" "url" .Values.rayRedis.address) -}}
-{{- if contains "@" .Values.rayRedis.address -}}
+{{- $address := default "" $redis.address -}}
+{{- if contains "@" $address -}}
 {{- fail "rayRedis.address holds a password, which everybody who may read the RayCluster could read; set rayRedis.password" -}}
 {{- end -}}
+{{- /* Ray splits it at its last colon and takes the rest for a number, or its head does not start;
+KubeRay's clean-up knows no default port either. */ -}}
+{{- if and $address (not (regexMatch "^rediss?://([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\]):[0-9]{1,5}$" $address)) -}}
+{{- fail "rayRedis.address is no address that Ray reads: redis://HOST:PORT, or rediss://HOST:PORT for TLS; one of them, with its port and nothing after it" -}}
+{{- end -}}
+{{- include "baton.checkRedisPlace" (dict "policy" .Values.networkPolicy "name" "rayRedis" "setting" "rayRedis.address" "url" $address) -}}
 {{- end -}}
 
 {{/* Ray's GCS gives up when its Redis is away. Addresses inside of Secrets are not known here. */}}
