@@ -164,6 +164,10 @@ MISFITS: dict[str, tuple[Json, str]] = {
     "over the maximum": (_pool(replicas=9), r"replicas \(9\) is over maxReplicas \(8\)"),
     "below the minimum": (_pool(minReplicas=2), r"replicas \(1\) is below minReplicas \(2\)"),
     "drain set twice": (_pool(worker={"drain_s": 3}), "worker.drain_s is set by drainSeconds"),
+    "drain set twice for all": (
+        {"config": {"worker": {"drain_s": 600}}},
+        "config.worker.drain_s is set by poolDefaults.drainSeconds",
+    ),
     "a worker's grace too short": (
         _pool(drainSeconds=100, terminationGracePeriodSeconds=119),
         "draining takes up to 105s: use 120 or more",
