@@ -119,8 +119,9 @@ def test_the_gcs_outlives_its_head(name: str) -> None:
     assert not any(options["redisAddress"].removeprefix("redis://") in each for each in addresses)
 
 
-def test_the_password_of_rays_redis_is_no_argument() -> None:
-    """KubeRay makes flags of rayStartParams and refuses its environment variables in the pod."""
+def test_the_password_of_rays_redis_is_given_by_reference() -> None:
+    """KubeRay makes flags of rayStartParams and refuses its environment variables in the pod. From
+    the reference it makes a flag all the same, of the head's own (docs/deploy.md)."""
     rendered = render(COMPLETE["values-cpu.yaml"])
     head = rendered.ray["headGroupSpec"]
     reference = rendered.ray["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]
