@@ -50,6 +50,15 @@ NOT_IN_THE_SCHEMA: dict[str, Json] = {
     "unknown setting of a pool's worker": _pool(worker={"prot": 7100}),
     "unknown setting of all engines": {"poolDefaults": {"engine": {"max_num_seq": 8}}},
     "a setting out of its bounds": {"config": {"engine": {"block_size": 0}}},
+    "no containers at all": _pool(extraPodSpec={"containers": None}),
+    "containers that are no list": {"gateway": {"extraPodSpec": {"containers": {}}}},
+    "a container without a name": {"controller": {"extraPodSpec": {"initContainers": [{}]}}},
+    "volumes that are no list": {"ray": {"head": {"extraPodSpec": {"volumes": {"a": {}}}}}},
+    "a label of everything that is too long": {"commonLabels": {"team": "a" * 64}},
+    "a label's name that is none": {"gateway": {"labels": {"-team": "a"}}},
+    "a label of a pool that is too long": _pool(labels={"team": "a" * 64}),
+    "nodes with a label that is none": _pool(nodeSelector={"disk": "an ssd"}),
+    "a seccomp profile of no type": {"podSecurityContext": {"seccompProfile": {"type": None}}},
     "a setting of another type": {"config": {"kv_transfer": {"verify": "yes"}}},
 }
 

@@ -11,7 +11,7 @@
 {{- if not (or $redis.embedded.enabled $given) -}}
 {{- fail "Baton needs a Redis: set redis.existingSecret (a Secret with its URL) or redis.url, or redis.embedded.enabled=true for a trial" -}}
 {{- end -}}
-{{- if not (regexMatch "^[A-Za-z0-9._~-]*$" $redis.embedded.password.value) -}}
+{{- if not (regexMatch "^[A-Za-z0-9._~-]*$" (default "" $redis.embedded.password.value)) -}}
 {{- fail "redis.embedded.password.value becomes part of a URL; use letters, digits and . _ ~ - alone" -}}
 {{- end -}}
 {{- include "baton.checkRedisPlace" (dict "policy" .Values.networkPolicy "name" "redis" "setting" "redis.url" "url" $redis.url) -}}
@@ -52,7 +52,7 @@ KubeRay's clean-up knows no default port either. */ -}}
 {{- fail "rayRedis and redis are one Redis; Ray gives up when its own is away, so give it one that nobody else fills or restarts" -}}
 {{- end -}}
 {{- $password := .Values.rayRedis.password -}}
-{{- if and $password.existingSecret (eq $password.existingSecret .Values.redis.existingSecret) (eq $password.key .Values.redis.key) -}}
+{{- if and $password.existingSecret (eq $password.existingSecret (default "" .Values.redis.existingSecret)) (eq $password.key .Values.redis.key) -}}
 {{- fail (printf "redis and rayRedis.password are both the key %s of the Secret %s: Baton takes a URL from there, so Ray would be let in nowhere, or to Baton's own Redis; give Ray's Redis a key of its own" $password.key $password.existingSecret) -}}
 {{- end -}}
 {{- end -}}
