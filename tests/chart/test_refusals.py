@@ -61,6 +61,10 @@ MISFITS: dict[str, tuple[Json, str]] = {
         {"rayRedis": {"address": "redis://ray-redis.example:6390"}},
         "rayRedis.address is on port 6390",
     ),
+    "a Redis past the last port": (
+        {"redis": {"url": "redis://:p@r:70000/0"}, "networkPolicy": {"enabled": False}},
+        "redis.url is on port 70000, which is none",
+    ),
     "one Redis for both": (
         {
             "redis": {"url": "redis://:p@redis.example:6379/0"},

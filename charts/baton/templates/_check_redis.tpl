@@ -85,6 +85,9 @@ KubeRay's clean-up knows no default port either. */ -}}
 {{- fail (printf "%s is on %s, which is another place in every pod; name a Service or a host" .setting $place) -}}
 {{- end -}}
 {{- $port := regexFind "[0-9]+$" $place | int -}}
+{{- if or (lt $port 1) (gt $port 65535) -}}
+{{- fail (printf "%s is on port %d, which is none; use one from 1 to 65535" .setting $port) -}}
+{{- end -}}
 {{- $open := int (index .policy .name).port -}}
 {{- if and .policy.enabled (ne $port $open) -}}
 {{- fail (printf "%s is on port %d, but networkPolicy.%s.port is %d; set it to %d" .setting $port .name $open $port) -}}
