@@ -95,7 +95,9 @@ class EngineConfig(_Section):
     hang_s: float = Field(60.0, gt=0)
     """A step that takes longer is a hang: the worker ends itself and is replaced."""
     threads: int = Field(0, ge=0)
-    """Compute threads of each rank of a worker; 0 shares the machine's cores out evenly."""
+    """Compute threads of each rank of a worker. 0: `baton serve` shares its machine's cores out
+    evenly over all that it starts; elsewhere each worker takes every core that it may run on, so
+    set it where several share a machine or have a CPU limit."""
 
 
 class WorkerConfig(_Section):

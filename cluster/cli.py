@@ -150,8 +150,9 @@ def serve(
     """Start everything on this machine and serve until Ctrl-C.
 
     Starts gateways, prefill and decode workers, and a private Redis and Ray unless
-    others are given. Answers the OpenAI API at http://HOST:PORT/v1. What dies is
-    replaced; `baton scale` changes the number of workers while it serves.
+    others are given. Answers the OpenAI API at http://HOST:PORT/v1. Workers and
+    gateways that die are replaced, and so is a private Redis; where Ray dies,
+    everything stops. `baton scale` changes the number of workers while it serves.
     """
     given = {
         "model": model,

@@ -164,6 +164,13 @@ def test_large_numbers_stay_whole() -> None:
     assert "kv_cache_bytes: 8589934592" in render(GIVEN, values).baton_yaml
 
 
+@pytest.mark.parametrize("name", ["=", "~", "on", "1e3", "12:30:45", "a: b", "# b", "<<", "a\n="])
+def test_a_models_name_is_read_as_it_was_given(name: str, tmp_path: Path) -> None:
+    """Go writes YAML, and PyYAML, which knows other words, reads it."""
+    values = {"config": {"served_model_name": name}}
+    assert _load(render(GIVEN, values), tmp_path).served_model_name == name
+
+
 def _generation(*over: Json) -> str:
     return str(yaml.safe_load(render(GIVEN, *over).baton_yaml)["generation"])
 

@@ -131,6 +131,18 @@ MISFITS: dict[str, tuple[Json, str]] = {
         {"ray": {"head": {"env": [{"name": "REDIS_PASSWORD", "value": "x"}]}}},
         "ray.head.env has REDIS_PASSWORD, which is refused by KubeRay",
     ),
+    "a port of the moment for a Ray node": (
+        _pool(rayStartParams={"node-manager-port": "0"}),
+        "pools.decode: node-manager-port is 0, which is no fixed port",
+    ),
+    "a port past the last one for a Ray node": (
+        _pool(rayStartParams={"metrics-export-port": "70000"}),
+        "pools.decode: metrics-export-port is 70000, which is no fixed port",
+    ),
+    "no port for Ray's head": (
+        {"ray": {"head": {"rayStartParams": {"port": "abc"}}}},
+        "ray.ports: port is abc, which is no fixed port; choose one from 1 to 65535",
+    ),
     "a Ray without tokens": (
         {"ray": {"version": "2.51.1"}},
         "ray.version is 2.51.1, but token authentication came with 2.52.0",

@@ -53,7 +53,7 @@ def test_probes_of_deployments_can_be_replaced(component: str, probe: str) -> No
 
 def test_resources_replace_the_defaults_as_a_whole() -> None:
     rendered = _decode(resources={"limits": {"nvidia.com/gpu": 1}})
-    assert rendered.worker("decode")["resources"] == {"limits": {"nvidia.com/gpu": 1}}
+    assert rendered.worker("decode")["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
     assert rendered.worker("prefill")["resources"]["requests"] == {"cpu": "4", "memory": "16Gi"}
 
 

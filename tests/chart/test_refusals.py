@@ -61,10 +61,14 @@ MISFITS: dict[str, tuple[Json, str]] = {
         {"rayRedis": {"address": "redis://ray-redis.example:6390"}},
         "rayRedis.address is on port 6390",
     ),
+    "a Redis past the last port": (
+        {"redis": {"url": "redis://:p@r:70000/0"}, "networkPolicy": {"enabled": False}},
+        "redis.url is on port 70000, which is none",
+    ),
     "one Redis for both": (
         {
             "redis": {"url": "redis://:p@redis.example:6379/0"},
-            "rayRedis": {"address": "redis://redis.example"},
+            "rayRedis": {"address": "redis://redis.example:6379"},
         },
         "are one Redis",
     ),
@@ -105,7 +109,7 @@ MISFITS: dict[str, tuple[Json, str]] = {
         "redis.url is on localhost:6379, which is another place in every pod",
     ),
     "a Redis of Ray's in every pod": (
-        {"rayRedis": {"address": "redis://127.0.0.1"}},
+        {"rayRedis": {"address": "redis://127.0.0.1:6379"}},
         "rayRedis.address is on 127.0.0.1:6379",
     ),
     "another protocol": ({"redis": {"url": "http://redis"}}, "redis.url is no URL of a Redis"),
@@ -116,7 +120,7 @@ MISFITS: dict[str, tuple[Json, str]] = {
     "a Redis without a host": ({"redis": {"url": "redis:///0"}}, "redis.url is no URL"),
     "another protocol of Ray's": (
         {"rayRedis": {"address": "http://redis"}},
-        "rayRedis.address is no URL of a Redis",
+        "rayRedis.address is no address that Ray reads",
     ),
     "a password of two words for Ray": (
         {"rayRedis": {"password": {"value": "two words"}}},
@@ -164,6 +168,10 @@ MISFITS: dict[str, tuple[Json, str]] = {
     "over the maximum": (_pool(replicas=9), r"replicas \(9\) is over maxReplicas \(8\)"),
     "below the minimum": (_pool(minReplicas=2), r"replicas \(1\) is below minReplicas \(2\)"),
     "drain set twice": (_pool(worker={"drain_s": 3}), "worker.drain_s is set by drainSeconds"),
+    "drain set twice for all": (
+        {"config": {"worker": {"drain_s": 600}}},
+        "config.worker.drain_s is set by poolDefaults.drainSeconds",
+    ),
     "a worker's grace too short": (
         _pool(drainSeconds=100, terminationGracePeriodSeconds=119),
         "draining takes up to 105s: use 120 or more",

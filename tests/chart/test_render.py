@@ -20,15 +20,20 @@ VERSIONS = ["1.30", "1.37"]
 
 EVERYTHING: Json = {
     "model": {"source": "pvc", "path": "some/model", "pvc": {"claimName": "models"}},
-    "gateway": {"autoscaling": {"enabled": True}},
-    "ray": {"autoscaling": {"enabled": True}, "head": {"dashboard": True}},
+    "gateway": {"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": 0.5}}},
+    "controller": {"resources": {"requests": {"cpu": 0.25}}},
+    "ray": {
+        "autoscaling": {"enabled": True, "resources": {"requests": {"cpu": 0.2}}},
+        "head": {"dashboard": True, "resources": {"requests": {"cpu": 0.5}}, "shmSize": 1.5e9},
+    },
     "monitoring": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}},
     "redis": {
         "url": "",
         "embedded": {
             "enabled": True,
             "password": {"value": "p"},
-            "persistence": {"enabled": True, "storageClass": "fast"},
+            "persistence": {"enabled": True, "size": 1.5e9, "storageClass": "fast"},
+            "resources": {"requests": {"cpu": 0.1}},
         },
     },
     "rayRedis": {
@@ -41,6 +46,8 @@ EVERYTHING: Json = {
             "role": "decode",
             "replicas": 2,
             "idleTimeoutSeconds": 60,
+            "shmSize": 1.5e9,
+            "resources": {"requests": {"cpu": 1.5}, "limits": {"memory": 2**34}},
             "nodeSelector": {"disk": "ssd"},
             "tolerations": [{"key": "a", "operator": "Exists"}],
             "affinity": {"nodeAffinity": {}},

@@ -74,11 +74,14 @@
 {{- end -}}
 {{- end -}}
 
-{{/* No two on one port. (dict "what" <values' path> "ports" {name: port}) */}}
+{{/* Each a port, and no two on one. (dict "what" <values' path> "ports" {name: port}) */}}
 {{- define "baton.checkPorts" -}}
 {{- $taken := dict -}}
 {{- range $name, $port := .ports -}}
-{{- $port = toString (int $port) -}}
+{{- if or (not (regexMatch "^[1-9][0-9]{0,4}$" (toString $port))) (gt (int $port) 65535) -}}
+{{- fail (printf "%s: %s is %v, which is no fixed port; choose one from 1 to 65535" $.what $name $port) -}}
+{{- end -}}
+{{- $port = toString $port -}}
 {{- if hasKey $taken $port -}}
 {{- fail (printf "%s: %s and %s are both on port %s of one pod; choose two" $.what (index $taken $port) $name $port) -}}
 {{- end -}}

@@ -12,6 +12,9 @@
 {{- if hasKey $config.gateway "replicas" -}}
 {{- fail "config.gateway.replicas is of `baton serve`, which starts no gateways here; set gateway.replicas" -}}
 {{- end -}}
+{{- if hasKey $config.worker "drain_s" -}}
+{{- fail "config.worker.drain_s is set by poolDefaults.drainSeconds, which the pods' grace period follows; use that, or drainSeconds of a pool" -}}
+{{- end -}}
 {{- range $section := list "gateway" "controller" -}}
 {{- $settings := index $config $section -}}
 {{- if not (int $settings.port) -}}

@@ -11,7 +11,7 @@
 {{- if not (or $redis.embedded.enabled $given) -}}
 {{- fail "Baton needs a Redis: set redis.existingSecret (a Secret with its URL) or redis.url, or redis.embedded.enabled=true for a trial" -}}
 {{- end -}}
-{{- if not (regexMatch "^[A-Za-z0-9._~-]*$" $redis.embedded.password.value) -}}
+{{- if not (regexMatch "^[A-Za-z0-9._~-]*$" (default "" $redis.embedded.password.value)) -}}
 {{- fail "redis.embedded.password.value becomes part of a URL; use letters, digits and . _ ~ - alone" -}}
 {{- end -}}
 {{- include "baton.checkRedisPlace" (dict "policy" .Values.networkPolicy "name" "redis" "setting" "redis.url" "url" $redis.url) -}}
@@ -29,13 +29,19 @@
 {{- else if $redis.embedded.enabled -}}
 {{- fail "rayRedis.embedded.enabled is of no use without ray.gcsFaultTolerance.enabled" -}}
 {{- end -}}
-{{- if not (regexMatch "^[A-Za-z0-9._~+/=-]*$" $redis.password.value) -}}
+{{- if not (regexMatch "^[A-Za-z0-9._~+/=-]*$" (default "" $redis.password.value)) -}}
 {{- fail "rayRedis.password.value becomes a word of a shell's and of Redis' configuration; use letters, digits and . _ ~ + / = - alone" -}}
 {{- end -}}
-{{- include "baton.checkRedisPlace" (dict "policy" .Values.networkPolicy "name" "rayRedis" "setting" "rayRedis.address" "url" .Values.rayRedis.address) -}}
-{{- if contains "@" .Values.rayRedis.address -}}
+{{- $address := default "" $redis.address -}}
+{{- if contains "@" $address -}}
 {{- fail "rayRedis.address holds a password, which everybody who may read the RayCluster could read; set rayRedis.password" -}}
 {{- end -}}
+{{- /* Ray splits it at its last colon and takes the rest for a number, or its head does not start;
+KubeRay's clean-up knows no default port either. */ -}}
+{{- if and $address (not (regexMatch "^rediss?://([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\]):[0-9]{1,5}$" $address)) -}}
+{{- fail "rayRedis.address is no address that Ray reads: redis://HOST:PORT, or rediss://HOST:PORT for TLS; one of them, with its port and nothing after it" -}}
+{{- end -}}
+{{- include "baton.checkRedisPlace" (dict "policy" .Values.networkPolicy "name" "rayRedis" "setting" "rayRedis.address" "url" $address) -}}
 {{- end -}}
 
 {{/* Ray's GCS gives up when its Redis is away. Addresses inside of Secrets are not known here. */}}
@@ -46,7 +52,7 @@
 {{- fail "rayRedis and redis are one Redis; Ray gives up when its own is away, so give it one that nobody else fills or restarts" -}}
 {{- end -}}
 {{- $password := .Values.rayRedis.password -}}
-{{- if and $password.existingSecret (eq $password.existingSecret .Values.redis.existingSecret) (eq $password.key .Values.redis.key) -}}
+{{- if and $password.existingSecret (eq $password.existingSecret (default "" .Values.redis.existingSecret)) (eq $password.key .Values.redis.key) -}}
 {{- fail (printf "redis and rayRedis.password are both the key %s of the Secret %s: Baton takes a URL from there, so Ray would be let in nowhere, or to Baton's own Redis; give Ray's Redis a key of its own" $password.key $password.existingSecret) -}}
 {{- end -}}
 {{- end -}}
@@ -79,6 +85,9 @@
 {{- fail (printf "%s is on %s, which is another place in every pod; name a Service or a host" .setting $place) -}}
 {{- end -}}
 {{- $port := regexFind "[0-9]+$" $place | int -}}
+{{- if or (lt $port 1) (gt $port 65535) -}}
+{{- fail (printf "%s is on port %d, which is none; use one from 1 to 65535" .setting $port) -}}
+{{- end -}}
 {{- $open := int (index .policy .name).port -}}
 {{- if and .policy.enabled (ne $port $open) -}}
 {{- fail (printf "%s is on port %d, but networkPolicy.%s.port is %d; set it to %d" .setting $port .name $open $port) -}}

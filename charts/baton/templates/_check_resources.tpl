@@ -6,6 +6,29 @@
 {{- mulf (float64 $number) (index $units (trimPrefix $number $text)) -}}
 {{- end -}}
 
+{{/* A quantity as Kubernetes writes it: KubeRay's schema takes no other number than a whole one. */}}
+{{- define "baton.quantityText" -}}
+{{- if kindIs "string" . -}}{{- . -}}
+{{- else if eq (float64 .) (floor .) -}}{{- printf "%d" (int64 .) -}}
+{{- else -}}{{- toString . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A container's resources, every quantity a string. YAML. */}}
+{{- define "baton.resources" -}}
+{{- $found := dict -}}
+{{- range $side, $given := default (dict) . -}}
+{{- if eq $side "claims" -}}
+{{- $_ := set $found $side $given -}}
+{{- else if $given -}}
+{{- $quantities := dict -}}
+{{- range $key, $quantity := $given -}}{{- $_ := set $quantities $key (include "baton.quantityText" $quantity) -}}{{- end -}}
+{{- $_ := set $found $side $quantities -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $found -}}
+{{- end -}}
+
 {{/* What Kubernetes would refuse of each pod's resources. (dict "root" $ "pools" …) */}}
 {{- define "baton.checkAllResources" -}}
 {{- $values := .root.Values -}}

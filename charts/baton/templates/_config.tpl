@@ -30,7 +30,7 @@
 {{- $_ := set $pool "role" $name -}}
 {{- end -}}
 {{- $limits := default (dict) (index $pool.resources "limits") -}}
-{{- $_ := set $pool "numGpus" (int (default 0 (index $limits $.Values.gpuResourceName))) -}}
+{{- $_ := set $pool "numGpus" (include "baton.quantity" (default 0 (index $limits $.Values.gpuResourceName)) | float64 | int) -}}
 {{- $_ := set $pool "numRanks" (mul (int $pool.tensorParallelSize) (int $pool.expertParallelSize)) -}}
 {{- $_ := set $pool "rayResource" (printf "baton-pool-%s" $name) -}}
 {{- $_ := set $pools $name $pool -}}

@@ -40,7 +40,7 @@ containers:
         exec:
           command: [sleep, {{ int $gateway.preStopSeconds | quote }}]
     securityContext: {{- toYaml (default (dict) .Values.securityContext) | nindent 6 }}
-    resources: {{- toYaml $gateway.resources | nindent 6 }}
+    resources: {{- include "baton.resources" $gateway.resources | nindent 6 }}
     volumeMounts:
       - {name: config, mountPath: {{ .Values.paths.config | quote }}, readOnly: true}
       - {name: tmp, mountPath: /tmp}
@@ -93,7 +93,7 @@ containers:
     readinessProbe:
       {{- include "baton.probe" (dict "given" $controller.readinessProbe "own" "httpGet: {path: /ready, port: http}\nperiodSeconds: 5\ntimeoutSeconds: 5\nfailureThreshold: 3") | nindent 6 }}
     securityContext: {{- toYaml (default (dict) .Values.securityContext) | nindent 6 }}
-    resources: {{- toYaml $controller.resources | nindent 6 }}
+    resources: {{- include "baton.resources" $controller.resources | nindent 6 }}
     volumeMounts:
       - {name: config, mountPath: {{ .Values.paths.config | quote }}, readOnly: true}
       - {name: tmp, mountPath: /tmp}

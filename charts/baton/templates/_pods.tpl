@@ -114,7 +114,7 @@ runtimeClassName: {{ . | quote }}
   image: {reference: {{ $model.image.reference | quote }}, pullPolicy: {{ $model.image.pullPolicy }}}
 {{- else if eq $model.source "huggingFace" -}}
 - name: model
-  emptyDir: {sizeLimit: {{ $model.huggingFace.sizeLimit }}}
+  emptyDir: {sizeLimit: {{ include "baton.quantityText" $model.huggingFace.sizeLimit | quote }}}
 {{- end -}}
 {{- end -}}
 

@@ -76,7 +76,7 @@ containers:
       {{- toYaml . | nindent 6 }}
       {{- end }}
     securityContext: {{- toYaml (default (dict) .Values.securityContext) | nindent 6 }}
-    resources: {{- toYaml .Values.ray.head.resources | nindent 6 }}
+    resources: {{- include "baton.resources" .Values.ray.head.resources | nindent 6 }}
     {{- include "baton.rayProbes" (dict "part" .Values.ray.head "port" (index $params "port")) | nindent 4 }}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
@@ -85,7 +85,7 @@ volumes:
   - name: tmp
     emptyDir: {}
   - name: shm
-    emptyDir: {medium: Memory, sizeLimit: {{ .Values.ray.head.shmSize }}}
+    emptyDir: {medium: Memory, sizeLimit: {{ include "baton.quantityText" .Values.ray.head.shmSize | quote }}}
 {{- end -}}
 
 {{/* How long `leave` waits for the drain, and how long the pod may take after all. */}}
@@ -178,7 +178,7 @@ containers:
         exec:
           command: [python, -m, baton.worker.leave, --timeout-s, {{ include "baton.leaveSeconds" .pool | quote }}]
     securityContext: {{- include "baton.workerSecurityContext" . | nindent 6 }}
-    resources: {{- include "baton.poolResources" . | fromJson | toYaml | nindent 6 }}
+    resources: {{- include "baton.poolResources" . | fromJson | include "baton.resources" | nindent 6 }}
     {{- include "baton.rayProbes" (dict "part" .pool "port" (index $params "node-manager-port")) | nindent 4 }}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
@@ -192,7 +192,7 @@ volumes:
   - name: tmp
     emptyDir: {}
   - name: shm
-    emptyDir: {medium: Memory, sizeLimit: {{ .pool.shmSize }}}
+    emptyDir: {medium: Memory, sizeLimit: {{ include "baton.quantityText" .pool.shmSize | quote }}}
   - name: run
     emptyDir: {}
   - name: cache

@@ -49,7 +49,7 @@ spec:
             periodSeconds: 3
             timeoutSeconds: 3
           securityContext: {{- toYaml (default (dict) $root.Values.securityContext) | nindent 12 }}
-          resources: {{- toYaml .redis.resources | nindent 12 }}
+          resources: {{- include "baton.resources" .redis.resources | nindent 12 }}
           volumeMounts:
             - {name: data, mountPath: /data}
             - {name: tmp, mountPath: /tmp}
@@ -70,7 +70,7 @@ spec:
         storageClassName: {{ . | quote }}
         {{- end }}
         resources:
-          requests: {storage: {{ .redis.persistence.size }}}
+          requests: {storage: {{ include "baton.quantityText" .redis.persistence.size | quote }}}
   {{- end }}
 ---
 apiVersion: v1
