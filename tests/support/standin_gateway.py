@@ -29,7 +29,7 @@ def rows() -> list[dict[str, Any]]:
                 "address": "nowhere:1",
                 "model": "standin",
             }
-            found.append({**text, **numbers, "ready": True, "block_size": 16})
+            found.append({**text, **numbers, "ready": True, "block_size": 16, "num_ranks": 1})
     return found
 
 
