@@ -116,7 +116,8 @@ class PoolController:
         for worker_id, process in sorted(adopted.items()):
             self._adopt(worker_id, process)
         if adopted:  # who of them serves, and who is leaving already, says where too many are
-            self._fence(await self._store.read(sorted(adopted)))
+            asked_at = self._clock()
+            self._fence(await self._store.read(sorted(adopted)), asked_at)
         for pool in self._desired:
             self._carry_out(pool)
         self._tasks = [
@@ -250,8 +251,9 @@ class PoolController:
         """One look at Redis: kills what has vanished there, and writes what has changed
         or what a Redis that was restarted has lost."""
         try:
+            asked_at = self._clock()
             read = await self._store.read([s.worker_id for s in self._reconciler.slots()])
-            self._fence(read)
+            self._fence(read, asked_at)
             if self._is_sole():
                 await self._write_again(read)
         except UnavailableError as error:
@@ -266,8 +268,8 @@ class PoolController:
         if read.served != (served := self._fencing.served()):
             await self._store.write_served(served)
 
-    def _fence(self, read: RegistryRead) -> None:
-        verdicts = self._fencing.answered(read, self._reconciler.slots(), self._clock())
+    def _fence(self, read: RegistryRead, asked_at: float) -> None:
+        verdicts = self._fencing.answered(read, self._reconciler.slots(), asked_at)
         for verdict in verdicts:
             self._reconciler.kill(verdict.worker_id, verdict.cause, verdict.reason)
         for worker_id in filter(self._fencing.is_registered, self._reconciler.running()):

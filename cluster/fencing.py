@@ -5,7 +5,8 @@ record. What is counted against it is only time in which Redis answered us witho
 a break: an outage, a restart, or a sleep of our own begins the count anew.
 
 1. STARTING: no record of this process has been seen. Killed after ``start_timeout_s``.
-2. REGISTERED: its record is there.
+2. REGISTERED: its record is there. One that was renewed last before the process was
+   started is that of a process before it, which died when nobody looked.
 3. EXPIRED: its record ran out. Killed after ``fence_s``.
 4. DEREGISTERED: its record went before it ran out, so the worker took it back itself
    and is draining. Killed when its drain is over for sure.
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cluster.backend import Started
-from cluster.controller_store import RegistryRead
+from cluster.controller_store import Registered, RegistryRead
 from cluster.slots import Cause, SlotView
 
 
@@ -94,7 +95,7 @@ class Fencing:
         self._last_epoch |= {name: found.epoch for name, found in read.workers.items()}
 
     def answered(self, read: RegistryRead, slots: Iterable[SlotView], now: float) -> list[Verdict]:
-        """Who must be killed by what Redis has just said of ``slots``."""
+        """Who must be killed by what Redis says of ``slots``, which was asked at ``now``."""
         self._count_from(read.server, now)
         verdicts = []
         current: dict[str, _Watched] = {}
@@ -102,7 +103,7 @@ class Fencing:
             if slot.process is None:
                 continue
             watched = current[slot.worker_id] = self._watch(slot, slot.process, read, now)
-            self._look(watched, slot.worker_id, read, now)
+            self._look(watched, slot, read, now)
             if not slot.leaving and (verdict := self._judge(watched, slot, now)) is not None:
                 verdicts.append(verdict)
         self._watched = current
@@ -127,15 +128,23 @@ class Fencing:
             return _Watched(process, None, seen_at=now, adopted_without=True)
         return _Watched(process, None)
 
-    def _look(self, watched: _Watched, worker_id: str, read: RegistryRead, now: float) -> None:
-        found = read.workers.get(worker_id)
-        watched.present = found is not None and found.epoch != watched.stale_epoch
+    def _look(self, watched: _Watched, slot: SlotView, read: RegistryRead, now: float) -> None:
+        found = read.workers.get(slot.worker_id)
+        watched.present = (
+            found is not None
+            and found.epoch != watched.stale_epoch
+            and (slot.adopted or self._renewed_at(found, now) >= slot.started_at)
+        )
         if watched.present:
             assert found is not None
             watched.seen_at, watched.deregistered, watched.adopted_without = now, False, False
             watched.expires_at = now + found.expires_in_s
         elif now < watched.expires_at - self._ttl_s / 8:
             watched.deregistered = True
+
+    def _renewed_at(self, found: Registered, now: float) -> float:
+        """Not later than it was: what Redis has answered was true after ``now``."""
+        return now - (self._ttl_s - found.expires_in_s)
 
     def _judge(self, watched: _Watched, slot: SlotView, now: float) -> Verdict | None:
         assert self._answering_since is not None

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 
-_PATIENCE_S = 5.0
+PATIENCE_S = 5.0
 """How long killed processes may take to be gone before their folder is removed."""
 
 
@@ -35,7 +35,7 @@ def _start_time(pid: int) -> int | None:
 
 def clean_up(processes: list[tuple[int, int]], folder: str) -> None:
     """Kills every (pid, start time) that still runs, waits, removes ``folder``."""
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + PATIENCE_S
     left = [one for one in processes if _start_time(one[0]) == one[1]]
     for pid, _ in left:
         with contextlib.suppress(ProcessLookupError):

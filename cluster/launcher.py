@@ -110,7 +110,7 @@ class Launcher:
             backend=self._pools,
             on_event=self._on_event,
         )
-        self._loop_task: asyncio.Task[None] | None = None
+        self._loop_tasks: list[asyncio.Task[None]] = []
         self._first_death: asyncio.Future[WorkerEvent] | None = None
         self._serving = False
 
@@ -160,7 +160,10 @@ class Launcher:
         ``stop`` must be called all the same."""
         config = self._config
         self._first_death = asyncio.get_running_loop().create_future()
-        self._loop_task = asyncio.create_task(self._reconciler.run(), name="reconciler")
+        self._loop_tasks = [
+            asyncio.create_task(self._reconciler.run(), name="reconciler"),
+            asyncio.create_task(self._janitor.keep(), name="keep the janitor"),
+        ]
         everything = asyncio.create_task(self._bring_up(), name="bring up")
         limit_s = config.cluster.start_timeout_s
         try:
@@ -233,9 +236,9 @@ class Launcher:
         began = time.monotonic()
         limit_s = self._config.cluster.stop_timeout_s if self._serving else _ABORT_S
         drain_s = self._config.gateway.drain_s if self._serving else 0.0
-        if self._loop_task is not None:
-            self._loop_task.cancel()
-            await asyncio.gather(self._loop_task, return_exceptions=True)
+        for task in self._loop_tasks:
+            task.cancel()
+        await asyncio.gather(*self._loop_tasks, return_exceptions=True)
         stop = self._reconciler.stop
         _, killed = await asyncio.gather(
             self._controller.close_api(),

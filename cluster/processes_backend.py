@@ -77,8 +77,9 @@ class ProcessesBackend:
 
     Every child has a session of its own (a Ctrl-C of the terminal is for the
     launcher alone) and is killed by the kernel when this process dies.
-    ``on_started`` hears of each. Starts must come from a thread that lives as
-    long as this process does: the kernel watches the thread.
+    ``on_started`` hears of each; where it raises, the child is ended and ``start``
+    raises that. Starts must come from a thread that lives as long as this process
+    does: the kernel watches the thread.
     """
 
     def __init__(
@@ -103,8 +104,13 @@ class ProcessesBackend:
             raise UnavailableError(f"cannot start {worker_id}: {error}") from error
         process = LocalProcess(child)
         self._children = [each for each in self._children if not each.over] + [process]
-        if (name := name_of(child.pid)) is not None:
-            self._on_started(name)
+        try:
+            if (name := name_of(child.pid)) is not None:
+                self._on_started(name)
+        except Exception:  # whoever is not told of this child would start another beside it
+            await process.kill()
+            await process.wait()
+            raise
         return process
 
     def _spawn(self, command: Command, worker_id: str) -> subprocess.Popen[bytes]:

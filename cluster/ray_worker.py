@@ -149,7 +149,10 @@ class RayWorker:
         if self._place is None:
             return Exit(None, "was ended before it had a place")
         if self._local is not None:
-            self._on_started(self._local)
+            try:
+                self._on_started(self._local)
+            except Exception as error:
+                return Exit(None, f"was killed: nobody took note of it: {first_line(error)}")
         if self._unwanted.is_set():
             return Exit(None, "was killed")
         try:

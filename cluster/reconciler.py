@@ -196,6 +196,8 @@ class Reconciler:
             raise
         except Exception as error:  # a backend's fault costs one process, not the loop
             logger.exception("%s: the backend failed", slot.worker_id)
+            if slot.process is not None:  # nobody would know of it, beside its replacement
+                self._tell(slot.process.kill(), f"kill {slot.worker_id}")
             end = Exit(None, f"could not be watched: {error}")
         finally:
             slot.process = None

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from baton.errors import ConfigurationError
@@ -34,6 +35,20 @@ def available_bytes() -> int:
     return available
 
 
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Of the workers that run this file on this machine: many may start together, and what
+    one finds available another must not be about to take. The kernel lets go of it when its
+    holder ends in whatever way."""
+    lock = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 class KvMemory:
     """``num_bytes`` of zeroed shared memory, writable by this process alone.
 
@@ -45,6 +60,12 @@ class KvMemory:
     """
 
     def __init__(self, num_bytes: int, *, sealed: bool = True) -> None:
+        with _one_at_a_time():
+            self._allocate(num_bytes, sealed=sealed)
+        self.buffer = memoryview(self._map)
+        """The memory. Views of it (numpy, torch) keep it alive past ``close``."""
+
+    def _allocate(self, num_bytes: int, *, sealed: bool) -> None:
         # Asked first: the kernel would rather kill a process than refuse the pages.
         available = available_bytes()
         if num_bytes > available:
@@ -67,8 +88,6 @@ class KvMemory:
                 f"cannot allocate {num_bytes} bytes of KV cache ({error.strerror}); "
                 "lower engine.kv_cache_bytes"
             ) from error
-        self.buffer = memoryview(self._map)
-        """The memory. Views of it (numpy, torch) keep it alive past ``close``."""
 
     def seal(self) -> None:
         """From here on nobody else can map it writable. A second time it does nothing."""

@@ -5,6 +5,9 @@
    engine thread dies.
 3. DRAINING: deregistered, admits nothing; what runs may end within the bound.
 4. STOPPED: what was left has been refused with an error that can be retried.
+
+An engine that dies, or hangs, ends the worker at once in each of them: its streams go on
+elsewhere as soon as its port is closed.
 """
 
 from __future__ import annotations
@@ -179,12 +182,15 @@ class WorkerHost:
             self._config.registry,
         )
         self._thread.start()
+        watch = asyncio.create_task(self._watch_progress(), name="watch progress")
         try:
             if await self._register(registration, stop):
                 logger.info("%s serves on %s", self._identity.worker_id, address)
             await self._until_over(stop, registration)
             await self._drain(registration)
         finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
             await server.stop(grace=FLUSH_S)
             hangs = self._thread.round_age_s > self._config.engine.hang_s
             patience_s = 0.0 if hangs else self._config.worker.drain_s
@@ -242,7 +248,6 @@ class WorkerHost:
             asyncio.ensure_future(self._fatal),
             asyncio.ensure_future(stop.wait()),
             asyncio.ensure_future(registration.lost.wait()),
-            asyncio.ensure_future(self._watch_progress()),
         ]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for task in waits[1:]:
@@ -252,7 +257,8 @@ class WorkerHost:
             self._fatal.result()
 
     async def _watch_progress(self) -> None:
-        """Declares the engine dead when one step takes longer than ``engine.hang_s``."""
+        """Declares the engine dead when one step takes longer than ``engine.hang_s``, also
+        while the worker leaves: a drain may be far longer."""
         bound_s = self._config.engine.hang_s
         while not self._fatal.done():
             await asyncio.sleep(min(1.0, bound_s / 4))
@@ -269,6 +275,12 @@ class WorkerHost:
             if self._worker.idle:
                 break
             await asyncio.sleep(POLL_S)
+        if not self._fatal.done():
+            await self._refuse_the_rest()
+        if self._fatal.done():
+            self._fatal.result()
+
+    async def _refuse_the_rest(self) -> None:
         self._inbox.post(
             self._worker.fail_all,
             DrainingError(f"{self._identity.worker_id} has gone away"),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.standin_serving import QUICK, Serving, wait_until
 
-from cluster.procfs import descendants, is_alive
+from cluster.procfs import ProcessName, descendants, is_alive
 
 
 @pytest.fixture
@@ -143,3 +143,66 @@ def test_second_server_of_the_same_cluster_is_refused(serving: Callable[..., Ser
     assert done.returncode == 1
     assert f"already being served (pid {server.process.pid}" in done.stderr
     assert "--cluster" in done.stderr
+
+
+def kill_janitor(server: Serving) -> ProcessName:
+    """Which one it was."""
+    (janitor,) = janitors(server)
+    os.kill(janitor.pid, signal.SIGKILL)
+    return janitor
+
+
+def janitors(server: Serving) -> list[ProcessName]:
+    return [p for p in server.processes() if "janitor.py" in command_line(p)]
+
+
+def command_line(process: ProcessName) -> str:
+    try:
+        return Path(f"/proc/{process.pid}/cmdline").read_bytes().decode().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def of_worker(server: Serving, worker_id: str) -> list[ProcessName]:
+    return [p for p in server.processes() if f"--worker-id {worker_id}" in command_line(p)]
+
+
+def test_killed_janitor_costs_nothing_but_itself(serving: Callable[..., Serving]) -> None:
+    server = serving()
+    num_processes = len(server.wait_ready())
+    temp_folder, old = server.temp_folder, server.worker("decode-0")
+    janitor = kill_janitor(server)
+    os.kill(old.pid, signal.SIGKILL)
+
+    def is_whole() -> bool:
+        workers, now = of_worker(server, "decode-0"), janitors(server)
+        return len(workers) == 1 and old not in workers and len(now) == 1 and janitor not in now
+
+    wait_until(is_whole, f"decode-0 or the janitor was not replaced: {server.text}")
+    assert len(server.processes()) == num_processes
+    assert server.text.count("starting it again") == 1, "it was replaced more than once"
+    processes = server.processes()
+    done = server.baton("stop")
+    assert done.returncode == 0, done.stderr
+    assert server.process.wait(30) == 0, server.text
+    assert not [process for process in processes if is_alive(process)]
+    assert not temp_folder.exists(), "redis.conf holds a password"
+    log = (server.state_folder / "logs" / "launcher.log").read_text()
+    assert log.count("the janitor has ended") == 1
+    assert "Traceback" not in log + server.text
+
+
+def test_launcher_that_is_killed_after_its_janitor_leaves_nothing(
+    serving: Callable[..., Serving],
+) -> None:
+    server = serving()
+    server.wait_ready()
+    temp_folder, old = server.temp_folder, kill_janitor(server)
+    wait_until(lambda: [p for p in janitors(server) if p != old] != [], "another janitor")
+    processes = server.processes()
+    server.process.kill()
+    server.process.wait()
+    wait_until(
+        lambda: not temp_folder.exists() and not any(map(is_alive, processes)),
+        "something outlived the launcher",
+    )

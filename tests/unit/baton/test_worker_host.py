@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from support.redis_server import RedisServer
 
 from baton.config import BatonConfig, parse_config
-from baton.errors import BatonError, ConfigurationError
+from baton.errors import BatonError, ConfigurationError, InternalError
 from baton.records import WorkerRecord, worker_key
 from baton.worker.host import Identity, WorkerHost
 from baton.worker.inbox import Inbox
@@ -41,6 +41,7 @@ class Worker:
     def __init__(self) -> None:
         self.idle = False
         self.told: list[str] = []
+        self.dies = False
         self.in_step = threading.Event()
         self.go_on = threading.Event()
         self.go_on.set()
@@ -53,6 +54,8 @@ class Worker:
 
     def step(self) -> bool:
         """Flushes, as a worker's step does."""
+        if self.dies:
+            raise ValueError("a fault")
         if self.told and not self.told[-1].startswith("sent"):
             self.told.append(f"sent {self.told[-1]}")
         if not self.go_on.is_set():
@@ -69,8 +72,8 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.stop()
 
 
-def settings(**worker: Any) -> BatonConfig:
-    return parse_config({"worker": worker, "gateway": {"drain_s": 0}})
+def settings(*, hang_s: float = 60.0, **worker: Any) -> BatonConfig:
+    return parse_config({"worker": worker, "gateway": {"drain_s": 0}, "engine": {"hang_s": hang_s}})
 
 
 @asynccontextmanager
@@ -198,3 +201,39 @@ async def test_last_answers_wait_for_a_step_that_takes_long(redis_url: str) -> N
         worker.go_on.set()
         await asyncio.wait_for(asyncio.shield(life), 10)
     assert worker.told[-1] == "sent draining"
+
+
+@pytest.mark.parametrize("hangs_first", [True, False])
+async def test_engine_that_hangs_while_its_worker_leaves_ends_it_at_once(
+    redis_url: str, hangs_first: bool
+) -> None:
+    worker, config = Worker(), settings(drain_s=3600, hang_s=1.0)
+
+    async def hang() -> None:
+        worker.go_on.clear()
+        assert await asyncio.to_thread(worker.in_step.wait, 10)
+
+    with pytest.raises(InternalError, match=r"the engine died.*no progress for 1 s"):
+        async with living(worker, config, redis_url) as (life, stop, _):
+            if hangs_first:
+                await hang()
+            stop.set()
+            if not hangs_first:
+                while "sent drain" not in worker.told:
+                    await asyncio.sleep(0.01)
+                await hang()
+            await asyncio.wait({life}, timeout=15)
+            assert life.done(), "it waits for the end of a drain that nobody can finish"
+    worker.go_on.set()
+
+
+async def test_engine_that_dies_while_its_worker_leaves_ends_it_at_once(redis_url: str) -> None:
+    worker = Worker()
+    with pytest.raises(InternalError, match="a fault"):
+        async with living(worker, settings(drain_s=3600), redis_url) as (life, stop, _):
+            stop.set()
+            while "sent drain" not in worker.told:
+                await asyncio.sleep(0.01)
+            worker.dies = True
+            await asyncio.wait({life}, timeout=15)
+            assert life.done()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from support.controller_rig import SETTINGS, ControllerRig
 from support.fake_pools import FakeProcess
 
 from baton.errors import InvalidRequestError, UnavailableError
+from cluster.controller_store import Registered, RegistryRead
 from cluster.slots import STABLE_S
 
 
@@ -434,3 +435,32 @@ async def test_controller_that_let_go_starts_nobody(rig: ControllerRig) -> None:
     assert len(rig.backend.started) == 3
     with pytest.raises(UnavailableError, match="going away"):
         await rig.wish(decode=3)
+
+
+async def test_answer_that_comes_late_shows_no_replacement_in_a_dead_ones_record(
+    rig: ControllerRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await rig.begin()
+    await rig.controller.look()
+    rig.clock.now += 0.3  # it has registered, and nobody has looked
+    rig.backend.running()["decode-0"].die()
+    await rig.settle()
+    rig.clock.now += 0.6
+    rig.controller._reconciler.reconcile()
+    await rig.settle()
+    assert rig.backend.ids().count("decode-0") == 2
+    rig.clock.now += 1.5
+    rig.store.workers["decode-0"] = Registered("of the dead one", 5.0 - 2.1)
+    read = rig.store.read
+
+    async def read_late(worker_ids: Sequence[str]) -> RegistryRead:
+        answer = await read(worker_ids)
+        rig.clock.now += 1.0
+        return answer
+
+    monkeypatch.setattr(rig.store, "read", read_late)
+    await rig.controller.look()
+    assert rig.controller.pools()["decode"].ready == 0
+    rig.store.register("decode-0", "its own")
+    await rig.controller.look()
+    assert rig.controller.pools()["decode"].ready == 1

@@ -196,6 +196,24 @@ async def test_record_of_the_process_before_is_not_taken_for_the_new_ones(rig: R
     assert rig.fencing.is_registered("decode-0")
 
 
+async def test_record_of_a_process_that_lived_between_two_looks_is_not_its_replacements(
+    rig: Rig,
+) -> None:
+    rig.look()
+    rig.now += 0.3
+    rig.beat("unseen")
+    rig.now += 0.6  # it dies, and is replaced
+    rig.start()
+    rig.now += 1.5
+    rig.left = Registered("unseen", TTL_S - 2.1)
+    assert rig.look() == []
+    assert not rig.fencing.is_registered("decode-0")
+    assert rig.pass_time(START_S - 10) == [], "it was fenced when the dead one's record ran out"
+    rig.beat("its own")
+    rig.look()
+    assert rig.fencing.is_registered("decode-0")
+
+
 async def test_waiting_for_a_place_is_no_part_of_a_start(rig: Rig) -> None:
     assert rig.process is not None
     rig.process.is_placed = False

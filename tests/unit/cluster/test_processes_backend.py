@@ -121,3 +121,18 @@ def test_bound_child_refuses_to_outlive_a_parent_that_is_gone_already() -> None:
 
 def test_unknown_signals_are_described_too() -> None:
     assert describe_status(-250) == "was killed by signal 250"
+
+
+async def test_child_that_nobody_could_take_note_of_does_not_live_on(tmp_path: Path) -> None:
+    told: list[ProcessName] = []
+
+    def refuse(name: ProcessName) -> None:
+        told.append(name)
+        raise BrokenPipeError("nobody listens")
+
+    backend = ProcessesBackend(lambda _role, _id: SLEEP, log_folder=tmp_path, on_started=refuse)
+    with pytest.raises(BrokenPipeError):
+        await backend.start("decode", "decode-0")
+    (name,) = told
+    assert not is_alive(name)
+    assert [child.over for child in backend._children] == [True], "it was not reaped"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.inline_actor import InlineActor
 
+from baton.errors import UnavailableError
 from cluster import ray_calls
 from cluster.backend import Exit
 from cluster.procfs import ProcessName, is_alive
@@ -86,7 +87,11 @@ def inline(told: list[dict[str, Any]]) -> Iterator[InlineActor]:
 
 
 def watched(
-    inline: InlineActor, *, thread: RayThread | None = None, noted: Place | None = None
+    inline: InlineActor,
+    *,
+    thread: RayThread | None = None,
+    noted: Place | None = None,
+    on_started: Callable[[ProcessName], None] = lambda _: None,
 ) -> RayWorker:
     """As one that is adopted."""
     actor = Actor(NAME, inline.handle, noted=noted)
@@ -96,7 +101,7 @@ def watched(
         actor,
         secrets=SECRETS,
         needs="1 CPU",
-        on_started=lambda _: None,
+        on_started=on_started,
     )
 
 
@@ -289,3 +294,19 @@ async def test_process_elsewhere_is_asked_about_until_it_is_proved_gone(
     await worker.kill()
     assert (await end_of(worker)).reason == "was killed"
     assert asked == [elsewhere] * 3
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError("nobody listens"), UnavailableError("later")])
+async def test_worker_that_nobody_could_take_note_of_is_ended_and_proved_gone(
+    ray: Ray, inline: InlineActor, told: list[Any], error: Exception
+) -> None:
+    def refuse(_name: ProcessName) -> None:
+        raise error
+
+    worker = watched(inline, on_started=refuse)
+    end = await end_of(worker)
+    assert end.reason == f"was killed: nobody took note of it: {error}"
+    assert not is_alive(inline.place.process)
+    assert told == [], "it was begun"
+    await worker.wait_cleared()
+    assert ray.cleared == [NAME]

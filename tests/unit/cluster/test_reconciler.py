@@ -386,3 +386,19 @@ async def test_running_loop_kills_by_itself_what_overstays() -> None:
         await asyncio.sleep(0)
     loop_task.cancel()
     assert backend.started[0].killed
+
+
+async def test_process_that_cannot_be_watched_is_killed_before_another_takes_its_place(
+    rig: Rig,
+) -> None:
+    rig.reconciler.want("decode", ["decode-0"], rig.backend)
+    await rig.settle()
+    unwatched = rig.backend.started[0]
+    unwatched.end.set_exception(OSError("too many open files"))
+    await rig.settle()
+    assert [event.reason for event in rig.events if event.kind == "died"] == [
+        "could not be watched: too many open files"
+    ]
+    assert unwatched.killed
+    await rig.advance(1.0)
+    assert rig.backend.ids() == ["decode-0", "decode-0"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,3 +98,40 @@ def test_peer_memory_of_another_size_or_unsealed_is_refused() -> None:
     map_read_only(unsealed, 8192).close()
     os.close(unsealed)
     memory.close()
+
+
+def test_what_is_available_is_asked_and_taken_by_one_worker_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "memory.py"
+    lock.touch()
+    monkeypatch.setattr(memory_module, "__file__", str(lock))
+    held: list[tuple[str, bool]] = []
+
+    def is_held() -> bool:
+        with lock.open() as another:
+            try:
+                fcntl.flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def available() -> int:
+        held.append(("asked", is_held()))
+        return 1 << 30
+
+    allocate = os.posix_fallocate
+
+    def taken(fd: int, offset: int, length: int) -> None:
+        allocate(fd, offset, length)
+        held.append(("taken", is_held()))
+
+    monkeypatch.setattr(memory_module, "available_bytes", available)
+    monkeypatch.setattr(memory_module.os, "posix_fallocate", taken)
+    KvMemory(8192).close()
+    assert held == [("asked", True), ("taken", True)]
+    assert not is_held()
+    monkeypatch.setattr(memory_module, "available_bytes", lambda: 0)
+    with pytest.raises(ConfigurationError):
+        KvMemory(8192)
+    assert not is_held(), "a worker that finds too little holds up all others"
