@@ -19,11 +19,17 @@ from cluster.procfs import ProcessName, name_of
 
 
 @pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    child = subprocess.Popen(["sleep", "60"])
-    yield child
-    child.kill()
-    child.wait()
+def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
+    children = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    yield children
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+@pytest.fixture
+def sleeper(sleepers: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    return sleepers[0]
 
 
 @pytest.fixture
@@ -114,23 +120,20 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_janitor_that_was_killed_is_replaced_by_one_that_knows_as_much(
-    folder: Path, sleeper: subprocess.Popen[bytes], caplog: pytest.LogCaptureFixture
+    folder: Path, sleepers: list[subprocess.Popen[bytes]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = name_of(sleeper.pid)
-    with subprocess.Popen(["sleep", "60"]) as other:
-        second = name_of(other.pid)
-        assert first is not None
-        assert second is not None
-        keeper = Janitor(folder)
-        keeper.watch(first)
-        killed = kill(keeper)
-        keeper.watch(second)
-        assert keeper.pid != killed
-        assert folder.exists()
-        keeper._child.stdin.close()  # type: ignore[union-attr]  # as the kernel does for a dead one
-        assert sleeper.wait(10) == -signal.SIGKILL
-        assert other.wait(10) == -signal.SIGKILL
-        wait_removed(folder)
+    first, second = (name_of(child.pid) for child in sleepers)
+    assert first is not None
+    assert second is not None
+    keeper = Janitor(folder)
+    keeper.watch(first)
+    killed = kill(keeper)
+    keeper.watch(second)
+    assert keeper.pid != killed
+    assert folder.exists()
+    keeper._child.stdin.close()  # type: ignore[union-attr]  # as the kernel does for a dead one
+    assert [child.wait(10) for child in sleepers] == [-signal.SIGKILL] * 2
+    wait_removed(folder)
     assert len(warnings(caplog)) == 1
     assert not Path(f"/proc/{killed}").exists(), "the dead one was not reaped"
     keeper.finish()
