@@ -44,7 +44,9 @@ def test_redis_that_hangs_dies_and_comes_back_empty_costs_no_stream_and_no_worke
             timeout_s=20,
             what="a degraded status",
         )
-        assert server.metric("baton_registry_up") == 0
+        wait_until(  # it has several users, each with a patience of its own
+            lambda: server.metric("baton_registry_up") == 0, timeout_s=20, what="a registry down"
+        )
         asked_meanwhile = server.complete(prompt=PROMPTS[0], max_tokens=8, ignore_eos=True)
         os.kill(redis, signal.SIGKILL)
         assert streams.results() == expected
