@@ -14,8 +14,8 @@ scores: a decode step touches no more than what is cached. The other way, making
 head's keys and values of the whole context in each layer and step, has
 kv_rank × (plain_dim + value_dim) products a head and cached token more, and
 2 × kv_rank − plain_dim − value_dim fewer for each query that shares them. At DeepSeek's
-sizes that would pay for chunks of more than about 170 tokens; there is one form all the
-same, so that a token's rounding does not depend on how its prompt was cut.
+sizes that has fewer products for chunks of more than about 170 tokens. There is one form
+all the same: prefill and decode then round alike (docs/adr/0013-latent-attention.md).
 """
 
 from __future__ import annotations

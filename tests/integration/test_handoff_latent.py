@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
@@ -20,6 +22,38 @@ from tests.support.handoff import Decode, PoolMemory, Prefill, key_between, samp
 
 SIZE = 8
 NUM_HELD, NUM_TOKENS = 2 * SIZE, 45
+
+
+class Ends(Protocol):
+    async def __call__(
+        self,
+        config: KvTransferConfig,
+        *,
+        prefill: KvLayout,
+        decode: KvLayout,
+        digest: bytes | None = None,
+    ) -> tuple[Prefill, Decode]: ...
+
+
+@pytest.fixture
+async def ends() -> AsyncIterator[Ends]:
+    """Makes both ends of a hand-off, of these layouts; closed at the end."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def make(
+            config: KvTransferConfig,
+            *,
+            prefill: KvLayout,
+            decode: KvLayout,
+            digest: bytes | None = None,
+        ) -> tuple[Prefill, Decode]:
+            sender = await Prefill.start(config, layout=prefill, digest=digest)
+            stack.push_async_callback(sender.close)
+            receiver = await Decode.start(config, layout=decode, digest=digest)
+            stack.push_async_callback(receiver.close)
+            return sender, receiver
+
+        yield make
 
 
 @pytest.fixture(params=["deepseek v2", "deepseek v3, rope yarn"])
@@ -39,7 +73,7 @@ def engine_over(checkpoint: Checkpoint, layout: KvLayout, pool: PoolMemory) -> E
 
 @pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
 async def test_decode_goes_on_from_what_prefill_computed(
-    tmp_path: Path, variant: str, transport: str
+    tmp_path: Path, ends: Ends, variant: str, transport: str
 ) -> None:
     """Decode holds two blocks of the prompt already; the last block is filled in part."""
     model = save_variant(tmp_path, VARIANTS[variant])
@@ -47,8 +81,7 @@ async def test_decode_goes_on_from_what_prefill_computed(
     layout = kv_layout(checkpoint.config, 20, SIZE)
     assert layout.token_bytes == 3 * (24 + 8) * 4
     config = KvTransferConfig(transport=transport, attach_s=5, lease_s=5, operation_s=3)
-    prefill = await Prefill.start(config, layout=layout)
-    decode = await Decode.start(config, layout=layout)
+    prefill, decode = await ends(config, prefill=layout, decode=layout)
     here = engine_over(checkpoint, layout, prefill.pool)
     there = engine_over(checkpoint, layout, decode.pool)
     question = tokens(NUM_TOKENS)
@@ -87,24 +120,23 @@ async def test_decode_goes_on_from_what_prefill_computed(
     assert answer == best.tolist()
     again = prompt(question)
     assert there.kv.hold_prefix(again) == NUM_TOKENS // SIZE * SIZE  # what arrived is cached
-    await decode.close()
-    await prefill.close()
 
 
-async def test_pools_of_one_part_and_of_two_are_never_paired(tmp_path: Path) -> None:
-    """Though a block of each has as many bytes, and the digest were forged."""
+@pytest.mark.parametrize(
+    ("digest", "said"),
+    [(None, "compatibility digest"), (b"d" * 16, "KV layout (num_kv_parts)")],
+)
+async def test_pools_of_one_part_and_of_two_are_never_paired(
+    ends: Ends, digest: bytes | None, said: str
+) -> None:
+    """Though a block of each has as many bytes; not even if their digests were the same."""
     latent = KvLayout(8, 1, 2, SIZE, 32, "float32", num_kv_parts=1)
     grouped = replace(latent, head_dim=16, num_kv_parts=2)
     assert latent.block_bytes == grouped.block_bytes
     config = KvTransferConfig(transport="shared_memory", attach_s=5, lease_s=5, operation_s=3)
-    for digest, said in ((None, "compatibility digest"), (b"d" * 16, "KV layout (num_kv_parts)")):
-        prefill = await Prefill.start(config, layout=latent, digest=digest)
-        decode = await Decode.start(config, layout=grouped, digest=digest)
-        key = key_between(prefill, decode)
-        decode.begin(key, prefill, start_token=0, num_tokens=4, block_ids=[1])
-        while not decode.drained:
-            await asyncio.sleep(0.002)
-        assert isinstance(decode.failed[key], IncompatiblePeerError)
-        assert said in decode.failed[key].message
-        await decode.close()
-        await prefill.close()
+    prefill, decode = await ends(config, prefill=latent, decode=grouped, digest=digest)
+    key = key_between(prefill, decode)
+    decode.begin(key, prefill, start_token=0, num_tokens=4, block_ids=[1])
+    await until(lambda: decode.drained)
+    assert isinstance(decode.failed[key], IncompatiblePeerError)
+    assert said in decode.failed[key].message
