@@ -151,17 +151,15 @@ class KvAware:
         for pair in pairs:
             if pair.prefill is not None:
                 partners.setdefault(pair.decode, []).append(standings[pair.prefill])
-        alone: dict[WorkerSession, Standing] = {}
-        for session, prefill in partners.items():
-            epoch, hashes = session.epoch, input_.of(session)
-            num_held = self._index.leading_blocks((epoch,), hashes, or_soon=False)[epoch]
-            standing = self._standing(input_, session, num_held)
-            if _may_prefill(standing.num_missing, prefill, limit):
-                alone[session] = standing
-        return alone
+        alone = self._standings(input_, list(partners), or_soon=False)
+        return {
+            session: standing
+            for session, standing in alone.items()
+            if _may_prefill(standing.num_missing, partners[session], limit)
+        }
 
     def _standings(
-        self, input_: InputHashes, sessions: Sequence[WorkerSession]
+        self, input_: InputHashes, sessions: Sequence[WorkerSession], *, or_soon: bool = True
     ) -> dict[WorkerSession, Standing]:
         by_names: dict[int, list[WorkerSession]] = {}
         for session in sessions:  # those that name blocks alike share one list of hashes
@@ -169,7 +167,7 @@ class KvAware:
         standings: dict[WorkerSession, Standing] = {}
         for alike in by_names.values():
             epochs = [session.epoch for session in alike]
-            held = self._index.leading_blocks(epochs, input_.of(alike[0]))
+            held = self._index.leading_blocks(epochs, input_.of(alike[0]), or_soon=or_soon)
             for session in alike:
                 standings[session] = self._standing(input_, session, held[session.epoch])
         return standings
