@@ -168,12 +168,10 @@ def section(kept: Path = KEPT) -> str:
 
 
 def _publish(path: Path) -> None:
-    page.expect_results(path, "benchmarks.goodput")
-    results = Results.read(path)
-    results.write(KEPT)
-    goodput_plot.draw(results, PLOT)
-    page.into_page(SECTION, section())
-    print(f"written: {page.PAGE}, {KEPT}, {PLOT}")
+    module = "benchmarks.goodput"
+    page.publish(Results, path, module=module, kept=KEPT, name=SECTION, section=section)
+    goodput_plot.draw(Results.read(KEPT), PLOT)
+    print(f"written: {PLOT}")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.arrivals import Load
 from benchmarks.figures import Objectives, Record, figures_of
 from benchmarks.measured import Measured
-from benchmarks.page import read_json, write_json
+from benchmarks.page import KeptResults
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,7 @@ class System:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class Results(KeptResults):
     measured: Measured
     seed: int
     load: Load
@@ -151,14 +150,6 @@ class Results:
             name: sum(run.num_good for run in self.runs if run.system == name) for name in systems
         }
         return max(good, key=lambda name: good[name])
-
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Raises OSError, or ValueError for a file that is none of ours."""
-        return read_json(path, cls._from_json)
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> Self:

@@ -219,10 +219,8 @@ def section(kept: Path = KEPT) -> str:
 
 
 def _publish(path: Path) -> None:
-    page.expect_results(path, "benchmarks.local_prefill")
-    Results.read(path).write(KEPT)
-    page.into_page(SECTION, section())
-    print(f"written: {page.PAGE}, {KEPT}")
+    module = "benchmarks.local_prefill"
+    page.publish(Results, path, module=module, kept=KEPT, name=SECTION, section=section)
 
 
 def main() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Self
 
 from benchmarks.measured import Measured
-from benchmarks.page import read_json, write_json
+from benchmarks.page import KeptResults
 
 APART, LOCAL = "disaggregated", "local"
 
@@ -30,13 +29,13 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class Results(KeptResults):
     measured: Measured
     dtype: str
     repeats: int
     """Of every measurement."""
     num_prefix_tokens: int
-    """Held by both workers before each."""
+    """Held before each by the decode worker; apart, by the prefill worker as well."""
     samples: tuple[Sample, ...]
 
     @property
@@ -58,14 +57,6 @@ class Results:
                 if (each.way, each.num_streams, each.num_uncached) == key
             )
         )
-
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Raises OSError, or ValueError for a file that is none of ours."""
-        return read_json(path, cls._from_json)
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> Self:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -45,6 +46,42 @@ def _parts(name: str, page: Path) -> tuple[str, str, str]:
     if not (begun and ended):
         raise ValueError(f"{page} lacks the lines {begin.strip()} and {end.strip()}")
     return before + begin, text, end + after
+
+
+@dataclass(frozen=True, slots=True)
+class KeptResults:
+    """What a benchmark has found out, as it is kept in a file: a dataclass of JSON's types and
+    of such dataclasses, which ``_from_json`` makes of the file's object."""
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises OSError, or ValueError for a file that is none of ours."""
+        return read_json(path, cls._from_json)
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any]) -> Self:
+        """May raise KeyError or TypeError for an object that is none of ours."""
+        raise NotImplementedError
+
+
+def publish(
+    results: type[KeptResults],
+    path: Path,
+    *,
+    module: str,
+    kept: Path,
+    name: str,
+    section: Callable[[], str],
+) -> None:
+    """Keeps the results at ``path``, which ``module`` writes, and puts the ``section`` that is
+    made of them between the page's marks of ``name``. Raises OSError or ValueError."""
+    expect_results(path, module)
+    results.read(path).write(kept)
+    into_page(name, section())
+    print(f"written: {PAGE}, {kept}")
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

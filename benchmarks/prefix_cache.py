@@ -140,10 +140,8 @@ def section(kept: Path = KEPT) -> str:
 
 
 def _publish(path: Path) -> None:
-    page.expect_results(path, "benchmarks.prefix_cache")
-    Results.read(path).write(KEPT)
-    page.into_page(SECTION, section())
-    print(f"written: {page.PAGE}, {KEPT}")
+    module = "benchmarks.prefix_cache"
+    page.publish(Results, path, module=module, kept=KEPT, name=SECTION, section=section)
 
 
 def main() -> None:

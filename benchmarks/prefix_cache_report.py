@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Self
 
 from benchmarks.measured import Measured
-from benchmarks.page import read_json, write_json
+from benchmarks.page import KeptResults
 
 APART, COLOCATED = "disaggregated", "colocated"
 GOAL = 0.15
@@ -36,7 +35,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class Results(KeptResults):
     measured: Measured
     dtype: str
     num_prompts: int
@@ -57,14 +56,6 @@ class Results:
     def ratio(self, way: str) -> float:
         """Of the medians, repeated to first."""
         return self.median_ms(way, repeated=True) / self.median_ms(way, repeated=False)
-
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Raises OSError, or ValueError for a file that is none of ours."""
-        return read_json(path, cls._from_json)
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> Self:

@@ -4,12 +4,11 @@ enough."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Self
 
 from benchmarks.measured import Measured
-from benchmarks.page import read_json, write_json
+from benchmarks.page import KeptResults
 
 GOAL = 0.9
 """Of the oracle's cached tokens: for kv_aware with local prefill, as it is by default."""
@@ -77,18 +76,10 @@ class PolicyResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class Results(KeptResults):
     measured: Measured
     setting: Setting
     policies: tuple[PolicyResult, ...]
-
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Raises OSError, or ValueError for a file that is none of ours."""
-        return read_json(path, cls._from_json)
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> Self:
