@@ -9,7 +9,7 @@ import torch
 
 from baton.checkpoint.model_config import ModelConfig
 from engine.weights.on_demand import OnDemand
-from engine.weights.tensor_shapes import Shape, expected_shapes, is_float32
+from engine.weights.tensor_shapes import Shape, dtype_of, expected_shapes
 
 
 def dummy_tensors(
@@ -22,7 +22,7 @@ def dummy_tensors(
     shapes = expected_shapes(config)
 
     def make(name: str) -> torch.Tensor:
-        return _draw(name, shapes[name], seed).to(torch.float32 if is_float32(name) else dtype)
+        return _draw(name, shapes[name], seed).to(dtype_of(name, dtype))
 
     return OnDemand(shapes, make)
 

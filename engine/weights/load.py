@@ -29,7 +29,7 @@ _COPIED_FILES = ("config.json", *TEXT_FILES)
 
 def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
     """All tensors of the model by their Hugging Face names, in ``dtype`` (a few always in
-    float32: ``is_float32``), on the CPU.
+    float32: ``dtype_of``), on the CPU.
 
     Where ``tie_word_embeddings`` is set there is no ``lm_head.weight``. Tensors stored
     in ``dtype`` are views of the mapped files: reading them shares their pages with

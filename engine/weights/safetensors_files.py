@@ -20,8 +20,8 @@ from engine.weights.tensor_shapes import (
     HEAD,
     Shape,
     check_shapes,
+    dtype_of,
     expected_shapes,
-    is_float32,
     is_ignored,
 )
 
@@ -37,7 +37,7 @@ def read_tensors(
     A tensor stored in ``dtype`` is a view of its file, mapped privately: its pages are
     shared between processes until somebody writes to them. Others are cast when they
     are asked for, each time to a copy that is the caller's. A few are always float32
-    (``is_float32``).
+    (``dtype_of``).
 
     Raises:
         CheckpointError: a tensor or a file is missing, surplus, misshapen, truncated
@@ -64,7 +64,7 @@ def read_tensors(
 
     def make(name: str) -> torch.Tensor:
         # One that has the dtype already is returned as it is.
-        return tensors[name].to(torch.float32 if is_float32(name) else dtype)
+        return tensors[name].to(dtype_of(name, dtype))
 
     return OnDemand(tensors, make)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from baton.checkpoint.decoder_parts import LatentConfig, MoeConfig
 from baton.checkpoint.model_config import ModelConfig
 from baton.errors import CheckpointError
@@ -113,10 +115,10 @@ def is_ignored(name: str, config: ModelConfig) -> bool:
     return name.startswith(tuple(f"model.layers.{layer}." for layer in draft_layers))
 
 
-def is_float32(name: str) -> bool:
-    """True for tensors that keep float32 whatever the model's dtype is: biases that are
+def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """A tensor's in a model of ``dtype``. Some keep float32 whatever that is: biases that are
     large beside the differences they decide on."""
-    return name.endswith(f".{_CHOICE_BIAS}")
+    return torch.float32 if name.endswith(f".{_CHOICE_BIAS}") else dtype
 
 
 def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str) -> None:
