@@ -1,4 +1,4 @@
-"""Compiles kernels.cpp once per machine, into the cache; a matter of seconds.
+"""Compiles kernels.cpp once, into the cache, or for images into the package: some seconds.
 
 The library calls OpenMP without linking it: it runs on the threads of the one that torch
 has loaded, so the two never fight for cores.
@@ -6,6 +6,7 @@ has loaded, so the two never fight for cores.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import hashlib
 import os
@@ -28,11 +29,19 @@ _OPTIONS = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fopenmp"),
     *("-Wall", "-Wextra", "-Wno-psabi"),
 )
-# https://gitlab.com/x86-psABIs/x86-64-ABI, table 3.1; Linux' names of what v3 and v4 add.
-_X86_64_LEVELS = {
-    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
-    "x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
-}
+# https://gitlab.com/x86-psABIs/x86-64-ABI, table 3.1, by Linux' names of the flags.
+_V3 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+_X86_64 = (
+    (_V4 | {"avx512_bf16"}, (*_WIDE, "-mavx512bf16")),
+    (_V4, _WIDE),
+    (_V3, ("-march=x86-64-v3",)),
+    (frozenset[str](), ()),
+)
+"""The best first: what a processor needs, and the compiler's options for it."""
+_INSTALLED = Path(__file__).with_name("built")
+"""Where an image has libraries for every kind of processor of its architecture."""
 
 
 def find_library() -> Path:
@@ -45,18 +54,40 @@ def find_library() -> Path:
 
 
 def build() -> Path:
-    """The library for this machine. Raises ConfigurationError."""
+    """The library for this machine: installed, or in the cache.
+
+    Raises ConfigurationError.
+    """
     if sys.platform != "linux":
         raise ConfigurationError(f"the CPU kernels are for Linux, not {sys.platform}")
     options = (*_OPTIONS, *_target_options())
-    key = hashlib.sha256(_SOURCE.read_bytes() + shlex.join(options).encode()).hexdigest()[:16]
+    installed = _INSTALLED / _key(options) / _NAME
+    return installed if installed.is_file() else _build_in(cache_root() / "kernels", options)
+
+
+def install() -> list[Path]:
+    """Builds them for every kind of processor of this architecture, into the package."""
+    variants = [options for _, options in _X86_64] if _is_x86_64() else [()]
+    return [_build_in(_INSTALLED, (*_OPTIONS, *options)) for options in variants]
+
+
+def options_for(flags: Set[str]) -> tuple[str, ...]:
+    """The compiler's options for an x86-64 processor with these flags, as Linux names them."""
+    return next(options for needed, options in _X86_64 if needed <= flags)
+
+
+def _key(options: tuple[str, ...]) -> str:
+    return hashlib.sha256(_SOURCE.read_bytes() + shlex.join(options).encode()).hexdigest()[:16]
+
+
+def _build_in(parent: Path, options: tuple[str, ...]) -> Path:
     try:
         folder = build_once(
-            cache_root() / "kernels" / key, [_NAME], lambda folder: _compile(options, folder)
+            parent / _key(options), [_NAME], lambda folder: _compile(options, folder)
         )
     except ConfigurationError:
         raise
-    except BatonError as error:
+    except BatonError as error:  # the cache cannot be written
         raise ConfigurationError(error.message) from error
     return folder / _NAME
 
@@ -85,21 +116,14 @@ def _compile(options: tuple[str, ...], folder: Path) -> None:
 
 
 def _target_options() -> tuple[str, ...]:
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if not _is_x86_64():
         return ()
     found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return options_for(set(found[1].split()) if found else set())
 
 
-def options_for(flags: Set[str]) -> tuple[str, ...]:
-    """The compiler's options for an x86-64 processor with these flags, as Linux names them."""
-    for level, needed in _X86_64_LEVELS.items():
-        if needed <= flags:
-            if level != "x86-64-v4":
-                return (f"-march={level}",)
-            pairs = ("-mavx512bf16",) if "avx512_bf16" in flags else ()
-            return (f"-march={level}", "-mprefer-vector-width=512", *pairs)
-    return ()
+def _is_x86_64() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
 
 
 def _share_openmp() -> None:
@@ -117,8 +141,22 @@ def _mappings() -> str:
         return ""
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.native.build", description="Compiles the CPU kernels."
+    )
+    parser.add_argument(
+        "--install",
+        action="store_true",
+        help="for every kind of processor of this architecture, into the package: for images",
+    )
     try:
-        print(build())
+        paths = install() if parser.parse_args().install else [build()]
     except ConfigurationError as error:
         sys.exit(error.message)
+    for path in paths:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

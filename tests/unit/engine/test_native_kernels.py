@@ -15,6 +15,8 @@ from baton.kv_layout import KvLayout
 from engine.native import build
 from engine.native.kernels import Kernels, Pool, kernels, use_kernels
 
+V4 = "avx2 bmi1 bmi2 f16c fma movbe avx512f avx512bw avx512cd avx512dq avx512vl"
+
 
 @pytest.fixture(scope="module")
 def native() -> Iterator[Kernels]:
@@ -197,10 +199,27 @@ def test_another_source_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_
         ("sse2", ()),
         ("avx2 bmi1 bmi2 f16c fma movbe", ("-march=x86-64-v3",)),
         (
-            "avx2 bmi1 bmi2 f16c fma movbe avx512f avx512bw avx512cd avx512dq avx512vl",
+            V4,
             ("-march=x86-64-v4", "-mprefer-vector-width=512"),
         ),
+        (
+            f"avx512_bf16 {V4}",
+            ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"),
+        ),
+        (f"avx512_bf16 {V4.replace('avx2', '')}", ()),
     ],
 )
 def test_the_machine_gets_what_it_can_run(flags: str, options: tuple[str, ...]) -> None:
     assert build.options_for(set(flags.split())) == options
+
+
+def test_an_image_has_them_for_every_processor_and_needs_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "_INSTALLED", tmp_path / "built")
+    monkeypatch.setenv("BATON_CACHE", str(tmp_path / "cache"))
+    installed = build.install()
+    assert all(path.is_file() for path in installed)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.build() in installed
+    assert not (tmp_path / "cache").exists()
