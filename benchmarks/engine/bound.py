@@ -36,7 +36,7 @@ class Bound:
     """Times are medians, in ms."""
 
     threads: int
-    decode_ms: dict[int, float]
+    decode_ms: dict[str, float]
     """By rows: one step."""
     prompt_tokens: int
     prompt_ms: float
@@ -107,7 +107,7 @@ def measure(
 
     with torch.inference_mode():
         decode_ms = {
-            each: round(median_ms(partial(products.step, each, each), repeats=30), 3)
+            str(each): round(median_ms(partial(products.step, each, each), repeats=30), 3)
             for each in rows
         }
         prompt_ms = round(median_ms(prompt, repeats=5, warm_ups=1), 3)
