@@ -4,8 +4,7 @@ One prefill and one decode worker serve the next turn of a conversation that the
 only its last ``16 … 1024`` tokens are to be computed: once disaggregated, once by the decode
 worker alone; on an idle server and beside streams that decode. Printed are the times to the
 first and to the second token (the second waits for the hand-off), what the other streams'
-token gaps grew to meanwhile, and the crossover: the largest length up to which local prefill
-is at least as fast.
+token gaps grew to meanwhile, and at which lengths local prefill is slower.
 
     python -m benchmarks.local_prefill --dtype float32
     python -m benchmarks.local_prefill --report     # results into docs/, runs nothing

@@ -69,18 +69,14 @@ class Results(KeptResults):
         )
 
 
-def crossover(results: Results, num_streams: int) -> int:
-    """The largest length up to which local prefill brings the second token no later, by the
-    medians; 0 if it is slower at the least length."""
-    found = 0
-    for length in results.lengths:
-        apart, local = (
-            results.median(way, num_streams, length, "second_ms") for way in (APART, LOCAL)
-        )
-        if local > apart:
-            break
-        found = length
-    return found
+def delays(results: Results, num_streams: int) -> dict[int, float]:
+    """By length, how many ms later local prefill brings the second token, by the medians;
+    negative where it is sooner."""
+    return {
+        length: results.median(LOCAL, num_streams, length, "second_ms")
+        - results.median(APART, num_streams, length, "second_ms")
+        for length in results.lengths
+    }
 
 
 def section(results: Results) -> str:
@@ -118,12 +114,15 @@ def table(results: Results) -> str:
 
 def _sentence(results: Results, num_streams: int) -> str:
     where = f"Beside {num_streams} streams" if num_streams else "On an idle server"
-    found = crossover(results, num_streams)
-    said = (
-        f"{where} local prefill brings the second token no later up to {found} uncached tokens"
-        if found
-        else f"{where} local prefill brings the second token later at every length"
-    )
+    later = {length: by for length, by in delays(results, num_streams).items() if by > 0}
+    said = f"{where} local prefill brings the second token "
+    if not later:
+        said += "no later at any length"
+    else:
+        lengths = ", ".join(str(length) for length in later)
+        said += f"later at {lengths} uncached tokens (by {max(later.values()):.0f} ms at most)"
+        if len(later) < len(results.lengths):
+            said += ", no later at the other lengths"
     if not num_streams:
         return f"{said}."
     most = results.lengths[-1]
