@@ -63,9 +63,7 @@ async def stream_all(url: str, bodies: Sequence[Mapping[str, Any]]) -> list[Stre
     host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
     recorders = [_Recorder(_request(url, body), loop.create_future()) for body in bodies]
     for recorder in recorders:
-        await loop.create_connection(
-            partial(_itself, recorder), place.hostname or "", place.port or 80
-        )
+        await loop.create_connection(partial(_itself, recorder), host, port)
     try:
         async with asyncio.timeout(_LONGEST_S):
             for recorder in recorders:
