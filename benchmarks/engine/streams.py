@@ -101,7 +101,7 @@ def _request(url: str, body: Mapping[str, Any]) -> bytes:
 
 def _read(recorder: _Recorder) -> Streamed:
     """Raises RequestFailed for what is no whole answer."""
-    stream, times = ChatStream(recorder.began_at), []
+    stream, times, data = ChatStream(recorder.began_at), [], b""
     connection = h11.Connection(h11.CLIENT)
     connection.send(h11.Request(method="POST", target="/", headers=[("Host", "a")]))
     connection.send(h11.EndOfMessage())
@@ -120,7 +120,7 @@ def _read(recorder: _Recorder) -> Streamed:
                     stream.end(now)
                     return _streamed(stream, times)
     except h11.RemoteProtocolError as error:
-        raise RequestFailed("malformed", str(error)) from None
+        raise RequestFailed("malformed" if data else "cut", str(error)) from None
     raise RequestFailed("cut", "the connection ended within the answer")
 
 

@@ -27,11 +27,12 @@ def token(text: str, finish: str | None = None) -> bytes:
 
 
 USAGE = event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}})
+END = b"0\r\n\r\n"
 WHOLE = [
     HEAD,
     token("a"),
     token("b"),
-    token("c", "length") + USAGE + event("[DONE]") + b"0\r\n\r\n",
+    token("c", "length") + USAGE + event("[DONE]") + END,
 ]
 
 
@@ -67,7 +68,7 @@ async def test_tokens_have_the_times_at_which_they_came() -> None:
 @pytest.mark.parametrize(
     ("pieces", "kind"),
     [
-        ([*WHOLE[:-1]], "malformed"),
+        ([*WHOLE[:-1]], "cut"),
         ([HEAD, token("a"), END], "cut"),
         ([HEAD, token("c", "length"), END], "cut"),
         ([b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"], "status"),
