@@ -47,10 +47,14 @@ void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
 // To the nearest, ties to even; a NaN stays one.
 void store(bfloat16* to, Floats value) {
+#ifdef __AVX512BF16__
+  const __m256bh out = _mm512_cvtneps_pbh((__m512)value);
+#else
   const Ints bits = (Ints)value;
   const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Ints quiet = (bits >> 16) | 0x40;
   const Halves out = __builtin_convertvector(value == value ? rounded : quiet, Halves);
+#endif
   std::memcpy(to, &out, sizeof out);
 }
 
@@ -79,25 +83,32 @@ float sum(Floats value) {
 
 Floats at_least(Floats a, Floats b) { return a > b ? a : b; }
 
-// e^x to within 2 units in the last place; 0 below -87, so that of minus infinity too.
+inline float highest(Floats value) {
+  const Ints halves[4] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
+                          {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
+                          {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
+                          {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}};
+  for (const Ints& half : halves) value = at_least(value, __builtin_shuffle(value, half));
+  return value[0];
+}
+
+// e^x to within 2 units in the last place, for x within -87 and 88; beyond, that of the bound.
 // Cephes' polynomial (Moshier) after the reduction of x by multiples of ln 2.
-Floats exp(Floats x) {
-  const Ints is_zero = x < -87.0f;
-  const Floats bounded = x < -87.0f ? splat(-87.0f) : (x > 88.0f ? splat(88.0f) : x);
-  const Floats shifted = bounded * 1.44269504f + 12582912.0f;  // rounds: 1.5 * 2^23
+inline Floats exp(Floats x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  const Floats shifted = x * 1.44269504f + 12582912.0f;  // rounds: 1.5 * 2^23
   const Floats whole = shifted - 12582912.0f;
-  Floats r = bounded - whole * 0.693359375f;
-  r = r + whole * 2.12194440e-4f;
+  const Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
   Floats p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
-  const Floats out = p * (Floats)exponent;
-  return is_zero ? Floats{} : out;
+  p = p * (r * r) + (r + 1.0f);
+  // The low bits of `shifted` are the multiple: 2 to its power, by adding it to the exponent.
+  return (Floats)((Ints)p + ((Ints)shifted << 23));
 }
 
 // Below so many elements one thread is done before another has woken up.
@@ -241,14 +252,14 @@ struct Context {
   const int32_t* blocks;
 
   // Calls work(rows, token, count): `count` tokens from `token` on, whose rows of `part` lie side
-  // by side, at most `most` of them at once. The next rows are on their way meanwhile.
+  // by side, at most `most` of them at once. Those of the block after next are on their way.
   template <class T, class Work>
   void for_rows(int64_t part, int64_t most, Work work) const {
     for (int64_t token = first; token < last;) {
       const int64_t offset = token % pool.block_size;
       const int64_t count = std::min({most, pool.block_size - offset, last - token});
-      if (token + count < last && offset + count == pool.block_size)
-        fetch(tile<T>(pool, blocks[token / pool.block_size + 1], own_head, layer, part));
+      if (token + count + pool.block_size < last && offset + count == pool.block_size)
+        fetch(tile<T>(pool, blocks[token / pool.block_size + 2], own_head, layer, part));
       const T* rows = tile<T>(pool, blocks[token / pool.block_size], own_head, layer, part);
       work(rows + offset * pool.head_dim, token, count);
       token += count;
@@ -381,10 +392,9 @@ void attend(const Pool& pool, int64_t layer, int64_t own_head, const int32_t* bl
   for (int64_t g = 0; g < group; ++g) {
     float* scores = &scratch.scores[g * stride];
     std::fill(scores + length, scores + stride, -INFINITY);
-    Floats highest = splat(-INFINITY);
-    for (int64_t i = 0; i < length; i += kLanes) highest = at_least(highest, load(scores + i));
-    float most = highest[0];
-    for (int lane = 1; lane < kLanes; ++lane) most = std::max(most, highest[lane]);
+    Floats each = splat(-INFINITY);
+    for (int64_t i = 0; i < length; i += kLanes) each = at_least(each, load(scores + i));
+    const float most = highest(each);
     Floats total = {};
     for (int64_t i = 0; i < length; i += kLanes) {
       const Floats weight = exp(load(scores + i) - most);
