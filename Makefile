@@ -11,13 +11,14 @@
 # make bench-routing        cached tokens and TTFT of every routing policy on a trace (25 minutes);
 #                           fails where kv_aware misses its goal, an answer or the index is wrong
 # make bench-local-prefill  from how many uncached tokens on a prefill worker pays
+# make bench-engine         a colocated worker's steps and prompts beside its matrix products alone
 # make bench-prefix-cache   TTFT of a repeated 1,000-token prompt beside that of its first time
 # make clean    remove what the tools left; make distclean removes .venv too
 
 BIN := .venv/bin
 
 .PHONY: help setup serve test chaos exhaustive check proto clean distclean
-.PHONY: bench-goodput bench-routing bench-local-prefill bench-prefix-cache
+.PHONY: bench-goodput bench-routing bench-local-prefill bench-prefix-cache bench-engine
 .DEFAULT_GOAL := help
 
 help:
@@ -63,6 +64,9 @@ bench-local-prefill: setup
 
 bench-prefix-cache: setup
 	@exec $(BIN)/python -m benchmarks.prefix_cache $(ARGS)
+
+bench-engine: setup
+	@exec $(BIN)/python -m benchmarks.engine.compare $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

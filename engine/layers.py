@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.native.kernels import kernels
+
 
 class Linear:
     """``x Wᵀ + b`` for weights [out, in].
@@ -73,7 +75,13 @@ class RMSNorm:
         self._weight = weight.float()
         self._eps = eps
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """Of ``x``, float32 [..., features]; ``delta`` is first added to it, in place."""
+        native = kernels()
+        if native is not None and self._weight.dim() == 1 and x.dim() == 2 and x.is_contiguous():
+            return native.add_rms_norm(x, delta, self._weight, self._eps, self._dtype)
+        if delta is not None:
+            x += delta
         # At 512 tokens half as long as F.rms_norm.
         inverse = x.square().mean(dim=-1, keepdim=True).add_(self._eps).rsqrt_()
         return (x * inverse).mul_(self._weight).to(self._dtype)
@@ -91,29 +99,40 @@ class Rotary:
         self._dtype = dtype
         self._scale = scale
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines of one step, each [tokens, 1, 2, head_dim / 2].
-
-        The second axis broadcasts over heads, the third is the half of the head.
-        """
+    def angles(self, positions: Tensor) -> Angles:
+        """Of one step's ``positions``, [tokens]."""
         angles = positions[:, None].float() * self._frequencies
         cos, sin = angles.cos(), angles.sin()
         if self._scale != 1.0:
             cos, sin = cos * self._scale, sin * self._scale
-        both_cos = torch.stack([cos, cos], dim=1)[:, None]
-        signed_sin = torch.stack([-sin, sin], dim=1)[:, None]
-        return both_cos.to(self._dtype), signed_sin.to(self._dtype)
+        return Angles(cos, sin, self._dtype)
 
-    @staticmethod
-    def rotate_(heads: Tensor, angles: tuple[Tensor, Tensor]) -> None:
+
+class Angles:
+    """Cosines and sines of one step's positions, float32 [tokens, head_dim / 2]."""
+
+    def __init__(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> None:
+        self._cos, self._sin = cos, sin
+        self._native = kernels()
+        if self._native is None:
+            # [tokens, 1, 2, head_dim / 2]: over heads, and the half of the head.
+            self._both_cos = torch.stack([cos, cos], dim=1)[:, None].to(dtype)
+            self._signed_sin = torch.stack([-sin, sin], dim=1)[:, None].to(dtype)
+
+    def rotate_(self, heads: Tensor) -> None:
         """Rotates ``heads`` ([tokens, heads, head_dim]) in place."""
-        cos, signed_sin = angles
+        if self._native is not None:
+            self._native.rotate_(heads, self._cos, self._sin)
+            return
         halves = heads.view(*heads.shape[:2], 2, -1)
         swapped = halves.flip(2)
-        halves.mul_(cos).addcmul_(swapped, signed_sin)
+        halves.mul_(self._both_cos).addcmul_(swapped, self._signed_sin)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """SwiGLU (Shazeer, 2020): ``silu(gate) · up`` of [tokens, 2 × features], gate first."""
+    native = kernels()
+    if native is not None and gate_up.is_contiguous():
+        return native.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

@@ -15,6 +15,7 @@ from baton.errors import ConfigurationError
 from baton.kv_layout import KvDtype, KvLayout
 from baton.parallelism import Parallelism, check_parallelism
 from baton.protocol import PROTOCOL_VERSION
+from engine.native.kernels import Choice
 from engine.parallel.followers import RankTask
 from engine.platform import resolve_dtype
 
@@ -34,6 +35,7 @@ class EnginePlan:
     max_model_len: int
     served_name: str
     threads: int
+    cpu_kernels: Choice
     parallel: Parallelism
 
     def rank_task(self, config: BatonConfig) -> RankTask:
@@ -45,6 +47,7 @@ class EnginePlan:
             dtype=self.layout.dtype,
             layout=self.layout,
             threads=self.threads,
+            cpu_kernels=self.cpu_kernels,
             parallel=self.parallel,
         )
 
@@ -93,5 +96,6 @@ def plan_engine(
         max_model_len=min(limit, num_blocks * engine.block_size),
         served_name=config.served_model_name or checkpoint.name,
         threads=engine.threads or max(1, len(os.sched_getaffinity(0)) // parallel.num_ranks),
+        cpu_kernels=engine.cpu_kernels,
         parallel=parallel,
     )

@@ -103,6 +103,7 @@ class WorkerParts:
                 memory=memory,
                 domain=plan.domain,
                 threads=plan.threads,
+                cpu_kernels=plan.cpu_kernels,
                 followers=ranks.followers if ranks is not None else None,
             )
         except BaseException:

@@ -18,6 +18,7 @@ tokens 0.41 ms, this 0.22 (two cores with AVX-512 BF16).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Protocol
 
@@ -26,8 +27,10 @@ from torch import Tensor
 
 from baton.checkpoint.model_config import ModelConfig
 from baton.kv_layout import KvLayout
+from engine.attention.native_decodes import NativeDecodes
 from engine.attention.window import WindowedChunk, WindowedDecodes
 from engine.batch import Batch, Span
+from engine.native.kernels import Pool, kernels
 from engine.parallel.group import RankGroups
 from engine.parallel.shard import WHOLE
 
@@ -76,6 +79,9 @@ class PagedCpuAttention:
         self.dtype = kv.dtype
         self.tokens = kv.view(-1, layout.head_dim)
         self.blocks = kv.view(-1, layout.block_size * layout.head_dim)
+        self.kernels = kernels()
+        first, last = int(own_heads[0]), int(own_heads[-1])
+        self.pool = Pool.of(layout, kv, value_dim=self.value_dim, own_heads=range(first, last + 1))
         width = _NUM_QUERY_ROWS + layout.block_size
         later = torch.ones(_NUM_QUERY_ROWS, width, dtype=torch.bool).triu(1)
         self.causal = torch.zeros(later.shape, dtype=kv.dtype).masked_fill_(later, -math.inf)
@@ -165,18 +171,28 @@ def attention_of(
 class _PagedCpuStep:
     def __init__(self, attention: PagedCpuAttention, batch: Batch) -> None:
         self._attention = attention
-        self._token_rows = attention.token_rows(batch.slot_mapping)
+        self._slots = batch.slot_mapping
+        self._token_rows = None
+        if attention.kernels is None:
+            self._token_rows = attention.token_rows(batch.slot_mapping)
         parts = {window: _parts(attention, batch, window) for window in set(attention.windows)}
         self._parts = [parts[window] for window in attention.windows]
 
     def __call__(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
-        tokens = self._attention.tokens
-        flat = key_value.reshape(-1, tokens.shape[1])
-        tokens.index_copy_(0, self._token_rows[layer], flat)
+        self._write(layer, key_value)
         out = torch.empty(*query.shape[:2], self._attention.value_dim, dtype=query.dtype)
         for part in self._parts[layer]:
             part.attend(layer, query, out)
         return out
+
+    def _write(self, layer: int, key_value: Tensor) -> None:
+        attention = self._attention
+        if self._token_rows is None:
+            assert attention.kernels is not None
+            attention.kernels.write_kv(attention.pool, layer, key_value, self._slots)
+            return
+        flat = key_value.reshape(-1, attention.tokens.shape[1])
+        attention.tokens.index_copy_(0, self._token_rows[layer], flat)
 
 
 class _Part(Protocol):
@@ -186,24 +202,30 @@ class _Part(Protocol):
 
 
 def _parts(attention: PagedCpuAttention, batch: Batch, window: int | None) -> list[_Part]:
-    decodes = _alike_in_length(batch, attention.layout.block_size, window)
-    chunks = [
-        (batch.spans[index], batch.block_table[index])
-        for index in range(batch.num_decodes, len(batch.spans))
-    ]
-    if window is None:
-        return [
-            *(_Decodes(attention, batch, first, last) for first, last in decodes),
-            *(_Chunk(attention, span, table) for span, table in chunks),
-        ]
-    at_once = _NUM_QUERY_ROWS
-    return [
-        *(WindowedDecodes(attention, batch, first, last, window) for first, last in decodes),
-        *(
-            WindowedChunk(attention, span, table, window=window, rows_at_once=at_once)
-            for span, table in chunks
-        ),
-    ]
+    return [*_decode_parts(attention, batch, window), *_chunk_parts(attention, batch, window)]
+
+
+def _decode_parts(
+    attention: PagedCpuAttention, batch: Batch, window: int | None
+) -> Iterator[_Part]:
+    if attention.kernels is not None:
+        if batch.num_decodes:
+            yield NativeDecodes(attention, batch, attention.kernels, window)
+        return
+    for first, last in _alike_in_length(batch, attention.layout.block_size, window):
+        if window is None:
+            yield _Decodes(attention, batch, first, last)
+        else:
+            yield WindowedDecodes(attention, batch, first, last, window)
+
+
+def _chunk_parts(attention: PagedCpuAttention, batch: Batch, window: int | None) -> Iterator[_Part]:
+    for index in range(batch.num_decodes, len(batch.spans)):
+        span, table = batch.spans[index], batch.block_table[index]
+        if window is None:
+            yield _Chunk(attention, span, table)
+        else:
+            yield WindowedChunk(attention, span, table, window=window, rows_at_once=_NUM_QUERY_ROWS)
 
 
 def _alike_in_length(

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from baton.checkpoint.model_config import ModelConfig
 from engine.attention.interface import AttentionStep
-from engine.layers import RMSNorm, Rotary
+from engine.layers import Angles, RMSNorm, Rotary
 from engine.models.expert_parallel import SplitSparseMlp
 from engine.models.latent_attention import LatentAttention
 from engine.models.mlp import DenseMlp, Mlp
 from engine.models.moe import SparseMlp
 from engine.models.rope import rope_frequencies
-from engine.models.self_attention import Angles, SelfAttention
+from engine.models.self_attention import SelfAttention
 from engine.models.tensors import Tensors
 from engine.models.vocabulary import embedding_of, head_of
 from engine.parallel.group import RankGroups
@@ -36,10 +36,13 @@ class _Layer:
         self._mlp_norm = tensors.norm("post_attention_layernorm", eps)
         self._mlp = _mlp(config, index, tensors, groups)
 
-    def add_to(self, x: Tensor, angles: Angles, attention: AttentionStep) -> None:
-        """Adds this layer's part to the residual stream ``x``, float32 [tokens, hidden]."""
-        x += self._attention(self._attention_norm(x), angles, attention)
-        x += self._mlp(self._mlp_norm(x))
+    def __call__(
+        self, x: Tensor, delta: Tensor | None, angles: Angles, attention: AttentionStep
+    ) -> Tensor:
+        """Adds ``delta`` and the attention's part to the residual stream ``x``, float32
+        [tokens, hidden]. Returns the MLP's, which the next layer adds with its norm."""
+        delta = self._attention(self._attention_norm(x, delta), angles, attention)
+        return self._mlp(self._mlp_norm(x, delta))
 
 
 def _attention(
@@ -97,14 +100,16 @@ class Decoder:
 
         Writes every token's KV through ``attention``. Returns the logits, float32
         [len(sampled_rows), vocabulary], of the rows that are asked for; where there are
-        several ranks the first alone gets them, the others none.
+        several ranks the first alone gets them, the others none. The next step overwrites them.
         """
         # The residual stream is float32 whatever the weights are: kept in bfloat16, its
         # 2 × layers additions would make the logits' error 1.6 times as large.
         x = self._embed(token_ids).float()
         angles = self._rotary.angles(positions)
+        delta: Tensor | None = None
         for layer in self._layers:
-            layer.add_to(x, angles, attention)
+            delta = layer(x, delta, angles, attention)
         if len(sampled_rows) == 0:
             return torch.empty(0, self.vocab_size)
-        return self._logits(self._norm(x[sampled_rows]))
+        assert delta is not None, "a model without layers"
+        return self._logits(self._norm(x[sampled_rows], delta[sampled_rows]))

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from baton.checkpoint.model_config import ModelConfig
 from engine.attention.interface import AttentionStep
-from engine.layers import Linear, Rotary
-from engine.models.self_attention import Angles
+from engine.layers import Angles, Linear
 from engine.models.tensors import Tensors
 from engine.parallel.group import RankGroups
 from engine.parallel.shard import scaled
@@ -86,7 +85,7 @@ class LatentAttention:
         rows[:, num_heads, :rank] = self._kv_norm(cached[:, :rank].float())
         rows[:, :num_heads, rank:] = self._halves(rotary)
         rows[:, num_heads, rank:] = self._halves(cached[:, rank:])
-        Rotary.rotate_(rows[..., rank:], angles)
+        angles.rotate_(rows[..., rank:])
         attended = attention(self._index, rows[:, :num_heads], rows[:, None, num_heads:])
         values = torch.bmm(attended.transpose(0, 1), self._values)
         return self._out(values.transpose(0, 1).reshape(len(x), -1))

@@ -7,13 +7,11 @@ from torch import Tensor
 
 from baton.checkpoint.model_config import ModelConfig
 from engine.attention.interface import AttentionStep
-from engine.layers import RMSNorm, Rotary
+from engine.layers import Angles, RMSNorm
 from engine.models.tensors import Tensors
 from engine.parallel.group import RankGroups
 from engine.parallel.shard import scaled
 from engine.parallel.summed import summed
-
-Angles = tuple[Tensor, Tensor]
 
 
 class SelfAttention:
@@ -47,7 +45,7 @@ class SelfAttention:
             heads = qkv[:, : self._num_rotated]
             heads.copy_(self._qk_norm(heads.float()))
         if self._rotates:
-            Rotary.rotate_(qkv[:, : self._num_rotated], angles)
+            angles.rotate_(qkv[:, : self._num_rotated])
         query, key_value = qkv[:, : self._num_heads], qkv[:, self._num_heads :]
         key_value = key_value.view(len(x), 2, self._num_kv_heads, self._head_dim)
         attended = attention(self._index, query, key_value)

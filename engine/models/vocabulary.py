@@ -33,19 +33,38 @@ def embedding_of(weight: Tensor, groups: RankGroups) -> Callable[[Tensor], Tenso
 
 
 def head_of(weight: Tensor, groups: RankGroups) -> Callable[[Tensor], Tensor]:
-    """[rows, hidden] → logits, float32 [rows, vocabulary]; on the first rank only."""
+    """[rows, hidden] → logits, float32 [rows, vocabulary]; on the first rank only.
+
+    They are of the weights' precision, and the next call overwrites them.
+    """
     if groups.world.size == 1:
-        return Linear(weight).in_float32
+        return _Head(weight)
     vocab_size, shard = len(weight), groups.shard
     width = -(-vocab_size // shard.num_ranks)
     own = weight[shard.vocabulary(vocab_size)]
     padded = F.pad(own, (0, 0, 0, width - len(own)))
-    head = Linear(padded)
+    head = _Head(padded)
 
     def logits(x: Tensor) -> Tensor:
-        parts = groups.world.gather(head.in_float32(x))
+        parts = groups.world.gather(head(x))
         if parts is None:
             return torch.empty(0, vocab_size)
         return torch.cat(parts, dim=1)[:, :vocab_size]
 
     return logits
+
+
+class _Head:
+    """A matrix product whose large result always goes to the same memory."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._linear = Linear(weight)
+        self._logits = torch.empty(0, len(weight))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product = self._linear(x)
+        if product.dtype == torch.float32:
+            return product
+        if len(self._logits) < len(x):
+            self._logits = torch.empty(len(x), product.shape[1])
+        return self._logits[: len(x)].copy_(product)

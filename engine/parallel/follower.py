@@ -15,6 +15,7 @@ from baton.kv_layout import KvLayout
 from engine.attention.paged_cpu import attention_of
 from engine.batch import Batch
 from engine.models.decoder import Decoder
+from engine.native.kernels import use_kernels
 from engine.parallel.followers import READY, RankTask
 from engine.parallel.group import RankGroups, store_at
 from engine.parallel.shard import Shard
@@ -44,6 +45,7 @@ def _received_memory(connection: Connection, layout: KvLayout) -> mmap.mmap:
 class _Rank:
     def __init__(self, task: RankTask, memory: mmap.mmap) -> None:
         torch.set_num_threads(task.threads)
+        use_kernels(task.cpu_kernels)
         groups = RankGroups.join(store_at(task.store_port), Shard(task.parallel, task.rank))
         checkpoint = open_checkpoint(task.model, task.load_format)
         if checkpoint.revision != task.revision:

@@ -23,6 +23,7 @@ from baton.errors import InternalError
 from baton.kv_layout import KvLayout
 from baton.parallelism import Parallelism
 from engine.batch import Batch
+from engine.native.kernels import Choice
 from engine.parallel.group import RankGroups, found_store
 from engine.parallel.shard import Shard
 from engine.parallel.step_message import END, encode_step
@@ -41,6 +42,7 @@ class RankTask:
     dtype: str
     layout: KvLayout
     threads: int
+    cpu_kernels: Choice
     parallel: Parallelism
     rank: int = 0
     store_port: int = 0

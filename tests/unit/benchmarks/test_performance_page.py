@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import goodput, local_prefill, page, prefix_cache
+from benchmarks.engine import compare
 from benchmarks.routing import replay
 
 SECTIONS = [
     (module.SECTION, module.KEPT, module.section)
-    for module in (goodput, replay, local_prefill, prefix_cache)
+    for module in (goodput, replay, local_prefill, prefix_cache, compare)
 ]
 MOST_BYTES = 100 * 1024
 

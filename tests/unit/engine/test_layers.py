@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
+from support.cpu_kernels import computing_with
 
 from baton.checkpoint.rope_config import RopeConfig
 from engine import layers
 from engine.layers import Linear, RMSNorm, Rotary, swiglu
 from engine.models.rope import rope_frequencies
+
+
+@pytest.fixture(params=["torch", "native"], autouse=True, scope="module")
+def _cpu_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    with computing_with(request.param):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,6 +69,30 @@ def test_rms_norm_equals_its_definition(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, (exact * weight.double()).to(dtype))
 
 
+@pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [8, 33, 576])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_rms_norm_first_adds_what_it_is_given(
+    delta_dtype: torch.dtype, features: int, rows: int
+) -> None:
+    torch.manual_seed(0)
+    x, delta = torch.randn(rows, features), torch.randn(rows, features).to(delta_dtype)
+    norm = RMSNorm(torch.randn(features).bfloat16(), 1e-5)
+    total = x + delta
+    expected = norm(total)
+    out = norm(x, delta)
+    assert torch.equal(x, total)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+
+
+def test_rms_norm_of_heads_has_a_weight_for_each() -> None:
+    x, weight = torch.randn(5, 3, 8), torch.randn(3, 8)
+    out = RMSNorm(weight, 1e-5)(x)
+    each = [RMSNorm(weight[head], 1e-5)(x[:, head].contiguous()) for head in range(3)]
+    torch.testing.assert_close(out, torch.stack(each, dim=1))
+
+
 def rotary_of(head_dim: int, theta: float, scale: float = 1.0) -> Rotary:
     frequencies, _ = rope_frequencies(RopeConfig(theta), head_dim)
     return Rotary(frequencies, torch.float32, scale)
@@ -73,7 +106,7 @@ def test_rotary_rotates_pairs_of_halves_by_position_times_frequency(scale: float
     positions = torch.tensor([0, 5, 411])
     rotary = rotary_of(head_dim, theta, scale)
     out = heads.clone()
-    rotary.rotate_(out, rotary.angles(positions))
+    rotary.angles(positions).rotate_(out)
     pairs = torch.complex(heads[..., :4].double(), heads[..., 4:].double())
     frequencies = theta ** (-torch.arange(4).double() / 4)
     turned = scale * pairs * torch.exp(1j * positions[:, None, None] * frequencies)
@@ -86,7 +119,7 @@ def test_rotary_of_a_part_of_a_packed_tensor_leaves_the_rest_alone() -> None:
     packed = torch.randn(4, 6, 8)
     before = packed.clone()
     rotary = rotary_of(8, 100.0)
-    rotary.rotate_(packed[:, :4], rotary.angles(torch.tensor([3, 1, 4, 1])))
+    rotary.angles(torch.tensor([3, 1, 4, 1])).rotate_(packed[:, :4])
     assert torch.equal(packed[:, 4:], before[:, 4:])
     assert not torch.equal(packed[:, :4], before[:, :4])
 
@@ -94,3 +127,15 @@ def test_rotary_of_a_part_of_a_packed_tensor_leaves_the_rest_alone() -> None:
 def test_swiglu_takes_the_gate_from_the_first_half() -> None:
     gate_up = torch.randn(3, 10)
     torch.testing.assert_close(swiglu(gate_up), F.silu(gate_up[:, :5]) * gate_up[:, 5:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [1, 16, 100, 1536])
+def test_swiglu_at_any_size(dtype: torch.dtype, features: int) -> None:
+    torch.manual_seed(0)
+    gate_up = (torch.randn(21, 2 * features) * 30).to(dtype)
+    exact = F.silu(gate_up[:, :features].double()) * gate_up[:, features:].double()
+    out = swiglu(gate_up)
+    assert out.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1.6e-2
+    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=1e-6)

@@ -1,0 +1,147 @@
+"""What this machine could do at best: a model's matrix products alone, and copying memory.
+
+    python -m benchmarks.engine.bound --rows 1 8 32 --prompt 1030
+
+prints JSON. The products are those of a dense decoder: of each layer one of query, key and value
+together, one of the attention's output, one of gate and up together and one of down, and the
+head's; random weights of the model's shapes, packed for oneDNN, each matrix with memory of its
+own. A decode step multiplies every matrix by as many rows as there are streams. A prompt goes
+through in chunks of the engine's size, and the head sees its last row alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from baton.checkpoint.checkpoint import open_checkpoint
+from baton.checkpoint.model_config import ModelConfig
+from baton.config import DEFAULT_MODEL
+from baton.errors import ConfigurationError
+
+_COPIED_BYTES = 256 * 1024 * 1024
+"""Beyond every cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Times are medians, in ms."""
+
+    threads: int
+    decode_ms: dict[str, float]
+    """By rows: one step."""
+    prompt_tokens: int
+    prompt_ms: float
+    copy_gb_s: float
+    """Bytes read and as many written, by all threads."""
+
+
+class Products:
+    """A model's matrices, in bfloat16."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        if config.parts.moe is not None or config.parts.latent is not None:
+            raise ConfigurationError("the bound is that of dense models with plain attention")
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        hidden, inner = config.hidden_size, config.intermediate_size
+        shapes = [
+            ((heads + 2 * kv_heads) * config.head_dim, hidden),
+            (hidden, heads * config.head_dim),
+            (2 * inner, hidden),
+            (hidden, inner),
+        ]
+        self._layers = [_packed(*shape) for _ in range(config.num_layers) for shape in shapes]
+        self._head = _packed(config.vocab_size, hidden)
+
+    def step(self, rows: int, head_rows: int) -> None:
+        inputs = {width: torch.randn(rows, width).bfloat16() for _, width in self._widths}
+        for weight, width in self._layers:
+            _multiply(inputs[width], weight)
+        weight, width = self._head
+        _multiply(inputs[width][:head_rows], weight)
+
+    @property
+    def _widths(self) -> list[tuple[Tensor, int]]:
+        return [*self._layers[:4], self._head]
+
+
+def _packed(outputs: int, inputs: int) -> tuple[Tensor, int]:
+    weight = torch.randn(outputs, inputs).bfloat16()
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed, inputs
+
+
+def _multiply(x: Tensor, weight: Tensor) -> None:
+    torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def median_ms(work: Callable[[], object], *, repeats: int, warm_ups: int = 3) -> float:
+    for _ in range(warm_ups):
+        work()
+    times: list[float] = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - began) * 1000)
+    return statistics.median(times)
+
+
+def measure(
+    model: str, *, rows: Sequence[int], num_prompt_tokens: int, chunk: int, threads: int
+) -> Bound:
+    torch.set_num_threads(threads)
+    products = Products(open_checkpoint(model).config)
+    chunks = [min(chunk, num_prompt_tokens - at) for at in range(0, num_prompt_tokens, chunk)]
+
+    def prompt() -> None:
+        for number, length in enumerate(chunks, 1):
+            products.step(length, int(number == len(chunks)))
+
+    with torch.inference_mode():
+        decode_ms = {
+            str(each): round(median_ms(partial(products.step, each, each), repeats=30), 3)
+            for each in rows
+        }
+        prompt_ms = round(median_ms(prompt, repeats=5, warm_ups=1), 3)
+        source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8)
+        target = torch.zeros_like(source)
+        copy_ms = median_ms(lambda: target.copy_(source), repeats=10)
+    return Bound(
+        threads=threads,
+        decode_ms=decode_ms,
+        prompt_tokens=num_prompt_tokens,
+        prompt_ms=prompt_ms,
+        copy_gb_s=round(2 * _COPIED_BYTES / copy_ms / 1e6, 2),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine.bound", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=1030, help="tokens")
+    parser.add_argument("--chunk", type=int, default=512, help="tokens at once")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    bound = measure(
+        given.model,
+        rows=given.rows,
+        num_prompt_tokens=given.prompt,
+        chunk=given.chunk,
+        threads=given.threads,
+    )
+    print(json.dumps(asdict(bound)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Chat streams all at once, recorded with as little work as possible while they run.
+
+The client shares the machine with the server that it measures, so it only notes when which bytes
+came; what they say is read afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import h11
+
+from benchmarks.chat_stream import ChatStream, RequestFailed
+
+_LONGEST_S = 300.0
+
+
+@dataclass(slots=True)
+class _Recorder(asyncio.Protocol):
+    request: bytes
+    ended: asyncio.Future[None]
+    began_at: float = 0.0
+    reads: list[tuple[float, bytes]] = field(default_factory=list)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.began_at = time.perf_counter()
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.reads.append((time.perf_counter(), data))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """One whole answer. Times are seconds of ``time.perf_counter``."""
+
+    began_at: float
+    token_times: tuple[float, ...]
+    """Of each token that has text."""
+    num_prompt_tokens: int
+    num_tokens: int
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_times[0] - self.began_at
+
+
+async def stream_all(url: str, bodies: Sequence[Mapping[str, Any]]) -> list[Streamed]:
+    """Asks ``url``'s chat API for all of ``bodies`` at once. Raises RequestFailed, OSError."""
+    loop = asyncio.get_running_loop()
+    host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
+    recorders = [_Recorder(_request(url, body), loop.create_future()) for body in bodies]
+    for recorder in recorders:
+        await loop.create_connection(partial(_itself, recorder), host, port)
+    try:
+        async with asyncio.timeout(_LONGEST_S):
+            for recorder in recorders:
+                await recorder.ended
+    except TimeoutError:
+        raise RequestFailed("timeout", f"no end after {_LONGEST_S:g} s") from None
+    return [_read(recorder) for recorder in recorders]
+
+
+def _itself(recorder: _Recorder) -> _Recorder:
+    return recorder
+
+
+def decode_step_ms(streams: Sequence[Streamed]) -> float:
+    """Mean time between two tokens of a stream, while all of them decode."""
+    begin = max(stream.token_times[0] for stream in streams)
+    end = min(stream.token_times[-1] for stream in streams)
+    gaps = [sum(begin < moment <= end for moment in stream.token_times) for stream in streams]
+    if end <= begin or not min(gaps):
+        raise ValueError("the streams hardly ran at once; ask for longer answers")
+    return (end - begin) * 1000 * len(streams) / sum(gaps)
+
+
+def _request(url: str, body: Mapping[str, Any]) -> bytes:
+    data = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1",
+        f"Host: {urlsplit(url).netloc}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(data)}",
+        "Connection: close",
+    )
+    return "\r\n".join((*head, "", "")).encode() + data
+
+
+def _read(recorder: _Recorder) -> Streamed:
+    """Raises RequestFailed for what is no whole answer."""
+    stream, times, data = ChatStream(recorder.began_at), [], b""
+    connection = h11.Connection(h11.CLIENT)
+    connection.send(h11.Request(method="POST", target="/", headers=[("Host", "a")]))
+    connection.send(h11.EndOfMessage())
+    try:
+        for now, data in [*recorder.reads, (time.perf_counter(), b"")]:
+            connection.receive_data(data)
+            while (event := connection.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+                if isinstance(event, h11.Response) and event.status_code != 200:
+                    raise RequestFailed("status", str(event.status_code))
+                if isinstance(event, h11.Data):
+                    before = len(stream.gaps_s) + (stream.ttft_s is not None)
+                    stream.push(bytes(event.data), now)
+                    after = len(stream.gaps_s) + (stream.ttft_s is not None)
+                    times += [now] * (after - before)
+                if isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
+                    stream.end(now)
+                    return _streamed(stream, times)
+    except h11.RemoteProtocolError as error:
+        raise RequestFailed("malformed" if data else "cut", str(error)) from None
+    raise RequestFailed("cut", "the connection ended within the answer")
+
+
+def _streamed(stream: ChatStream, times: Sequence[float]) -> Streamed:
+    if not times or stream.num_prompt_tokens is None:
+        raise RequestFailed("malformed", "the answer has no token, or no usage")
+    return Streamed(stream.began_at, tuple(times), stream.num_prompt_tokens, stream.num_tokens)

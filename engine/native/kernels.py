@@ -1,0 +1,216 @@
+"""The CPU kernels of kernels.cpp, for tensors.
+
+Whether a process has them is decided once, by ``use_kernels``. Where ``kernels()`` is None, who
+would call them computes the same with torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from baton.errors import ConfigurationError
+from baton.kv_layout import KvLayout
+from engine.native.build import find_library
+
+logger = logging.getLogger(__name__)
+
+Choice = Literal["auto", "native", "torch"]
+
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class Pool(Structure):
+    """A KV pool's memory, and which of its heads are this process's: the fields of ``Pool``
+    in kernels.cpp, in their order."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("num_pool_heads", c_int64),
+        ("num_layers", c_int64),
+        ("num_parts", c_int64),
+        ("block_size", c_int64),
+        ("head_dim", c_int64),
+        ("value_dim", c_int64),
+        ("first_head", c_int64),
+        ("num_heads", c_int64),
+    )
+
+    @classmethod
+    def of(cls, layout: KvLayout, kv: Tensor, *, value_dim: int, own_heads: range) -> Pool:
+        """``kv`` ([blocks, heads, layers, parts, tokens, head_dim]) has to outlive it."""
+        assert kv.is_contiguous()
+        return cls(
+            kv.data_ptr(),
+            layout.num_kv_heads,
+            layout.num_layers,
+            layout.num_kv_parts,
+            layout.block_size,
+            layout.head_dim,
+            value_dim,
+            own_heads.start,
+            len(own_heads),
+        )
+
+
+class Kernels:
+    """Tensors are on the CPU; activations are bfloat16 or float32, computed in float32."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            library = ctypes.PyDLL(str(path))  # keeps the interpreter's lock: calls are short
+            unlocked = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise ConfigurationError(f"the CPU kernels cannot be loaded: {error}") from error
+
+        def by_dtype(name: str, *arguments: Any, of: ctypes.CDLL = library) -> dict[Any, Any]:
+            functions = {d: getattr(of, f"{name}_{s}") for d, s in _SUFFIXES.items()}
+            for function in functions.values():
+                function.argtypes, function.restype = arguments, None
+            return functions
+
+        norm = (c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64, c_int)
+        self._norm = by_dtype("add_rms_norm", *norm)
+        self._norm_of_float32 = library.add_rms_norm_f32_bf16
+        self._norm_of_float32.argtypes, self._norm_of_float32.restype = norm, None
+        self._swiglu = by_dtype("swiglu", c_void_p, c_void_p, c_int64, c_int64, c_int)
+        self._rotate = by_dtype(
+            *("rotate", c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+            *(c_int64, c_int64, c_int64, c_int),
+        )
+        self._write_kv = by_dtype(
+            "write_kv", POINTER(Pool), c_int64, c_void_p, c_int64, c_void_p, c_int64
+        )
+        attend = (
+            *("attend_decodes", POINTER(Pool), c_int64, c_void_p, c_int64, c_void_p, c_void_p),
+            *(c_int64, c_void_p, c_int64, c_int64, c_float, c_int64, c_int),
+        )
+        self._attend = by_dtype(*attend)
+        self._attend_unlocked = by_dtype(*attend, of=unlocked)
+
+    def add_rms_norm(
+        self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        """``x += delta`` in place, and the root mean square norm of the sum, in ``dtype``.
+
+        ``x``, ``weight``: float32 [rows, features] and [features]; ``delta``: the shape of
+        ``x``, in ``dtype`` or float32.
+        """
+        rows, features = x.shape
+        assert x.is_contiguous()
+        assert x.dtype == weight.dtype == torch.float32
+        out = torch.empty(rows, features, dtype=dtype)
+        function, pointer = self._norm[dtype], None
+        if delta is not None:
+            assert delta.shape == x.shape
+            delta = delta.contiguous()
+            pointer = delta.data_ptr()
+            if delta.dtype != dtype:
+                assert delta.dtype == torch.float32
+                function = self._norm_of_float32
+        function(
+            *(x.data_ptr(), pointer, weight.data_ptr(), eps, out.data_ptr()),
+            *(rows, features, torch.get_num_threads()),
+        )
+        return out
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """``silu(gate) · up`` of a contiguous [tokens, 2 × features], gate first."""
+        rows, features = gate_up.shape[0], gate_up.shape[1] // 2
+        assert gate_up.is_contiguous()
+        out = torch.empty(rows, features, dtype=gate_up.dtype)
+        self._swiglu[gate_up.dtype](
+            gate_up.data_ptr(), out.data_ptr(), rows, features, torch.get_num_threads()
+        )
+        return out
+
+    def rotate_(self, heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotates ``heads`` ([tokens, heads, dim], any strides but the last) in place, by
+        float32 [tokens, dim / 2]."""
+        rows, num_heads, dim = heads.shape
+        assert heads.stride(2) == 1
+        assert cos.shape == sin.shape == (rows, dim // 2)
+        assert cos.is_contiguous()
+        assert sin.is_contiguous()
+        assert cos.dtype == torch.float32
+        self._rotate[heads.dtype](
+            *(heads.data_ptr(), heads.stride(0), heads.stride(1), cos.data_ptr(), sin.data_ptr()),
+            *(rows, num_heads, dim // 2, torch.get_num_threads()),
+        )
+
+    def write_kv(self, pool: Pool, layer: int, key_value: Tensor, slots: Tensor) -> None:
+        """Writes each token's ``key_value`` ([tokens, parts, own heads, head_dim], a token's
+        own elements side by side) to its slot (int64 [tokens])."""
+        assert key_value[0].is_contiguous()
+        assert slots.dtype == torch.int64
+        self._write_kv[key_value.dtype](
+            byref(pool), layer, key_value.data_ptr(), key_value.stride(0), slots.data_ptr(),
+            len(slots),
+        )  # fmt: skip
+
+    def attend_decodes(
+        self,
+        pool: Pool,
+        layer: int,
+        query: Tensor,
+        out: Tensor,
+        *,
+        block_table: Tensor,
+        contexts: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """Attention of the first ``len(contexts)`` tokens, each of a context of its own.
+
+        ``query``: [tokens, heads, head_dim], a token's heads side by side; ``out``, written:
+        contiguous [tokens, heads, value_dim]. ``block_table``, ``contexts``: int32
+        [spans, most blocks] and [spans]. A context's result does not depend on the others.
+        """
+        spans, width = block_table.shape
+        assert query[0].is_contiguous()
+        assert out.is_contiguous()
+        assert block_table.is_contiguous()
+        assert block_table.dtype == contexts.dtype == torch.int32
+        assert len(contexts) == spans
+        attend = self._attend if spans * width < _MANY_BLOCKS else self._attend_unlocked
+        attend[query.dtype](
+            *(byref(pool), layer, query.data_ptr(), query.stride(0), out.data_ptr()),
+            *(block_table.data_ptr(), width, contexts.data_ptr(), spans),
+            *(query.shape[1] // pool.num_heads, scale, window or 0, torch.get_num_threads()),
+        )
+
+
+_MANY_BLOCKS = 1024
+"""In a table, padding included: some 0.2 ms of work and more lets other Python run."""
+
+_kernels: Kernels | None = None
+
+
+def kernels() -> Kernels | None:
+    """This process's, if it has them."""
+    return _kernels
+
+
+def use_kernels(choice: Choice) -> None:
+    """From now on layers that are made call them, or torch.
+
+    ``auto`` takes torch where they cannot be had, and logs why. Raises ConfigurationError
+    where ``native`` cannot be had.
+    """
+    global _kernels
+    if choice == "torch":
+        _kernels = None
+        return
+    try:
+        _kernels = Kernels(find_library())
+    except ConfigurationError as error:
+        if choice == "native":
+            raise
+        logger.warning("decoding is slower than it could be: %s", error.message)
+        _kernels = None
