@@ -53,7 +53,8 @@ class GatewayConfig(_Section):
     max_choices: int = Field(64, ge=1)
     """Of one request: its prompts times ``n``."""
     max_attempts: int = Field(3, ge=1)
-    """Of one choice, the first included."""
+    """Of one choice, the first included. Workers that were lost before they answered count once
+    there have been as many of them."""
     recovery_s: float = Field(60.0, ge=0)
     """How long a choice that has lost its worker waits for another, within its deadline."""
     drain_s: float = Field(10.0, ge=0)

@@ -122,7 +122,12 @@ class Attempt:
     @property
     def waits_for_room(self) -> bool:
         """Decode has not said that it has room, so nobody computes anything yet."""
-        return self.reserved_at is None and not self.has_tokens and not self._ended
+        return self.waited_for_room and not self._ended
+
+    @property
+    def waited_for_room(self) -> bool:
+        """The same, also where the attempt has ended."""
+        return self.reserved_at is None and not self.has_tokens
 
     @property
     def awaits_account(self) -> bool:

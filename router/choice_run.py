@@ -24,6 +24,7 @@ from baton.errors import (
     DrainingError,
     RoomElsewhereError,
     UnavailableError,
+    WorkerLostError,
 )
 from baton.records import Role
 from baton.telemetry import GatewayMetrics
@@ -89,6 +90,7 @@ class ChoiceRun:
         self._hashes = InputHashes(serving.names, cache_salt=choice.cache_salt)
         self._attempt: Attempt | None = None
         self._number = 0
+        self._num_unheard = 0
         self._cause = "first"
         self._failed: set[bytes] = set()
         self._refused: set[bytes] = set()
@@ -316,9 +318,10 @@ class ChoiceRun:
     async def _recover(self, attempt: Attempt, error: BatonError) -> None:
         """Makes ready for another attempt. Raises ``error`` where there will be none."""
         refused, leaves = isinstance(error, REFUSALS), isinstance(error, DrainingError)
-        out_of_attempts = self._number + 1 >= self._serving.max_attempts
-        if not (refused or leaves) and (not error.retriable or out_of_attempts):
-            raise error
+        unheard = attempt.waited_for_room and isinstance(error, WorkerLostError)
+        is_free = unheard and self._num_unheard < self._serving.max_attempts
+        if not (refused or leaves or is_free):
+            self._check_attempts_left(error)
         logger.info(
             "request_id=%s choice=%d attempt=%d worker_id=%s ended (%s): %s",
             self._choice.request_id,
@@ -339,20 +342,42 @@ class ChoiceRun:
             # workers to leave.
             assert attempt.blamed, "nobody is leaving"
             self._left |= attempt.blamed
+        elif is_free:
+            # It may have been dead before it was asked, as all that one event has taken along.
+            # A request that kills its workers by itself ends all the same.
+            self._num_unheard += 1
+            self._failed |= attempt.blamed
+            await self._pause()
         else:
             self._number += 1
             self._failed |= attempt.blamed
 
+    def _check_attempts_left(self, error: BatonError) -> None:
+        """Raises ``error`` where there is no other attempt."""
+        if not error.retriable:
+            raise error
+        num_attempts = self._number + 1
+        if num_attempts >= self._serving.max_attempts:
+            raise type(error)(
+                f"{error.message} (attempt {num_attempts} of {num_attempts}; the request may be "
+                "sent again)",
+                retry_after_s=error.retry_after_s,
+            )
+
     async def _back_off(self) -> None:
-        """Where a whole pool has refused: waits a little, longer each time, then asks again."""
+        """Where a whole pool has refused: waits, then asks again."""
         roles: tuple[Role, ...] = ("prefill", "decode")
         if not any(
             (workers := self._candidates(role)) and all(w.epoch in self._refused for w in workers)
             for role in roles
         ):
             return
+        await self._pause()
+        self._refused.clear()
+
+    async def _pause(self) -> None:
+        """Waits a little, longer each time."""
         until = self._loop.time() + self._pause_s * self._serving.rng.uniform(0.5, 1.5)
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         while self._loop.time() < until:
             await self._wait(until)
-        self._refused.clear()

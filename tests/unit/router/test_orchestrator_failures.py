@@ -245,7 +245,7 @@ async def test_failed_decode_worker_is_used_again_when_it_is_the_only_one() -> N
     async with fake_cluster() as cluster:
         worker = await cluster.add("decode-0", "decode")
         client = cluster.ask(choice())
-        await worker.next_open()
+        (await worker.next_open()).reserve()
         worker.end_session()
         second = await worker.next_open()
         assert second.message.attempt == 1
@@ -273,9 +273,42 @@ async def test_last_error_is_raised_when_attempts_are_used_up() -> None:
         client = cluster.ask(choice())
         (await worker.next_open()).fail(TransferError("the first"))
         (await worker.next_open()).fail(TransferError("the second"))
-        with pytest.raises(TransferError, match="the second"):
+        with pytest.raises(TransferError, match=r"the second \(attempt 2 of 2; .* sent again\)"):
             await client.end()
         assert worker.num_received("open") == 2
+
+
+async def test_workers_that_die_together_use_up_no_attempts() -> None:
+    """Only the first was heard of; the others were gone before they could answer."""
+    async with fake_cluster(gateway={"max_attempts": 2}) as cluster:
+        workers = {f"decode-{i}": await cluster.add(f"decode-{i}", "decode") for i in range(3)}
+        client = cluster.ask(choice())
+        for number in range(3):
+            await wait_until(lambda: any(worker.streams for worker in workers.values()))
+            name = next(name for name, worker in workers.items() if worker.streams)
+            dying = workers.pop(name)
+            stream = await dying.next_open()
+            assert stream.message.attempt == min(number, 1)
+            if number == 0:
+                stream.reserve()
+            await dying.stop()
+        late = await cluster.add("decode-9", "decode")
+        last = await late.next_open()
+        last.tokens(0, 50)
+        last.close(STOP)
+        assert (await client.end()).finish_reason == "stop"
+
+
+async def test_a_request_that_kills_who_takes_it_ends() -> None:
+    async with fake_cluster(gateway={"max_attempts": 2}) as cluster:
+        worker = await cluster.add("decode-0", "decode")
+        client = cluster.ask(choice())
+        for _ in range(4):
+            await worker.next_open()
+            worker.end_session()
+        with pytest.raises(WorkerLostError, match="attempt 2 of 2"):
+            await client.end()
+        assert worker.num_received("open") == 4
 
 
 async def test_stream_that_a_worker_gives_up_unasked_is_attempted_again() -> None:
@@ -349,7 +382,8 @@ async def test_lost_worker_is_named_when_nothing_is_left_to_try() -> None:
     async with fake_cluster(gateway={"max_attempts": 1}) as cluster:
         worker = await cluster.add("decode-0", "decode")
         client = cluster.ask(choice())
-        await worker.next_open()
+        (await worker.next_open()).tokens(0, 50)
+        await wait_until(lambda: client.token_ids == [50])
         await worker.stop()
         with pytest.raises(WorkerLostError, match="decode-0 was lost"):
             await client.end()
