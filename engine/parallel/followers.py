@@ -42,8 +42,8 @@ class RankTask:
     dtype: str
     layout: KvLayout
     threads: int
-    cpu_kernels: Choice
     parallel: Parallelism
+    cpu_kernels: Choice = "auto"
     rank: int = 0
     store_port: int = 0
 
