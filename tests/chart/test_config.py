@@ -149,7 +149,8 @@ def test_configuration_of_the_user_wins(tmp_path: Path) -> None:
             "registry": {"cluster": "other", "ttl_s": 9},
             "routing": {"policy": "random"},
             "generation": "7",
-        }
+        },
+        "networkPolicy": {"enabled": False},  # they let the controller reach one head alone
     }
     config = _load(render(GIVEN, values), tmp_path)
     assert (config.gateway.host, config.gateway.port) == ("::", 9000)

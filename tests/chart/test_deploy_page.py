@@ -11,6 +11,7 @@ import httpx
 import yaml
 from support.chart import CHART, COMPLETE, ROOT, render
 from support.controller_rig import ControllerRig
+from support.scripts import load
 
 from cluster.controller_app import Seat, create_controller_app
 
@@ -27,7 +28,7 @@ def test_values_on_the_page_render() -> None:
 
 def test_names_in_the_commands_are_those_of_the_trial() -> None:
     rendered = render(COMPLETE["values-cpu.yaml"])
-    named = re.findall(r"\b(deployment|service|secret)[/ ](chat-baton-[a-z-]+)", PAGE)
+    named = re.findall(r"\b(deployment|service|secret|statefulset)[/ ](chat-baton-[a-z-]+)", PAGE)
     assert len(named) >= 5
     there = {(d["kind"].lower(), d["metadata"]["name"]) for d in rendered.documents}
     assert set(named) <= there
@@ -36,6 +37,24 @@ def test_names_in_the_commands_are_those_of_the_trial() -> None:
         assert found["port"] == int(port)
     keys = rendered.one("Secret", "secrets")["data"]
     assert set(re.findall(r"\.data\.([a-z-]+)\}", PAGE)) <= set(keys)
+
+
+def test_the_head_is_where_the_page_says() -> None:
+    (address,) = set(re.findall(r"ray://[^`\s]+", PAGE))
+    config = yaml.safe_load(render(COMPLETE["values-cpu.yaml"]).baton_yaml)
+    assert address == config["cluster"]["ray_address"]
+
+
+def test_the_claim_on_the_page_is_the_embedded_redis_own() -> None:
+    (name,) = re.findall(r"`(data-[a-z-]+)-0`", PAGE)
+    keep = {"redis": {"embedded": {"persistence": {"enabled": True}}}}
+    redis = render(COMPLETE["values-cpu.yaml"], keep).one("StatefulSet", "baton-redis")
+    (claim,) = redis["spec"]["volumeClaimTemplates"]
+    assert name == f"{claim['metadata']['name']}-{redis['metadata']['name']}"
+
+
+def test_the_page_names_the_kubernetes_by_whose_types_values_are_checked() -> None:
+    assert f"the JSON schema of Kubernetes {load('chart_schema').KUBERNETES}" in PAGE
 
 
 def test_settings_on_the_page_exist() -> None:

@@ -20,7 +20,10 @@ def _decode(**settings: Any) -> Rendered:
         ("nodeSelector", {"gpu": "h100"}),
         ("tolerations", [{"key": "gpu", "operator": "Exists"}]),
         ("affinity", {"podAntiAffinity": {}}),
-        ("topologySpreadConstraints", [{"maxSkew": 1}]),
+        (
+            "topologySpreadConstraints",
+            [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}],
+        ),
         ("priorityClassName", "high"),
         ("runtimeClassName", "nvidia"),
     ],

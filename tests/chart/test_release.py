@@ -127,6 +127,57 @@ def test_an_upgrade_keeps_the_sizes_of_the_autoscaler(
 
 
 @APPLIES
+@pytest.mark.parametrize(("live", "bounds", "rendered"), [(5, (0, 3), 3), (1, (2, 8), 2)])
+def test_an_upgrade_keeps_the_autoscalers_size_within_new_bounds(
+    chat: Release, live: int, bounds: tuple[int, int], rendered: int, server_side_apply: str
+) -> None:
+    values = merged(CPU, AUTOSCALED)
+    chat.install(values, server_side_apply=server_side_apply == "true")
+    chat.scale("decode", live)
+    least, most = bounds
+    pool = {"replicas": 2, "minReplicas": least, "maxReplicas": most}
+    forced = {"force_conflicts": True} if server_side_apply == "true" else {}
+    bounded = merged(values, {"pools": {"decode": pool}})
+    chat.upgrade(bounded, server_side_apply=server_side_apply, **forced)
+    assert chat.replicas() == {"prefill": 1, "decode": rendered}
+
+
+@APPLIES
+@pytest.mark.parametrize("before", [False, True])
+def test_an_embedded_redis_that_is_to_keep_its_data_is_made_anew(
+    chat: Release, before: bool, server_side_apply: str
+) -> None:
+    """As docs/deploy.md says: Kubernetes changes no StatefulSet's volumes."""
+
+    def keeping(keep: bool) -> Json:
+        return merged(CPU, {"redis": {"embedded": {"persistence": {"enabled": keep}}}})
+
+    def keeps() -> bool:
+        redis = chat.cluster.find("StatefulSet", "chat-baton-redis")
+        return "volumeClaimTemplates" in redis["spec"]
+
+    chat.install(keeping(before), server_side_apply=server_side_apply == "true")
+    with pytest.raises(helm.HelmReleaseError, match=r"updates to statefulset spec .* forbidden"):
+        chat.upgrade(keeping(not before), server_side_apply=server_side_apply)
+    assert keeps() is before
+    chat.cluster.delete("StatefulSet", "chat-baton-redis")
+    chat.upgrade(keeping(not before), server_side_apply=server_side_apply)
+    assert keeps() is not before
+
+
+@APPLIES
+def test_a_redis_takes_another_image_in_place(chat: Release, server_side_apply: str) -> None:
+    """So what is refused above is the change of its volumes."""
+    chat.install(CPU, server_side_apply=server_side_apply == "true")
+    chat.upgrade(
+        merged(CPU, {"images": {"redis": {"tag": "8-alpine"}}}),
+        server_side_apply=server_side_apply,
+    )
+    redis = chat.cluster.find("StatefulSet", "chat-baton-redis")["spec"]["template"]["spec"]
+    assert redis["containers"][0]["image"] == "docker.io/library/redis:8-alpine"
+
+
+@APPLIES
 def test_without_the_autoscaler_helm_owns_the_sizes(chat: Release, server_side_apply: str) -> None:
     chat.install(CPU, server_side_apply=server_side_apply == "true")
     chat.scale("decode", 5)

@@ -55,6 +55,20 @@ def test_what_batons_code_no_longer_has_is_taken_away(
     assert script.SCHEMA.read_text() == good
 
 
+def test_types_of_kubernetes_are_written_anew(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = script.SCHEMA.read_text()
+    schema = json.loads(good)
+    schema["$defs"]["Probe"]["additionalProperties"] = True
+    schema["$defs"]["Gone"] = {}
+    script.SCHEMA.write_text(json.dumps(schema))
+    with pytest.raises(SystemExit, match="out of date"):
+        run(script, monkeypatch, "--check")
+    run(script, monkeypatch)
+    assert script.SCHEMA.read_text() == good
+
+
 def test_batons_defaults_meet_the_schema() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     whole = {"$ref": "#/definitions/BatonConfig", "definitions": schema["definitions"]}

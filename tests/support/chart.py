@@ -137,6 +137,19 @@ def render(
     return _render(json.dumps(result), name)
 
 
+def refusal(over: Mapping[str, Any]) -> str:
+    """What is said where ``GIVEN`` is refused with ``over``: a sentence for a person, which tells
+    nothing of the templates' insides. AssertionError where it renders."""
+    try:
+        render(GIVEN, over)
+    except helm.HelmRenderError as refused:
+        said = str(refused)
+        assert "nil pointer" not in said, said
+        assert said.count("error calling") <= 1, said
+        return said
+    raise AssertionError(f"rendered: {over}")
+
+
 @functools.cache
 def _render(values: str, name: str) -> Rendered:
     return Rendered(_chart().render(json.loads(values), name=name, namespace="llm"))

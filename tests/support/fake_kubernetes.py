@@ -2,8 +2,8 @@
 
 It discovers, creates, reads, patches (merge, JSON, server-side apply) and deletes. Like the
 real one it replaces lists of custom resources as a whole, fills in the RayCluster's default
-of 0 replicas, and refuses an apply of a field that somebody else has changed. It has no
-controllers: nothing happens to what is stored.
+of 0 replicas, and refuses an apply of a field that somebody else has changed, and a change of
+what a StatefulSet keeps. It has no controllers: nothing happens to what is stored.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
+from support.json_patches import json_patch, merge_patch
 
 Json = dict[str, Any]
 Path = tuple[str, ...]
@@ -79,40 +80,36 @@ def _drop(value: Json, path: Path) -> None:
         holder.pop(path[-1], None)
 
 
-def merge_patch(target: Any, patch: Any) -> Any:
-    """RFC 7386."""
-    if not isinstance(patch, dict):
-        return patch
-    merged = dict(target) if isinstance(target, dict) else {}
-    for key, value in patch.items():
-        if value is None:
-            merged.pop(key, None)
-        else:
-            merged[key] = merge_patch(merged.get(key), value)
-    return merged
-
-
-def json_patch(target: Json, operations: list[Json]) -> Json:
-    """RFC 6902, add and replace and remove of what is there."""
-    changed = copy.deepcopy(target)
-    for operation in operations:
-        *way, last = operation["path"].strip("/").split("/")
-        holder: Any = changed
-        for key in way:
-            holder = holder[int(key)] if isinstance(holder, list) else holder[key]
-        place: Any = int(last) if isinstance(holder, list) else last
-        if operation["op"] == "remove":
-            del holder[place]
-        else:
-            holder[place] = operation["value"]
-    return changed
-
-
 def _defaulted(document: Json) -> Json:
     if document.get("kind") == "RayCluster":
         for group in document["spec"].get("workerGroupSpecs", []):
             group.setdefault("replicas", 0)
     return document
+
+
+_CHANGEABLE = (
+    *("replicas", "ordinals", "template", "updateStrategy"),
+    *("persistentVolumeClaimRetentionPolicy", "minReadySeconds"),
+)
+
+
+def _check_kept(before: Json, after: Json) -> None:
+    """A StatefulSet keeps most of its spec, by Kubernetes' ValidateStatefulSetUpdate.
+
+    Raises: Refused.
+    """
+
+    def kept(document: Json) -> Json:
+        return {key: each for key, each in document["spec"].items() if key not in _CHANGEABLE}
+
+    if before["kind"] == "StatefulSet" and kept(before) != kept(after):
+        fields = ", ".join(f"'{key}'" for key in _CHANGEABLE)
+        raise Refused(
+            422,
+            "Invalid",
+            f"StatefulSet.apps {before['metadata']['name']!r} is invalid: spec: Forbidden: "
+            f"updates to statefulset spec for fields other than {fields} are forbidden",
+        )
 
 
 class _Stored:
@@ -124,6 +121,8 @@ class _Stored:
         self.owners: dict[Path, set[str]] = {path: {manager} for path, _ in _spec(document)}
 
     def replace(self, document: Json, manager: str) -> None:
+        """Raises Refused for what may not change."""
+        _check_kept(self.document, document)
         before = dict(_spec(self.document))
         self.document = _defaulted(document)
         for path, leaf in _spec(self.document):
@@ -131,7 +130,8 @@ class _Stored:
                 self.owners[path] = {manager}
 
     def apply(self, wanted: Json, manager: str, *, force: bool) -> None:
-        """Raises Refused for fields that others have changed to something else."""
+        """Raises Refused for fields that others have changed to something else, and for what
+        may not change."""
         fields = dict(_spec(_defaulted(copy.deepcopy(wanted))))
         conflicts = {
             ".".join(path): owners
@@ -146,10 +146,13 @@ class _Stored:
         for path in self.applied.get(manager, set()) - set(fields):
             if self.owners.get(path, set()) <= {manager}:
                 _drop(changed, path)
+        owners = {}
         for path, leaf in fields.items():
             same = _get(changed, path) == leaf
-            self.owners[path] = self.owners.get(path, set()) | {manager} if same else {manager}
+            owners[path] = self.owners.get(path, set()) | {manager} if same else {manager}
             _put(changed, path, leaf)
+        _check_kept(self.document, changed)
+        self.owners |= owners
         self.applied[manager] = set(fields)
         self.document = _defaulted(changed)
 
@@ -185,6 +188,11 @@ class FakeKubernetes:
         with self._guard:
             stored = self._objects[_plural(kind), "llm", name]
             stored.replace(json_patch(stored.document, operations), manager)
+
+    def delete(self, kind: str, name: str) -> None:
+        """What `kubectl delete` does. Raises KeyError."""
+        with self._guard:
+            del self._objects[_plural(kind), "llm", name]
 
     def answer(self, method: str, path: str, query: Mapping[str, str], body: Json | None) -> Json:
         """Raises Refused."""

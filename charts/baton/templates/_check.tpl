@@ -2,6 +2,7 @@
 {{- define "baton.check" -}}
 {{- include "baton.checkNames" . -}}
 {{- include "baton.checkModel" . -}}
+{{- include "baton.checkUsers" . -}}
 {{- $config := include "baton.bareConfig" . | fromJson -}}
 {{- $pools := include "baton.pools" . | fromJson -}}
 {{- include "baton.checkAllLabels" (dict "root" . "pools" $pools) -}}
@@ -32,6 +33,10 @@
 
 {{- define "baton.checkModel" -}}
 {{- $model := .Values.model -}}
+{{- $known := list "smollm2-135m-instruct" -}}
+{{- if and (eq $model.source "embedded") (not (has $model.embedded.name $known)) (not (hasPrefix "/" $model.embedded.name)) -}}
+{{- fail (printf "model.embedded.name is %q, which is no embedded model: there is %s; one that images of your own carry is named by its absolute path, any other by another model.source" $model.embedded.name (join ", " $known)) -}}
+{{- end -}}
 {{- if and (eq $model.source "pvc") (not $model.pvc.claimName) -}}
 {{- fail "model.source is pvc; set model.pvc.claimName to the claim that holds the model" -}}
 {{- end -}}
@@ -120,9 +125,18 @@
 {{- if ne (int $client) (int $values.ray.ports.client) -}}
 {{- fail (printf "ray.head.rayStartParams has ray-client-server-port %s, but the controller and the network policies go by ray.ports.client (%d); set that" $client (int $values.ray.ports.client)) -}}
 {{- end -}}
-{{- $address := .config.cluster.ray_address -}}
-{{- if and (hasPrefix (printf "ray://%s" (include "baton.headService" .root)) $address) (ne (regexFind "[0-9]+$" $address) $client) -}}
+{{- $address := default "" .config.cluster.ray_address -}}
+{{- if not $address -}}
+{{- fail "config.cluster.ray_address is empty, so the controller would start a Ray of its own; leave it out" -}}
+{{- end -}}
+{{- $host := regexReplaceAll "^ray://|:[0-9]+/?$" $address "" | lower -}}
+{{- $host = regexReplaceAll "[.]svc([.].*)?$" $host "" | trimSuffix (printf ".%s" .root.Release.Namespace) -}}
+{{- if eq $host (include "baton.headService" .root) -}}
+{{- if ne (regexFind "[0-9]+/?$" $address | trimSuffix "/") $client -}}
 {{- fail (printf "the controller is told %s, but the head listens on port %s (ray.ports.client)" $address $client) -}}
+{{- end -}}
+{{- else if $values.networkPolicy.enabled -}}
+{{- fail (printf "the controller is told %s, but the network policies let it reach this release's head alone, and its workers' pods are there; leave ray.clientAddress and config.cluster.ray_address out, or set networkPolicy.enabled=false if that is another way to the same head" $address) -}}
 {{- end -}}
 {{- if or (ne (index $params "num-cpus") "0") (contains "baton-pool-" (index $params "resources" | default "")) -}}
 {{- fail "ray.head.rayStartParams offers what workers ask for (num-cpus over 0, or a pool's resource), and the head would run them; leave it out" -}}

@@ -7,6 +7,9 @@
 {{- if eq $name "gateway" -}}
 {{- fail "pools.gateway: its workers would be named like gateways; choose another name" -}}
 {{- end -}}
+{{- if eq $name "headgroup" -}}
+{{- fail "pools.headgroup: Ray calls its head's group so, and its autoscaler would take one for the other; choose another name" -}}
+{{- end -}}
 {{- $transport := (default (dict) .root.Values.config.kv_transfer).transport | default "auto" -}}
 {{- include "baton.checkDegrees" . -}}
 {{- if lt (int $pool.maxReplicas) (int $pool.replicas) -}}
@@ -29,8 +32,8 @@
 {{- if and (eq $transport "nixl") (not $pool.rdma.enabled) -}}
 {{- fail (printf "config.kv_transfer.transport is nixl, but pools.%s has no RDMA, and UCX would take TCP there without a word; set rdma.enabled=true with its resource for every pool" $name) -}}
 {{- end -}}
-{{- if and (eq $transport "shared_memory") (eq $pool.role "prefill") (gt (int $pool.replicas) 0) -}}
-{{- fail (printf "config.kv_transfer.transport is shared_memory, but workers of pools.%s are in other pods than those of decode pools; use auto or gloo" $name) -}}
+{{- if and (eq $transport "shared_memory") (eq $pool.role "prefill") -}}
+{{- fail (printf "config.kv_transfer.transport is shared_memory, but workers of pools.%s are in other pods than those of decode pools, as soon as it has any; use auto or gloo, or remove that pool" $name) -}}
 {{- end -}}
 {{- $scaling := .root.Values.ray.autoscaling -}}
 {{- if and $scaling.enabled (eq $scaling.version "v1") (int $pool.idleTimeoutSeconds) -}}

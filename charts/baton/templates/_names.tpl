@@ -60,7 +60,21 @@ app.kubernetes.io/part-of: baton
 {{- if and (ne $tag $expected) (not .root.Values.images.allowVersionSkew) -}}
 {{- fail (printf "%s.tag is %q, but this chart is made for %q: gateway, controller and workers have to be of one version; leave the tag empty (what follows the version, such as -cpu, is the suffix), or set images.allowVersionSkew=true if you know that they are" .what $tag $expected) -}}
 {{- end -}}
-{{- .image.repository }}:{{ $tag }}{{ with .image.digest }}@{{ . }}{{ end -}}
+{{- include "baton.reference" (dict "image" .image "tag" $tag "what" .what) -}}
+{{- end -}}
+
+{{/* An image by its name, as container runtimes read one:
+     https://github.com/distribution/reference. (dict "image" … "tag" … "what" "images.gateway") */}}
+{{- define "baton.reference" -}}
+{{- $part := "[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*" -}}
+{{- $host := "[A-Za-z0-9-]+([.][A-Za-z0-9-]+)*(:[0-9]+)?" -}}
+{{- if not (regexMatch (printf "^(%s/)?%s(/%s)*$" $host $part $part) .image.repository) -}}
+{{- fail (printf "%s.repository is %q, which names no image: [REGISTRY[:PORT]/]NAME in lower-case letters, without a tag (that is %s.tag) and without a digest (%s.digest)" .what .image.repository .what .what) -}}
+{{- end -}}
+{{- if not (regexMatch "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$" .tag) -}}
+{{- fail (printf "%s: %q is no tag of an image (tag, or the version and the suffix): letters, digits and _ . -, at most 128" .what .tag) -}}
+{{- end -}}
+{{- .image.repository }}:{{ .tag }}{{ with .image.digest }}@{{ . }}{{ end -}}
 {{- end -}}
 
 {{- define "baton.gatewayImage" -}}
@@ -80,5 +94,5 @@ app.kubernetes.io/part-of: baton
 {{- end -}}
 
 {{- define "baton.redisImage" -}}
-{{- with .Values.images.redis -}}{{ .repository }}:{{ .tag }}{{ with .digest }}@{{ . }}{{ end }}{{- end -}}
+{{- include "baton.reference" (dict "image" .Values.images.redis "tag" .Values.images.redis.tag "what" "images.redis") -}}
 {{- end -}}

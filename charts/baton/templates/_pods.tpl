@@ -36,6 +36,8 @@ runtimeClassName: {{ . | quote }}
 {{- define "baton.withExtra" -}}
 {{- $spec := fromYaml .spec -}}
 {{- if hasKey $spec "Error" -}}{{- fail (printf "%s: the pod's spec does not parse: %s" .what $spec.Error) -}}{{- end -}}
+{{- $part := trimSuffix ".extraPodSpec" .what -}}
+{{- include "baton.checkNested" (dict "spec" $spec "part" $part) -}}
 {{- $extra := deepCopy (default (dict) .extra) -}}
 {{- range $key := list "terminationGracePeriodSeconds" "restartPolicy" -}}
 {{- if hasKey $extra $key -}}
@@ -48,7 +50,8 @@ runtimeClassName: {{ . | quote }}
 {{- end -}}
 {{- end -}}
 {{- $spec = mergeOverwrite $spec $extra -}}
-{{- include "baton.checkTwice" (dict "spec" $spec "part" (trimSuffix ".extraPodSpec" .what)) -}}
+{{- include "baton.checkTwice" (dict "spec" $spec "part" $part) -}}
+{{- include "baton.checkUser" (dict "pod" $spec.securityContext "containers" (concat (default (list) $spec.initContainers) $spec.containers) "what" .what) -}}
 {{- toYaml $spec -}}
 {{- end -}}
 
@@ -85,6 +88,36 @@ runtimeClassName: {{ . | quote }}
 {{- end -}}
 {{- $_ := set $volumes .name true -}}
 {{- end -}}
+{{- end -}}
+
+{{/* In what is mounted to be read, nobody can make a folder to mount something else at. The
+     chart's own containers alone. (dict "spec" <pod's spec> "part" <values' path>) */}}
+{{- define "baton.checkNested" -}}
+{{- range $container := concat (default (list) .spec.initContainers) .spec.containers -}}
+{{- range $outer := $container.volumeMounts -}}
+{{- range $inner := $container.volumeMounts -}}
+{{- if and $outer.readOnly (hasPrefix (printf "%s/" (clean $outer.mountPath)) (clean $inner.mountPath)) -}}
+{{- fail (printf "%s: the volume %s at %s lies inside of the volume %s at %s, which is mounted to be read alone; choose another path (paths)" $.part $inner.name $inner.mountPath $outer.name $outer.mountPath) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The kubelet starts no root where runAsNonRoot is set. A container's word goes over its pod's.
+     (dict "pod" <pod's securityContext> "containers" … "what" <values' path>) */}}
+{{- define "baton.checkUser" -}}
+{{- range $container := .containers -}}
+{{- $context := mergeOverwrite (dict) (deepCopy (default (dict) $.pod)) (deepCopy (default (dict) $container.securityContext)) -}}
+{{- if and $context.runAsNonRoot (hasKey $context "runAsUser") (eq (int $context.runAsUser) 0) -}}
+{{- fail (printf "%s: runAsUser is 0 and runAsNonRoot is true, so the container %s would never start; set runAsNonRoot: false beside it, or another user" $.what $container.name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What every pod begins with, the embedded Redis' too. */}}
+{{- define "baton.checkUsers" -}}
+{{- include "baton.checkUser" (dict "pod" .Values.podSecurityContext "containers" (list (dict "name" "of every pod" "securityContext" .Values.securityContext)) "what" "podSecurityContext and securityContext") -}}
 {{- end -}}
 
 {{/* The chart's probe, with the user's keys over it. What it asks is one of these keys, so a
