@@ -88,8 +88,9 @@ class EngineConfig(_Section):
     """Tokens that one request may have on a worker; the checkpoint's own limit by default, and no
     more than the worker's KV cache holds. It may differ from pool to pool: a decode worker needs
     room for prompt and answer together, a prefill worker for the prompt and one token, and
-    requests go where they fit. The limit that clients are told and held to, with a 400, is that of
-    the largest decode worker that is ready; what no ready prefill worker holds is prefilled there."""
+    requests go where they fit; one without `max_tokens` may take all, so it goes to the largest.
+    The limit that clients are told and held to, with a 400, is that of the largest decode worker
+    that is ready. What no ready prefill worker holds is prefilled there."""
     max_num_batched_tokens: int = Field(512, ge=1)
     """Tokens computed in one step: the size of a prefill chunk."""
     max_num_seqs: int = Field(64, ge=1)

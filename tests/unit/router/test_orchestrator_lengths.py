@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
 
 import pytest
 
 from baton.errors import ContextLengthError, UnavailableError
-from baton.v1 import session_pb2 as pb
 from tests.support.fake_cluster import FakeCluster, choice, fake_cluster, wait_until
 from tests.support.fake_worker import FakeStream, FakeWorker
+from tests.support.memory_cluster import Cluster, answer, leave, report, with_cluster
 from tests.support.routing import ALL
 
 LONG = (1,) * 300
@@ -75,7 +74,7 @@ async def test_decode_workers_hold_prompt_and_answer(policy: str, alone: bool) -
 
 async def test_input_that_has_grown_goes_to_a_prefill_worker_that_holds_it() -> None:
     """A repeated attempt brings tokens along, which count as input."""
-    async with fake_cluster() as cluster:
+    async with fake_cluster(routing={"policy": "round_robin"}) as cluster:
         dying = await cluster.add("decode-0", "decode")
         client = cluster.ask(choice(*(1,) * 253, max_tokens=6))
         first = await dying.next_open()
@@ -90,7 +89,9 @@ async def test_input_that_has_grown_goes_to_a_prefill_worker_that_holds_it() -> 
 
 
 async def test_refusal_for_length_moves_the_choice_and_uses_up_no_attempt() -> None:
-    async with fake_cluster(gateway={"max_attempts": 1}) as cluster:
+    async with fake_cluster(
+        gateway={"max_attempts": 1}, routing={"policy": "round_robin"}
+    ) as cluster:
         refusing = [
             await cluster.add("prefill-0", "prefill", refuse),
             await cluster.add("decode-0", "decode", refuse),
@@ -105,6 +106,7 @@ async def test_refusal_for_length_moves_the_choice_and_uses_up_no_attempt() -> N
             assert len(client.token_ids) == 4
         assert all(worker.streams for worker in refusing)
         assert len(others[1].streams) >= 8
+        assert all(s.message.attempt == 0 for w in others for s in w.streams.values())
         assert cluster.sample("baton_attempts_total", cause="context_length_exceeded") >= 1
         for worker in refusing:  # once more at most, where its partner's refusal came first
             asked = Counter(s.message.prompt_token_ids[0] for s in worker.streams.values())
@@ -128,40 +130,66 @@ async def test_refusal_of_the_last_decode_worker_is_final() -> None:
         assert [len(worker.streams) for worker in workers] == [1, 1]
 
 
-async def test_new_choice_that_no_ready_worker_holds_waits_for_one_then_gets_the_limit() -> None:
-    async with fake_cluster(session={"silence_s": 0.4}) as cluster:
-        await add_decode(cluster, "decode-0", 256)
-        with pytest.raises(ContextLengthError, match=r"304 tokens; .* hold 256 at most"):
-            await cluster.ask(choice(*LONG)).end()
-        client = cluster.ask(choice(*LONG))
-        await add_decode(cluster, "decode-long-0", 304)
+@with_cluster
+async def test_new_choice_that_no_ready_worker_holds_waits_then_gets_the_limit(
+    cluster: Cluster,
+) -> None:
+    for worker in cluster.workers("decode"):
+        cluster.hold(worker, 256)
+    client = await cluster.ask(*LONG)
+    await asyncio.sleep(4.9)
+    assert not client.task.done()
+    await asyncio.sleep(0.2)
+    with pytest.raises(ContextLengthError, match=r"304 tokens; .* hold 256 at most"):
         await client.end()
 
 
-async def test_choice_whose_long_worker_is_lost_is_unavailable_not_too_long() -> None:
-    async with fake_cluster(gateway={"recovery_s": 0.1}) as cluster:
-        await add_decode(cluster, "decode-0", 256)
-        long = await cluster.add("decode-long-0", "decode")
-        client = cluster.ask(choice(*LONG))
-        await long.next_open()
-        await long.stop()
-        with pytest.raises(UnavailableError, match="that holds 304 tokens is ready"):
-            await client.end()
+@with_cluster
+async def test_new_choice_takes_the_first_worker_that_holds_it(cluster: Cluster) -> None:
+    short, long = cluster.workers("decode")
+    for worker in (short, long):
+        cluster.hold(worker, 256)
+    client = await cluster.ask(*LONG)
+    await asyncio.sleep(4.0)
+    cluster.hold(long, 304)
+    await asyncio.sleep(0.01)
+    (message,) = long.opens()
+    answer(long, message)
+    await client.end()
+    assert short.opens() == []
 
 
-async def test_choice_that_waits_for_room_does_not_move_where_it_does_not_fit() -> None:
-    async with fake_cluster() as cluster:
-        full = await cluster.add("decode-long-0", "decode")
-        short = await cluster.add("decode-0", "decode", max_model_len=256)
-        for worker in (full, short):
-            worker.report = pb.Report(blocks=pb.BlockCounts(free=90))
-        client = cluster.ask(choice(*LONG))
-        stream = await full.next_open()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stream.cancelled.wait(), 1.5)
-        assert not short.streams
-        assert not stream.cancelled.is_set()
-        await client.leave()
+@with_cluster
+async def test_choice_whose_long_worker_is_lost_is_unavailable_not_too_long(
+    cluster: Cluster,
+) -> None:
+    short, long = cluster.workers("decode")
+    cluster.hold(short, 256)
+    client = await cluster.ask(*LONG)
+    leave(long, long.opens()[0])
+    await asyncio.sleep(59.0)
+    assert not client.task.done()
+    await asyncio.sleep(2.0)
+    with pytest.raises(UnavailableError, match="that holds 304 tokens is ready"):
+        await client.end()
+    assert short.opens() == []
+
+
+@with_cluster
+async def test_choice_that_waits_for_room_does_not_move_where_it_does_not_fit(
+    cluster: Cluster,
+) -> None:
+    short, full = cluster.workers("decode")
+    cluster.hold(short, 256)
+    report(short, num_free=90)
+    report(full, num_free=0, num_waiting=1)
+    client = await cluster.ask(*LONG)
+    await asyncio.sleep(20.0)
+    assert len(full.opens()) == 1
+    cluster.hold(short, 304)
+    await asyncio.sleep(1.0)
+    assert len(short.opens()) == 1
+    await client.leave()
 
 
 async def test_prefill_workers_that_hold_less_than_decode_degrade() -> None:
