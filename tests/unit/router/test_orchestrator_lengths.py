@@ -185,7 +185,7 @@ async def test_choice_that_waits_for_room_does_not_move_where_it_does_not_fit(
     report(full, num_free=0, num_waiting=1)
     client = await cluster.ask(*LONG)
     await asyncio.sleep(20.0)
-    assert len(full.opens()) == 1
+    assert (len(full.opens()), len(short.opens())) == (1, 0)
     cluster.hold(short, 304)
     await asyncio.sleep(1.0)
     assert len(short.opens()) == 1
