@@ -2,7 +2,7 @@
 
 Sources, later ones winning: the defaults below, a YAML file, the command line.
 Durations end in ``_s``, sizes in ``_bytes``. Secrets are not in here: they come
-from the environment (``BATON_SECRET``, ``REDIS_URL``).
+from the environment (``REDIS_URL``, and ``baton/credentials.py``).
 """
 
 from __future__ import annotations
@@ -90,7 +90,12 @@ class EngineConfig(_Section):
     kv_cache_bytes: int = Field(512 * 1024 * 1024, ge=1024 * 1024)
     """Of each worker's pool; allocated for real at start."""
     max_model_len: int | None = Field(None, ge=2)
-    """Prompt and answer together; the checkpoint's own limit by default."""
+    """Tokens that one request may have on a worker; the checkpoint's own limit by default, and no
+    more than the worker's KV cache holds. It may differ from pool to pool: a decode worker needs
+    room for prompt and answer together, a prefill worker for the prompt and one token, and
+    requests go where they fit; one without `max_tokens` may take all, so it goes to the largest.
+    The limit that clients are told and held to, with a 400, is that of the largest decode worker
+    that is ready. What no ready prefill worker holds is prefilled there."""
     max_num_batched_tokens: int = Field(512, ge=1)
     """Tokens computed in one step: the size of a prefill chunk."""
     max_num_seqs: int = Field(64, ge=1)

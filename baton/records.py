@@ -77,6 +77,17 @@ class PoolWishes(BaseModel):
     pools: dict[str, PoolWish]
 
 
+def context_needed(
+    role: Role, *, num_prompt_tokens: int, num_emitted_tokens: int, max_tokens: int
+) -> int:
+    """What of its ``max_model_len`` a worker of that role needs for a choice: a decode worker
+    prompt and whole answer; a prefill worker the input, which is the prompt and what earlier
+    attempts have emitted, and the one token that it samples."""
+    if role == "decode":
+        return num_prompt_tokens + max_tokens
+    return num_prompt_tokens + num_emitted_tokens + 1
+
+
 def pools_key(cluster: str) -> str:
     """Redis key of the pools' desired sizes; the pool controller alone writes it."""
     return f"baton:{cluster}:pools"

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from baton.credentials import bearer
 from benchmarks.chat_stream import ChatStream, RequestFailed, error_sentence
 
 _PATH = "/v1/chat/completions"
@@ -20,9 +21,9 @@ _PATH = "/v1/chat/completions"
 
 def new_client(url: str, *, api_key: str = "", timeout_s: float) -> httpx.Client:
     """For ``url`` with or without ``/v1``; ``timeout_s`` bounds each silence."""
-    headers = {"Accept-Encoding": "identity"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
+    headers = {b"Accept-Encoding": b"identity"}
+    if key := api_key.strip():
+        headers[b"Authorization"] = bearer(key)
     return httpx.Client(
         base_url=url.rstrip("/").removesuffix("/v1"),
         headers=headers,

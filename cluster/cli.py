@@ -168,7 +168,7 @@ def serve(
         "registry.cluster": cluster,
     }
     try:
-        code = _serve(config, _nested(given), redis_url or None)
+        code = _serve(config, _nested(given), (redis_url or "").strip() or None)
     except KeyboardInterrupt:  # before anything was started: the usual way to end it
         code = 0
     raise typer.Exit(code)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from baton.config import BatonConfig
+from baton.credentials import CLUSTER_SECRET
 from baton.worker.environment import worker_environment
 from cluster.processes_backend import Command
 
@@ -18,14 +19,6 @@ MODULES: Mapping[str, str] = {
     "decode": "decode_workers.main",
 }
 """What `python -m` runs for the gateway and for each role."""
-
-CONTROLLER_TOKEN = "BATON_CONTROLLER_TOKEN"
-
-
-def take_controller_token() -> str:
-    """The token from the environment, empty where there is none. It is taken out there:
-    no worker and no gateway has to know it."""
-    return os.environ.pop(CONTROLLER_TOKEN, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +40,7 @@ class Commands:
         return self._command(module, "--gateway-id", gateway_id, "--port", str(port))
 
     def _command(self, module: str, *arguments: str) -> Command:
-        secrets_of_all = {"BATON_SECRET": self.secret, "REDIS_URL": self.redis_url}
+        secrets_of_all = {CLUSTER_SECRET: self.secret, "REDIS_URL": self.redis_url}
         environment = worker_environment(os.environ) | secrets_of_all
         # -P: a folder named like one of our packages, where the user stands, is not it.
         python = (sys.executable, "-P", "-m", module, "--config", str(self.config_file))

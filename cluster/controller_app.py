@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
@@ -13,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from baton.credentials import BearerCheck
 from baton.errors import (
     AuthenticationError,
     BatonError,
@@ -49,11 +49,10 @@ def create_controller_app(seat: Seat, *, token: str, samples: CollectorRegistry)
     app.add_exception_handler(BatonError, _on_baton_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_crash)
-    expected = f"Bearer {token}".encode("latin-1", "replace")
+    check = BearerCheck(token)
 
     def authenticate(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if not hmac.compare_digest(given, expected):
+        if not check.passes(request.headers.raw):
             raise AuthenticationError(
                 "the controller's token is needed: send it as 'Authorization: Bearer TOKEN'"
             )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
+from baton.credentials import CONTROLLER_TOKEN, bearer, credential
 from baton.errors import AuthenticationError, ConfigurationError, UnavailableError, from_code
-from cluster.commands import CONTROLLER_TOKEN
 from cluster.server_client import server_url
 from cluster.state import RunFolder, state_root
 
@@ -66,7 +65,7 @@ class ControllerAddress:
                 json=body,
                 timeout=timeout_s,
                 trust_env=False,
-                headers={"Authorization": f"Bearer {self.token}"},
+                headers={b"Authorization": bearer(self.token)},
             )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise UnavailableError(f"{self.url} is no address of a controller: {error}") from None
@@ -109,7 +108,8 @@ def known_controller(cluster: str, url: str | None) -> ControllerAddress:
     """The controller at ``url``, by default that of the server which runs here.
 
     The token is that of the environment, or of the server that runs here. Raises
-    UnavailableError where nothing runs, ConfigurationError where there is no token.
+    UnavailableError where nothing runs, ConfigurationError where there is no token, or
+    one that none can be.
     """
     state = RunFolder(cluster).running()
     if url is None:
@@ -120,13 +120,11 @@ def known_controller(cluster: str, url: str | None) -> ControllerAddress:
             )
         return ControllerAddress(state.controller_url, state.controller_token)
     url = server_url(url)
-    token = os.environ.get(CONTROLLER_TOKEN, "")
-    if not token and state is not None and state.controller_url == url:
+    token = credential(CONTROLLER_TOKEN)
+    if token is None and state is not None and state.controller_url == url:
         token = state.controller_token
-    if not token:
+    if token is None:
         raise ConfigurationError(
             f"{CONTROLLER_TOKEN} is not set; it is the token of the controller at {url}"
         )
-    if not (token.isascii() and token.isprintable()):
-        raise ConfigurationError(f"{CONTROLLER_TOKEN} holds what no HTTP header can carry")
     return ControllerAddress(url, token)

@@ -16,12 +16,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from baton.config import BatonConfig, load_config
+from baton.credentials import CLUSTER_SECRET, CONTROLLER_TOKEN, take_credential
 from baton.errors import BatonError, ConfigurationError
 from baton.logs import configure
 from baton.worker.process import required_environment
 from cluster import preflight
 from cluster.backend import PoolBackend
-from cluster.commands import CONTROLLER_TOKEN, MODULES, Commands, take_controller_token
+from cluster.commands import MODULES, Commands
 from cluster.processes_backend import ProcessesBackend
 from cluster.standalone import control
 from cluster.state import RunFolder
@@ -41,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _token() -> str:
-    token = take_controller_token()
-    if not token:
+    token = take_credential(CONTROLLER_TOKEN)  # no worker has to know it
+    if token is None:
         raise ConfigurationError(
             f"{CONTROLLER_TOKEN} is not set; it is what `baton scale` has to show"
         )
@@ -90,7 +91,7 @@ async def run(config_file: Path, *, modules: Mapping[str, str] = MODULES) -> tup
     take_signals()
     config = load_config(config_file)
     preflight.check_pools(config)
-    secret = required_environment("BATON_SECRET")
+    secret = required_environment(CLUSTER_SECRET)
     redis_url, token = required_environment("REDIS_URL"), _token()
     if config.cluster.backend == "ray":
         backend = _ray_backend(config, secret, redis_url, take_signals)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from socket import socket
 from typing import Any
 
 from baton.config import BatonConfig
+from baton.credentials import CLUSTER_SECRET, credential
 from baton.errors import UnavailableError
 from cluster import redis_server
 from cluster.backend import PoolBackend
@@ -87,7 +87,7 @@ class Launcher:
         self._folder = folder
         self._progress = progress
         self._restore_signals = restore_signals
-        self._secret = os.environ.get("BATON_SECRET") or secrets.token_hex(32)
+        self._secret = credential(CLUSTER_SECRET) or secrets.token_hex(32)
         self._janitor = Janitor(temp_folder)
         self._private = redis_server.prepare(temp_folder) if redis_url is None else None
         self._redis_url = redis_url or (self._private.url if self._private else "")

@@ -17,10 +17,17 @@ from typing import TextIO
 import yaml
 
 from baton.config import BatonConfig
+from baton.credentials import (
+    API_KEY,
+    CLUSTER_SECRET,
+    CONTROLLER_TOKEN,
+    credential,
+    take_credential,
+)
 from baton.errors import BatonError, CheckpointError, ConfigurationError, UnavailableError
 from cluster import preflight, redis_server
 from cluster.announcement import announce
-from cluster.commands import MODULES, take_controller_token
+from cluster.commands import MODULES
 from cluster.console import Progress
 from cluster.launcher import Doors, Launcher, stop_within_s
 from cluster.procfs import name_of
@@ -84,7 +91,9 @@ def serve(
     try:
         with progress.waiting("checking"):
             config, ports = check(config)
-        token = take_controller_token() or secrets.token_hex(32)
+        for name in (API_KEY, CLUSTER_SECRET):  # said here, and not in each process's log
+            credential(name)
+        token = take_credential(CONTROLLER_TOKEN) or secrets.token_hex(32)
         with preflight.listen_for_controller(config.controller) as listener:
             doors = Doors(ports, listener, token)
             code, clean = asyncio.run(_serve(config, doors, redis_url, modules, progress))

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
+from baton.credentials import API_KEY, bearer, credential
 from baton.errors import UnavailableError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-def authorization() -> dict[str, str]:
-    """The header for a server that wants a key; it is taken from ``BATON_API_KEY``."""
-    key = os.environ.get("BATON_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+def authorization() -> dict[bytes, bytes]:
+    """The header for a server that wants a key; it is taken from ``BATON_API_KEY``. Raises
+    ConfigurationError for what can be no key."""
+    key = credential(API_KEY)
+    return {} if key is None else {b"Authorization": bearer(key)}
 
 
 def server_url(address: str) -> str:
@@ -92,7 +93,9 @@ def refused(url: str, error: httpx.HTTPError) -> UnavailableError:
     return UnavailableError(f"the server at {url} did not answer: {reason}")
 
 
-def get(url: str, *, timeout_s: float, headers: Mapping[str, str] | None = None) -> httpx.Response:
+def get(
+    url: str, *, timeout_s: float, headers: Mapping[bytes, bytes] | None = None
+) -> httpx.Response:
     """GET past all proxies. Raises httpx.HTTPError and httpx.InvalidURL."""
     # To load the certificates that only https needs takes 20 ms of CPU, in every call.
     verify = not url.startswith("http://")

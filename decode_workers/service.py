@@ -36,7 +36,7 @@ class DecodeService:
             self._inbox.post(self._worker.open, stream)
 
     def _stream(self, key: StreamKey, message: pb.Open) -> DecodeStream:
-        check_open(message, self._plan)
+        check_open(message, self._plan, "decode")
         handoff = message.handoff if message.HasField("handoff") else None
         transfer = None
         if handoff is not None:

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from baton.errors import ContextLengthError, InvalidRequestError, UnsupportedError
+from baton.records import Role, context_needed
 from baton.v1 import session_pb2 as pb
 from engine.sampling.params import SamplingParams
 from engine.sequence import Sequence
@@ -28,8 +29,8 @@ class StopRule:
         return None
 
 
-def check_open(message: pb.Open, plan: EnginePlan) -> None:
-    """Raises a leaf of InvalidRequestError for what this worker cannot run."""
+def check_open(message: pb.Open, plan: EnginePlan, role: Role) -> None:
+    """Raises a leaf of InvalidRequestError for what this worker of ``role`` cannot run."""
     if message.adapter:
         raise UnsupportedError(f"adapter {message.adapter!r}: adapters are not supported yet")
     if message.grammar:
@@ -39,10 +40,16 @@ def check_open(message: pb.Open, plan: EnginePlan) -> None:
         raise InvalidRequestError("the prompt has no tokens")
     if len(message.emitted_token_ids) >= message.max_tokens:
         raise InvalidRequestError("every token that max_tokens allows is emitted already")
-    num_most = len(message.prompt_token_ids) + message.max_tokens
-    if num_most > plan.max_model_len:
+    needed = context_needed(
+        role,
+        num_prompt_tokens=len(message.prompt_token_ids),
+        num_emitted_tokens=len(message.emitted_token_ids),
+        max_tokens=message.max_tokens,
+    )
+    if needed > plan.max_model_len:
+        what = "the input and its first token" if role == "prefill" else "prompt and answer"
         raise ContextLengthError(
-            f"prompt and answer need {num_most} tokens; this worker holds {plan.max_model_len}"
+            f"{what} need {needed} tokens; this {role} worker holds {plan.max_model_len}"
         )
     vocab_size = plan.checkpoint.config.vocab_size
     if num_input and max(*message.prompt_token_ids, *message.emitted_token_ids, 0) >= vocab_size:

@@ -33,7 +33,7 @@ class PrefillService:
             self._inbox.post(self._worker.open, job)
 
     def _job(self, key: StreamKey, message: pb.Open) -> PrefillJob:
-        check_open(message, self._plan)
+        check_open(message, self._plan, "prefill")
         if not message.HasField("handoff"):
             raise InvalidRequestError("a prefill worker needs a hand-off to prefill for")
         handoff = message.handoff

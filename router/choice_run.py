@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from baton.errors import (
     BatonError,
+    ContextLengthError,
     DeadlineExceededError,
     DrainingError,
     RoomElsewhereError,
@@ -95,6 +96,7 @@ class ChoiceRun:
         self._failed: set[bytes] = set()
         self._refused: set[bytes] = set()
         self._left: set[bytes] = set()
+        self._too_small: set[bytes] = set()
         self._may_move_at = 0.0
         self._moves_to: list[WorkerSession] = []
         self._pause_s = FIRST_PAUSE_S
@@ -175,7 +177,7 @@ class ChoiceRun:
                 if pairing is not None:
                     return pairing
                 if self._loop.time() >= give_up_at:
-                    raise UnavailableError("no decode worker is ready")
+                    raise self._nobody_serves(begun)
                 await self._wait(give_up_at)
 
     async def _prepare_hashes(self) -> None:
@@ -185,11 +187,37 @@ class ChoiceRun:
         await self._hashes.prepare(token_ids, [*pool.sessions("prefill"), *pool.sessions("decode")])
         self._check()
 
+    def _able(self, role: Role) -> list[WorkerSession]:
+        """Workers that may be given work, hold the choice as it stands, and have neither said
+        that they do not nor been left."""
+        num_emitted = self._tokens.num_in_order
+        needed = self._choice.context_needed(role, num_emitted_tokens=num_emitted)
+        avoided = self._left | self._too_small
+        return [
+            worker
+            for worker in self._serving.pool.sessions(role)
+            if worker.epoch not in avoided and worker.record.max_model_len >= needed
+        ]
+
+    def _nobody_serves(self, begun: bool) -> BatonError:
+        """For a new choice the refusal that it would get if it came now; one that has had a
+        worker waits for the like of it."""
+        ready = self._serving.pool.sessions("decode")
+        if not ready:
+            return UnavailableError("no decode worker is ready")
+        needed = self._choice.context_needed("decode", num_emitted_tokens=0)
+        longest = max(worker.record.max_model_len for worker in ready)
+        if begun or longest >= needed:
+            return UnavailableError(f"no decode worker that holds {needed} tokens is ready")
+        return ContextLengthError(
+            f"prompt and answer need {needed} tokens; the decode workers that are ready hold "
+            f"{longest} at most"
+        )
+
     def _candidates(self, role: Role) -> list[WorkerSession]:
-        """Workers that have not failed this choice, and not just refused it, where such
-        exist. A failed prefill worker is not tried again: decode can do its work. Nor is
-        any that was leaving."""
-        workers = [w for w in self._serving.pool.sessions(role) if w.epoch not in self._left]
+        """Able workers that have not failed this choice, and not just refused it, where such
+        exist. A failed prefill worker is not tried again: decode can do its work."""
+        workers = self._able(role)
         sound = [w for w in workers if w.epoch not in self._failed]
         if role == "prefill":
             workers = sound
@@ -258,10 +286,10 @@ class ChoiceRun:
             return self._may_move_at
         num_emitted = self._tokens.num_in_order
         num_tokens = len(self._choice.prompt_token_ids) + num_emitted
-        avoided = self._left | self._failed | {attempt.decode_epoch}
+        avoided = self._failed | {attempt.decode_epoch}
         self._moves_to = [
             worker
-            for worker in self._serving.pool.sessions("decode")
+            for worker in self._able("decode")
             if worker.epoch not in avoided and worker.has_room_for(num_tokens)
         ]
         if self._moves_to:
@@ -318,9 +346,10 @@ class ChoiceRun:
     async def _recover(self, attempt: Attempt, error: BatonError) -> None:
         """Makes ready for another attempt. Raises ``error`` where there will be none."""
         refused, leaves = isinstance(error, REFUSALS), isinstance(error, DrainingError)
+        too_small = isinstance(error, ContextLengthError) and self._another_holds(attempt)
         unheard = attempt.waited_for_room and isinstance(error, WorkerLostError)
         is_free = unheard and self._num_unheard < self._serving.max_attempts
-        if not (refused or leaves or is_free):
+        if not (refused or leaves or too_small or is_free):
             self._check_attempts_left(error)
         logger.info(
             "request_id=%s choice=%d attempt=%d worker_id=%s ended (%s): %s",
@@ -337,6 +366,8 @@ class ChoiceRun:
         if refused:
             self._refused |= attempt.blamed
             await self._back_off()
+        elif too_small:
+            self._too_small |= attempt.blamed
         elif leaves:
             # No fault of anybody's, so no attempt is used up: there are only so many
             # workers to leave.
@@ -363,6 +394,11 @@ class ChoiceRun:
                 "sent again)",
                 retry_after_s=error.retry_after_s,
             )
+
+    def _another_holds(self, attempt: Attempt) -> bool:
+        """There is a decode worker besides those that the attempt is blamed on."""
+        assert attempt.blamed, "nobody has refused"
+        return any(worker.epoch not in attempt.blamed for worker in self._able("decode"))
 
     async def _back_off(self) -> None:
         """Where a whole pool has refused: waits, then asks again."""

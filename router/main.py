@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from baton.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from baton.config import BatonConfig, load_config
+from baton.credentials import API_KEY, CLUSTER_SECRET, credential
 from baton.errors import BatonError, CheckpointError
 from baton.faults import Faults
 from baton.logs import configure
@@ -175,7 +176,7 @@ async def _run(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     config = _configuration(arguments)
-    secret = required_environment("BATON_SECRET")
+    secret = required_environment(CLUSTER_SECRET)
     redis_url = required_environment("REDIS_URL")
     with listen(config.gateway.host, config.gateway.port) as listener:
         await serve(
@@ -184,7 +185,7 @@ async def _run(arguments: argparse.Namespace) -> None:
             listener=listener,
             secret=secret,
             redis_url=redis_url,
-            api_key=os.environ.get("BATON_API_KEY") or None,
+            api_key=credential(API_KEY),
             stop=stop,
         )
 

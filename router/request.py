@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from baton.logprobs import TokenLogprobs
+from baton.records import Role, context_needed
 from baton.timeline import Timeline
 from baton.v1 import session_pb2 as pb
 
@@ -68,6 +69,15 @@ class ChoiceRequest:
     """Wherever choices wait, the lower one goes first."""
     timeline: Timeline | None = None
     """Where the choice's times are noted, if somebody wants to read them."""
+
+    def context_needed(self, role: Role, *, num_emitted_tokens: int) -> int:
+        """Tokens that a worker of that role must be able to hold to take it on."""
+        return context_needed(
+            role,
+            num_prompt_tokens=len(self.prompt_token_ids),
+            num_emitted_tokens=num_emitted_tokens,
+            max_tokens=self.max_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+
+from baton.records import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,7 +12,7 @@ class WorkerStatus:
     """One worker, as its record and its last report say."""
 
     worker_id: str
-    role: Literal["prefill", "decode"]
+    role: Role
     epoch: str
     """In hexadecimal."""
     address: str
@@ -61,6 +62,12 @@ class ClusterStatus:
 
     @property
     def max_model_len(self) -> int | None:
-        """What every ready decode worker can hold; None while there is none."""
-        lengths = [w.max_model_len for w in self.workers if w.ready and w.role == "decode"]
-        return min(lengths, default=None)
+        """Tokens of the longest prompt and answer together that the ready workers can serve;
+        None while no decode worker is ready. It is what the largest decode worker holds: a
+        prompt that no prefill worker holds is prefilled there."""
+        return self.longest("decode")
+
+    def longest(self, role: Role) -> int | None:
+        """What the largest ready worker of that role holds; None while none is ready."""
+        lengths = [w.max_model_len for w in self.workers if w.ready and w.role == role]
+        return max(lengths, default=None)

@@ -14,6 +14,7 @@ from pathlib import Path
 import uvloop
 
 from baton.config import BatonConfig, load_config
+from baton.credentials import CLUSTER_SECRET, credential
 from baton.errors import BatonError, ConfigurationError
 from baton.logs import configure
 from baton.worker.leave import stay
@@ -38,11 +39,12 @@ def _parser(role: str) -> argparse.ArgumentParser:
 
 
 def required_environment(name: str) -> str:
-    """Raises ConfigurationError that says what the variable is for."""
-    value = os.environ.get(name, "")
+    """Without the whitespace around it. Raises ConfigurationError that says what the variable
+    is for, or why a secret can be none."""
+    value = credential(name) if name == CLUSTER_SECRET else os.environ.get(name, "").strip()
     if not value:
         purpose = {
-            "BATON_SECRET": "the secret that all processes of the cluster share",
+            CLUSTER_SECRET: "the secret that all processes of the cluster share",
             "REDIS_URL": "the Redis that holds the registry, redis://…",
         }[name]
         raise ConfigurationError(f"{name} is not set; it is {purpose}")
@@ -100,7 +102,7 @@ async def _main(role: str, serve: Serve, arguments: argparse.Namespace) -> None:
         role=role,
         pool=arguments.pool,
         worker_id=arguments.worker_id,
-        secret=required_environment("BATON_SECRET"),
+        secret=required_environment(CLUSTER_SECRET),
         redis_url=required_environment("REDIS_URL"),
         stop=stop,
     )

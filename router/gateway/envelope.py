@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from contextlib import AbstractContextManager, nullcontext
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from baton.credentials import BearerCheck
 from baton.errors import AuthenticationError, BatonError, InternalError
 from baton.telemetry import GatewayMetrics
 from router.gateway.context import RequestContext, put_context
@@ -33,9 +33,7 @@ class Envelope:
         self._app = app
         self._metrics = metrics
         self._lifecycle = lifecycle
-        self._expected = (
-            f"Bearer {api_key}".encode("latin-1", "replace") if api_key is not None else None
-        )
+        self._key = None if api_key is None else BearerCheck(api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,7 +61,7 @@ class Envelope:
         """Never raises but for cancellation; what happened is in the context's outcome."""
         context = answer.context
         try:
-            self._authenticate(scope["path"], Headers(scope=scope))
+            self._authenticate(scope)
             with admission:
                 await self._app(scope, receive, answer)
         except asyncio.CancelledError:
@@ -79,11 +77,10 @@ class Envelope:
             if not answer.started:
                 await error_response(failure)(scope, receive, answer)
 
-    def _authenticate(self, path: str, headers: Headers) -> None:
-        if self._expected is None or not path.startswith("/v1/"):
+    def _authenticate(self, scope: Scope) -> None:
+        if self._key is None or not scope["path"].startswith("/v1/"):
             return
-        given = headers.get("authorization", "").encode("latin-1")
-        if not hmac.compare_digest(given, self._expected):
+        if not self._key.passes(scope["headers"]):
             raise AuthenticationError(
                 "a valid API key is needed: send it as 'Authorization: Bearer KEY'"
             )

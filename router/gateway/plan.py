@@ -41,14 +41,13 @@ class Planner:
         gateway = config.gateway
         # More than can be in flight and queued together could never be admitted.
         self._max_choices = min(gateway.max_choices, gateway.max_in_flight + gateway.max_queued)
-        own = checkpoint.config.max_position
-        configured = config.engine.max_model_len
-        self._context = own if configured is None else min(own, configured)
+        self._configured = _configured_context(config, checkpoint.config.max_position)
 
     def context_length(self, status: ClusterStatus) -> int:
-        """Tokens of prompt and answer together, as every ready decode worker can hold."""
-        workers = status.max_model_len
-        return self._context if workers is None else min(self._context, workers)
+        """Tokens of prompt and answer together, as the ready workers can serve at most; while
+        no decode worker is ready, as the largest decode pool is configured for."""
+        ready = status.max_model_len
+        return self._configured if ready is None else ready
 
     async def plan(
         self,
@@ -129,6 +128,16 @@ class Planner:
                     f"'{path}': token id {token_id} is outside the vocabulary of {vocab_size}",
                     param=path,
                 )
+
+
+def _configured_context(config: BatonConfig, own: int) -> int:
+    """``own``: the checkpoint's limit."""
+    lengths = [
+        config.for_pool(name).engine.max_model_len or own
+        for name, pool in config.pools.items()
+        if pool.role == "decode"
+    ]
+    return min(own, max(lengths, default=own))
 
 
 def _max_tokens(job: Job, num_prompt_tokens: int, context_length: int) -> int:

@@ -54,6 +54,18 @@ def _none_ready(role: Role, pool: WorkerPool) -> str:
     return f"No {role} worker is ready{'' if strangers is None else f': {strangers}'}."
 
 
+def _prefill_too_short(workers: tuple[WorkerStatus, ...]) -> str | None:
+    """A sentence where decode workers hold longer prompts than any prefill worker."""
+    ready = ClusterStatus(workers, registry_up=True)
+    prefill, decode = ready.longest("prefill"), ready.longest("decode")
+    if prefill is None or decode is None or prefill >= decode:
+        return None
+    return (
+        f"No prefill worker that is ready holds a prompt of more than {prefill - 1} tokens: "
+        f"decode workers, which hold {decode}, prefill longer ones by themselves."
+    )
+
+
 def cluster_status(
     pool: WorkerPool,
     *,
@@ -72,6 +84,8 @@ def cluster_status(
         lacks.append(_none_ready("prefill", pool))
     if (misfits := pool.without_partner()) is not None:
         lacks.append(misfits)
+    if (too_short := _prefill_too_short(workers)) is not None:
+        lacks.append(too_short)
     if not registry_up:
         lacks.append("The registry (Redis) does not answer.")
     if not peers_up:

@@ -123,7 +123,7 @@ async def ground(
         patch.chdir(shadow)  # where Ray's workers look first
         path = [shadow, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         patch.setenv("PYTHONPATH", os.pathsep.join(path))
-        patch.setenv("BATON_SECRET", "of this test")
+        patch.setenv("BATON_SECRET", "of-this-test")
         patch.setenv("REDIS_URL", redis_url)
         patch.setenv("BATON_RUN_DIR", str(folder / "run"))
         if request.param == "ray":
@@ -131,7 +131,7 @@ async def ground(
             (folder / "tmp").mkdir()
             backend: PoolBackend = RayBackend(
                 config,
-                secret="of this test",
+                secret="of-this-test",
                 redis_url=redis_url,
                 log_folder=folder,
                 temp_folder=folder / "tmp",
@@ -284,10 +284,10 @@ async def test_workers_get_their_pools_settings_and_no_secret_is_logged(ground: 
     facts = noted(ground.folder, worker_id)
     assert facts is not None
     assert (facts["block_size"], facts["host"]) == (8, "127.0.0.1")
-    assert facts["secret"] == "of this test"
+    assert facts["secret"] == "of-this-test"
     await process.kill()
     await ended(process)
-    assert "of this test" not in ground.log(worker_id)
+    assert "of-this-test" not in ground.log(worker_id)
 
 
 async def leaving(timeout_s: float) -> tuple[int | None, str]:

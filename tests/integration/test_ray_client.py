@@ -119,7 +119,7 @@ class Ground:
             # hung in that, and its client with it.
             "GRPC_ENABLE_FORK_SUPPORT": "0",
             "BATON_ADVERTISE_HOST": "of-the-controller",
-            "BATON_CONTROLLER_TOKEN": "of the controller",
+            "BATON_CONTROLLER_TOKEN": "of-the-controller",
             "BATON_LOG_LEVEL": "DEBUG",
         }
         pool = {"role": "prefill", "engine": {"kv_cache_bytes": 1 << 20}}
@@ -255,7 +255,7 @@ def test_worker_that_was_placed_between_two_controllers_is_begun_by_the_next(
     ground.worker("prefill-idle")
     facts = noted(ground.folder, "prefill-idle")
     assert facts is not None
-    assert facts["secret"] == "of this test"
+    assert facts["secret"] == "of-this-test"
     second.order("stop", "prefill-idle")
     assert second.heard("ended")["code"] == 0
 
@@ -300,13 +300,13 @@ def test_node_has_its_own_address_and_no_secret_of_the_controller(ground: Ground
     ground.worker("prefill-env")
     facts = noted(ground.folder, "prefill-env")
     assert facts is not None
-    assert facts["secret"] == "of this test"
+    assert facts["secret"] == "of-this-test"
     own = {k: v for k, v in facts["environment"].items() if k.startswith("BATON_")}
     assert own == {"BATON_ADVERTISE_HOST": "of-the-node", "BATON_LOG_LEVEL": "DEBUG"}
     controller.order("kill", "prefill-env")
     controller.heard("ended", "prefill-env")
     logs = ground.folder.glob("**/logs/**/*")
-    said = [f for f in logs if f.is_file() and b"of this test" in f.read_bytes()]
+    said = [f for f in logs if f.is_file() and b"of-this-test" in f.read_bytes()]
     assert said == []
 
 

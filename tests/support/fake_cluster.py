@@ -158,9 +158,12 @@ class FakeCluster:
         script: Script | None = None,
         *,
         digest: bytes = DIGEST,
+        max_model_len: int = 2048,
     ) -> FakeWorker:
         """Starts a worker, lists it, and waits until its Session is live."""
-        worker = FakeWorker(worker_id, role, script=script, digest=digest)
+        worker = FakeWorker(
+            worker_id, role, script=script, digest=digest, max_model_len=max_model_len
+        )
         await worker.start()
         self.workers.append(worker)
         self._records[worker_id] = worker.record

@@ -8,7 +8,7 @@ import functools
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -146,9 +146,12 @@ class Gateway:
         api_key: str | None = None,
         checkpoint: Checkpoint | None = None,
         orchestrator: Any = None,
+        sections: Mapping[str, Any] | None = None,
         **gateway: Any,
     ) -> None:
-        self.config: BatonConfig = parse_config({"served_model_name": MODEL, "gateway": gateway})
+        """``gateway``: settings of that section; ``sections``: other ones."""
+        settings = {"served_model_name": MODEL, "gateway": gateway, **(sections or {})}
+        self.config: BatonConfig = parse_config(settings)
         self.orchestrator = orchestrator or ScriptedOrchestrator()
         if script is not None:
             self.orchestrator.script = script

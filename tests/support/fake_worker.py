@@ -21,7 +21,7 @@ from baton.records import Role, WorkerRecord
 from baton.v1 import session_pb2 as pb
 from baton.v1 import session_pb2_grpc
 
-SECRET = "a secret of the tests"
+SECRET = "a-secret-of-the-tests"
 MODEL = "a-model"
 DIGEST = b"\x01" * 16
 KV_DTYPE = "float32"
@@ -31,7 +31,12 @@ Script = Callable[["FakeStream"], Awaitable[None]]
 
 
 def worker_record(
-    worker_id: str, role: Role, epoch: bytes, address: str = "127.0.0.1:1", digest: bytes = DIGEST
+    worker_id: str,
+    role: Role,
+    epoch: bytes,
+    address: str = "127.0.0.1:1",
+    digest: bytes = DIGEST,
+    max_model_len: int = 2048,
 ) -> WorkerRecord:
     """What such a worker would register."""
     return WorkerRecord(
@@ -46,7 +51,7 @@ def worker_record(
         digest=digest.hex(),
         block_size=16,
         num_blocks=100,
-        max_model_len=2048,
+        max_model_len=max_model_len,
         pid=os.getpid(),
         host="localhost",
         started_at=time.time(),
@@ -116,12 +121,14 @@ class FakeWorker(session_pb2_grpc.WorkerServicer):
         script: Script | None = None,
         secret: str = SECRET,
         digest: bytes = DIGEST,
+        max_model_len: int = 2048,
         session: SessionConfig = SESSION,
     ) -> None:
         self.worker_id = worker_id
         self.role: Role = role
         self.epoch = new_epoch()
         self.digest = digest
+        self.max_model_len = max_model_len
         self.streams: dict[int, FakeStream] = {}
         """All that were ever opened."""
         self.received: list[pb.GatewayMessage] = []
@@ -154,7 +161,9 @@ class FakeWorker(session_pb2_grpc.WorkerServicer):
     @property
     def record(self) -> WorkerRecord:
         address = f"127.0.0.1:{self._port}"
-        return worker_record(self.worker_id, self.role, self.epoch, address, self.digest)
+        return worker_record(
+            self.worker_id, self.role, self.epoch, address, self.digest, self.max_model_len
+        )
 
     def _welcome(self) -> pb.Welcome:
         facts: dict[str, Any] = {
@@ -167,7 +176,7 @@ class FakeWorker(session_pb2_grpc.WorkerServicer):
             "digest": self.digest,
             "block_size": 16,
             "num_blocks": 100,
-            "max_model_len": 2048,
+            "max_model_len": self.max_model_len,
             "kv_dtype": KV_DTYPE,
         }
         return pb.Welcome(**facts | self.welcome_changes)

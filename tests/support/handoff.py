@@ -30,7 +30,7 @@ from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
 from kv_transfer.service import KvSender
 
-SECRET = "a secret of the tests"
+SECRET = "a-secret-of-the-tests"
 SESSION = SessionConfig()
 LAYOUT = KvLayout(
     num_blocks=12, num_kv_heads=3, num_layers=2, block_size=4, head_dim=8, dtype="bfloat16"

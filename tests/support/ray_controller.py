@@ -54,7 +54,7 @@ async def main() -> None:
         ray_calls.Actor.begin = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment,return-value]
     config = load_config(Path(sys.argv[1]), {"cluster": {"ray_address": sys.argv[2]}})
     backend = RayBackend(
-        config, secret="of this test", redis_url="redis://none", keep=option != "owner"
+        config, secret="of-this-test", redis_url="redis://none", keep=option != "owner"
     )
     try:
         workers: dict[str, Started] = dict(await backend.adopt())

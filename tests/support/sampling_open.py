@@ -18,5 +18,5 @@ PLAN: Any = SimpleNamespace(
 
 def opened(message: pb.Open) -> Sequence:
     """What a worker of either kind makes of it."""
-    check_open(message, PLAN)
+    check_open(message, PLAN, "decode")
     return sequence_from_open("key", message, PLAN)

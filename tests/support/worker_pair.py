@@ -36,7 +36,7 @@ from prefill_workers.scheduler import PrefillScheduler
 from prefill_workers.service import PrefillService
 from prefill_workers.worker import PrefillWorker
 
-SECRET = "a secret of the tests"
+SECRET = "a-secret-of-the-tests"
 SESSION = 1
 ONE_PROCESS = Parallelism()
 TRANSFER = KvTransferConfig(verify=True)

@@ -41,6 +41,15 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return error
 
 
+async def test_token_of_any_letters_is_compared_in_utf8(rig: ControllerRig) -> None:
+    app = create_controller_app(Seat(rig.controller), token="ключ", samples=rig.samples)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://controller") as client:
+        for shown, status in (("ключ".encode(), 200), (b"????", 401), (b"?" * 8, 401)):
+            headers = {b"authorization": b"Bearer " + shown}
+            assert (await client.get("/v1/pools", headers=headers)).status_code == status, shown
+
+
 async def test_pools_are_shown(client: httpx.AsyncClient) -> None:
     answer = await client.get("/v1/pools", headers=HEADERS)
     assert answer.status_code == 200

@@ -51,7 +51,8 @@ class FakeController:
         self.answers: list[httpx.Response | Exception] = []
 
     def __call__(self, method: str, url: str, **options: Any) -> httpx.Response:
-        self.asked.append((method, url, options["json"], options["headers"]["Authorization"]))
+        shown = options["headers"][b"Authorization"].decode()
+        self.asked.append((method, url, options["json"], shown))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
@@ -147,10 +148,19 @@ def test_other_controller_wants_a_token_from_the_environment(
 
 
 def test_token_that_no_header_can_carry_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BATON_CONTROLLER_TOKEN", "line\nbreak")
+    monkeypatch.setenv("BATON_CONTROLLER_TOKEN", "be\x07ll")
     result = runner.invoke(app, ["scale", "decode=2", "--url", "http://other:1"])
     assert result.exit_code == 1
     assert "no HTTP header can carry" in result.output
+
+
+def test_token_is_shown_in_utf8_without_the_lines_end_after_it(
+    controller: FakeController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATON_CONTROLLER_TOKEN", "ключ\n")
+    controller.will_say({"decode": pool(2, 2)})
+    assert runner.invoke(app, ["scale", "decode=2", "--url", "http://other:1"]).exit_code == 0
+    assert [shown for *_, shown in controller.asked] == ["Bearer ключ"]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,17 @@ class FakeLauncher:
         return str(self.reason)
 
 
+@pytest.mark.parametrize("name", ["BATON_API_KEY", "BATON_SECRET", "BATON_CONTROLLER_TOKEN"])
+def test_key_that_can_be_none_is_refused_before_anything_starts(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve_module, "check", lambda config: (config, (0,)))
+    monkeypatch.setattr(serve_module, "_serve", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setenv(name, "two words")
+    assert serve_module.serve(parse_config({}), redis_url=None) == 2
+    assert f"{name} has whitespace inside" in capsys.readouterr().err
+
+
 async def test_lost_cluster_ends_the_server_with_the_reason() -> None:
     stop = asyncio.create_task(asyncio.Event().wait())
     launcher: Any = FakeLauncher("Ray has died")

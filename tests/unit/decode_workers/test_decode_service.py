@@ -9,6 +9,7 @@ import pytest
 from support.sampling_open import PLAN
 from support.worker_rig import Recorder
 
+from baton.errors import ContextLengthError
 from baton.v1 import session_pb2 as pb
 from baton.worker.session_server import StreamKey
 from decode_workers.service import DecodeService
@@ -35,3 +36,17 @@ def test_open_brings_the_streams_priority(priority: int) -> None:
     [(_, (command, stream), _)] = inbox.calls
     assert command == "open"
     assert (stream.key, stream.priority) == (KEY, priority)
+
+
+@pytest.mark.parametrize(("max_tokens", "fits"), [(502, True), (503, False)])
+def test_prompt_and_whole_answer_have_to_fit(max_tokens: int, fits: bool) -> None:
+    inbox = Recorder()
+    parts: Any = SimpleNamespace(
+        plan=PLAN, identity=SimpleNamespace(epoch=EPOCH), inbox=inbox, outbox=Recorder()
+    )
+    service = DecodeService(SimpleNamespace(open="open"), parts)  # type: ignore[arg-type]
+    message = pb.Open(prompt_token_ids=[5] * 10, emitted_token_ids=[6] * 3, max_tokens=max_tokens)
+    assert PLAN.max_model_len == 512
+    service.on_open(KEY, message)
+    [(_, (_, *posted), _)] = inbox.calls
+    assert isinstance(posted[-1], ContextLengthError) != fits

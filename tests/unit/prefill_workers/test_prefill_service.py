@@ -9,6 +9,7 @@ import pytest
 from support.sampling_open import PLAN
 from support.worker_rig import Recorder
 
+from baton.errors import ContextLengthError
 from baton.v1 import session_pb2 as pb
 from baton.worker.session_server import StreamKey
 from prefill_workers.service import PrefillService
@@ -35,3 +36,27 @@ def test_open_brings_the_jobs_priority(priority: int) -> None:
     [(_, (command, job), _)] = inbox.calls
     assert command == "open"
     assert (job.key, job.priority) == (KEY, priority)
+
+
+@pytest.mark.parametrize(("num_prompt", "num_emitted", "fits"), [(509, 2, True), (509, 3, False)])
+def test_input_and_one_token_have_to_fit_and_the_rest_of_the_answer_need_not(
+    num_prompt: int, num_emitted: int, fits: bool
+) -> None:
+    inbox, outbox = Recorder(), Recorder()
+    parts: Any = SimpleNamespace(
+        plan=PLAN, identity=SimpleNamespace(epoch=EPOCH), inbox=inbox, outbox=outbox
+    )
+    service = PrefillService(SimpleNamespace(open="open"), parts)  # type: ignore[arg-type]
+    message = pb.Open(
+        prompt_token_ids=[5] * num_prompt,
+        emitted_token_ids=[6] * num_emitted,
+        max_tokens=100_000,
+        handoff=pb.Handoff(prefill_epoch=EPOCH),
+    )
+    assert PLAN.max_model_len == 512
+    service.on_open(KEY, message)
+    [(_, (_, *posted), _)] = inbox.calls
+    error = posted[-1]
+    assert isinstance(error, ContextLengthError) != fits
+    if not fits:
+        assert "513 tokens; this prefill worker holds 512" in error.message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 
+import httpx
 import pytest
 from starlette.datastructures import Headers
 from support.fake_gateway import Gateway, chat_body, error_of
@@ -127,6 +128,19 @@ async def test_right_api_key_opens_and_other_paths_need_none() -> None:
     assert (await gateway.get("/v1/models", headers=headers)).status_code == 200
     assert (await gateway.get("/health")).status_code == 200
     assert (await gateway.get("/metrics")).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "ключ"])
+async def test_api_key_of_any_letters_is_compared_in_utf8(key: str) -> None:
+    async with Gateway(api_key=key).served() as url, httpx.AsyncClient(base_url=url) as client:
+        for shown, status in (
+            (key.encode(), 200),
+            (b"?" * len(key), 401),
+            (b"?" * len(key.encode()), 401),
+            (key.encode("latin-1", "replace"), 401),
+        ):
+            headers = {b"authorization": b"Bearer " + shown}
+            assert (await client.get("/v1/models", headers=headers)).status_code == status, shown
 
 
 async def test_request_without_the_key_is_counted_and_reaches_no_worker() -> None:

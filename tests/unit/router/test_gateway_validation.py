@@ -260,18 +260,35 @@ async def test_max_tokens_that_do_not_fit_are_refused_and_those_that_do_are_not(
     assert "192" in error["message"]
 
 
-async def test_context_is_what_every_ready_decode_worker_holds() -> None:
+async def test_context_is_what_the_largest_ready_decode_worker_holds() -> None:
     gateway = Gateway()
     workers = (
         worker_status("decode-0", max_model_len=100),
         worker_status("decode-1", max_model_len=50),
-        worker_status("decode-2", max_model_len=10, ready=False),
+        worker_status("decode-2", max_model_len=200, ready=False),
         worker_status("prefill-0", max_model_len=20, role="prefill"),
     )
     gateway.orchestrator.cluster = ClusterStatus(workers, registry_up=True)
-    assert (await gateway.complete([5] * 50)).status_code == 400
-    assert (await gateway.complete([5] * 49)).status_code == 200
+    assert "holds 100 tokens" in error_of(await gateway.complete([5] * 100))["message"]
+    assert (await gateway.complete([5] * 99)).status_code == 200
     assert gateway.orchestrator.choices[-1].max_tokens == 1
+
+
+async def test_context_without_a_ready_worker_is_what_the_largest_decode_pool_may_hold() -> None:
+    pools = {
+        "prefill": {"engine": {"max_model_len": 400}},
+        "decode": {},
+        "decode-long": {"role": "decode", "engine": {"max_model_len": 200}},
+    }
+    gateway = Gateway(sections={"engine": {"max_model_len": 100}, "pools": pools})
+    gateway.orchestrator.cluster = ClusterStatus((), registry_up=True)
+    assert (await gateway.complete([5] * 200)).status_code == 400
+    assert (await gateway.complete([5] * 199)).status_code == 200
+    # Workers know their own pool's settings, which may be larger than those of all pools.
+    gateway.orchestrator.cluster = ClusterStatus(
+        (worker_status(max_model_len=200),), registry_up=True
+    )
+    assert (await gateway.complete([5] * 199)).status_code == 200
 
 
 async def test_body_over_the_limit_is_413_whether_its_length_is_declared_or_not() -> None:

@@ -221,6 +221,8 @@ async def test_gateways_see_each_other_and_say_while_redis_is_away(
     ("changes", "arguments", "sentence"),
     [
         ({"BATON_SECRET": ""}, (), "BATON_SECRET is not set"),
+        ({"BATON_SECRET": "\n"}, (), "BATON_SECRET is nothing but whitespace"),
+        ({"BATON_API_KEY": "two words"}, (), "BATON_API_KEY has whitespace inside"),
         ({"REDIS_URL": ""}, (), "REDIS_URL is not set"),
         ({"REDIS_URL": "localhost"}, (), "REDIS_URL is malformed"),
         ({"BATON_LOG_LEVEL": "LOUD"}, (), "BATON_LOG_LEVEL is 'LOUD'"),
