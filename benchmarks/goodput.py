@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="two rates, one round: at most two minutes")
     add("--report", action="store_true", help="write docs/performance.md from the results")
     add("--results", type=Path, default=_RESULTS, metavar="FILE")
-    add("--rates", type=float, nargs="+", default=[0.5, 1.0, 1.5], metavar="R")
+    add("--rates", type=float, nargs="+", default=[1.0, 2.0, 3.0], metavar="R")
     add("--requests", type=int, default=14, metavar="N", help="of a system, rate and round")
     add("--rounds", type=int, default=5, metavar="N", help="figures are medians over them")
     add(
