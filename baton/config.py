@@ -81,10 +81,11 @@ class EngineConfig(_Section):
     load_format: Literal["auto", "dummy"] = "auto"
     """`dummy`: random weights of the model's shapes, for measurements; its folder then
     needs no weights. Not to be set for a pool."""
-    cpu_kernels: Literal["auto", "native", "torch"] = "auto"
-    """What decoding on a CPU runs besides matrix products: `native`, kernels that are compiled
-    when first needed and kept in the cache, or `torch`. `auto`: `native` where there is a C++
-    compiler, or where they have been compiled, else `torch`."""
+    cpu_kernels: Literal["auto", "native", "torch"] = "torch"
+    """What decoding on a CPU runs besides matrix products: `torch`, or `native`, kernels that are
+    compiled when first needed and kept in the cache. `auto`: `native` where there is a C++
+    compiler, or where they have been compiled, else `torch`. In bfloat16 the two round
+    differently, so near-ties may be answered differently."""
     block_size: int = Field(16, ge=1, le=256)
     """Tokens in a block of the KV cache. Equal in all pools."""
     kv_cache_bytes: int = Field(512 * 1024 * 1024, ge=1024 * 1024)

@@ -50,7 +50,7 @@ class Engine:
         memory: memoryview | torch.Tensor,
         domain: HashDomain,
         threads: int = 0,
-        cpu_kernels: Choice = "auto",
+        cpu_kernels: Choice = "torch",
         weights: Mapping[str, torch.Tensor] | None = None,
         followers: Followers | None = None,
     ) -> None:

@@ -15,7 +15,7 @@ from baton.errors import ConfigurationError
 from baton.kv_layout import KvDtype, KvLayout
 from baton.parallelism import Parallelism, check_parallelism
 from baton.protocol import PROTOCOL_VERSION
-from engine.native.kernels import Choice
+from engine.native.kernels import Choice, Chosen
 from engine.parallel.followers import RankTask
 from engine.platform import resolve_dtype
 
@@ -38,8 +38,9 @@ class EnginePlan:
     cpu_kernels: Choice
     parallel: Parallelism
 
-    def rank_task(self, config: BatonConfig) -> RankTask:
-        """What every other rank is told."""
+    def rank_task(self, config: BatonConfig, cpu_kernels: Chosen) -> RankTask:
+        """What every other rank is told. ``cpu_kernels`` are the leader's: all ranks round
+        alike, since all of them route the tokens of an expert layer."""
         return RankTask(
             model=config.model,
             load_format=config.engine.load_format,
@@ -47,7 +48,7 @@ class EnginePlan:
             dtype=self.layout.dtype,
             layout=self.layout,
             threads=self.threads,
-            cpu_kernels=self.cpu_kernels,
+            cpu_kernels=cpu_kernels,
             parallel=self.parallel,
         )
 

@@ -25,6 +25,7 @@ from baton.worker.inbox import Inbox
 from baton.worker.outbox import Outbox
 from baton.worker.session_server import SessionHandler, SessionServer
 from engine.engine import Engine
+from engine.native.kernels import use_kernels
 from engine.parallel.followers import Followers, RankTask
 from engine.parallel.rank_processes import RankProcesses
 from engine.setup import EnginePlan
@@ -92,8 +93,11 @@ class WorkerParts:
         Raises CheckpointError for weights that cannot be loaded.
         """
         ranks = None
+        cpu_kernels = await asyncio.to_thread(use_kernels, plan.cpu_kernels)
         if plan.parallel.num_ranks > 1:
-            ranks = await asyncio.to_thread(Ranks, plan.rank_task(config), worker_id, memory_fd)
+            ranks = await asyncio.to_thread(
+                Ranks, plan.rank_task(config, cpu_kernels), worker_id, memory_fd
+            )
         try:
             engine = await asyncio.to_thread(
                 Engine,
@@ -103,7 +107,7 @@ class WorkerParts:
                 memory=memory,
                 domain=plan.domain,
                 threads=plan.threads,
-                cpu_kernels=plan.cpu_kernels,
+                cpu_kernels=cpu_kernels,
                 followers=ranks.followers if ranks is not None else None,
             )
         except BaseException:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +45,9 @@ class Bound:
     """Bytes read and as many written, by all threads."""
 
 
+Inputs = dict[int, Tensor]
+
+
 class Products:
     """A model's matrices, in bfloat16."""
 
@@ -61,16 +65,17 @@ class Products:
         self._layers = [_packed(*shape) for _ in range(config.num_layers) for shape in shapes]
         self._head = _packed(config.vocab_size, hidden)
 
-    def step(self, rows: int, head_rows: int) -> None:
-        inputs = {width: torch.randn(rows, width).bfloat16() for _, width in self._widths}
+    def step(self, inputs: Inputs, head_rows: int) -> None:
+        """One step of as many rows as ``inputs`` have."""
         for weight, width in self._layers:
             _multiply(inputs[width], weight)
         weight, width = self._head
         _multiply(inputs[width][:head_rows], weight)
 
-    @property
-    def _widths(self) -> list[tuple[Tensor, int]]:
-        return [*self._layers[:4], self._head]
+    def inputs(self, rows: int) -> Inputs:
+        """Random ones, by their width."""
+        widths = {width for _, width in (*self._layers, self._head)}
+        return {width: torch.randn(rows, width).bfloat16() for width in widths}
 
 
 def _packed(outputs: int, inputs: int) -> tuple[Tensor, int]:
@@ -94,6 +99,11 @@ def median_ms(work: Callable[[], object], *, repeats: int, warm_ups: int = 3) ->
     return statistics.median(times)
 
 
+def _decode_ms(products: Products, rows: int) -> float:
+    inputs = products.inputs(rows)
+    return round(median_ms(partial(products.step, inputs, rows), repeats=30), 3)
+
+
 def measure(
     model: str, *, rows: Sequence[int], num_prompt_tokens: int, chunk: int, threads: int
 ) -> Bound:
@@ -101,13 +111,17 @@ def measure(
     products = Products(open_checkpoint(model).config)
     chunks = [min(chunk, num_prompt_tokens - at) for at in range(0, num_prompt_tokens, chunk)]
 
+    inputs = [products.inputs(length) for length in chunks]
+
     def prompt() -> None:
-        for number, length in enumerate(chunks, 1):
-            products.step(length, int(number == len(chunks)))
+        for number, each in enumerate(inputs, 1):
+            products.step(each, int(number == len(inputs)))
 
     with torch.inference_mode():
         decode_ms = {
-            str(each): round(median_ms(partial(products.step, each, each), repeats=30), 3)
+            str(each): round(
+                median_ms(partial(products.step, products.inputs(each), each), repeats=30), 3
+            )
             for each in rows
         }
         prompt_ms = round(median_ms(prompt, repeats=5, warm_ups=1), 3)
@@ -131,7 +145,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=1030, help="tokens")
     parser.add_argument("--chunk", type=int, default=512, help="tokens at once")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
     bound = measure(
         given.model,

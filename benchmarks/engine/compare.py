@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.errors import BatonError
+from baton.worker.environment import worker_environment
 from benchmarks import page, prompts
 from benchmarks.chat_stream import RequestFailed
 from benchmarks.engine import report, servers
@@ -37,19 +39,21 @@ SECTION = "engine"
 KEPT = page.KEPT / "engine.json"
 _RESULTS = page.RESULTS / "engine.json"
 LOADS = (1, 8, 32)
-PROMPT_TOKENS = 1030
+PROMPT_TOKENS = 1000
+"""Of the text; the chat template adds some."""
 _CONTEXT_TOKENS = 64
 _PROMPTS = 3
 """Long ones, each another, in a round; their median counts."""
 _REST_S = 1.0
 
 
-def bound_now() -> Bound:
-    """In a process of its own, with the threads that one worker would have."""
+def bound_now(num_prompt_tokens: int) -> Bound:
+    """In a process of its own, with the threads and the environment that one worker has."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.engine.bound", "--rows", *map(str, LOADS),
-         "--prompt", str(PROMPT_TOKENS)],
+         "--prompt", str(num_prompt_tokens)],
         check=True, capture_output=True, text=True,
+        env={**os.environ, **worker_environment(os.environ)},
     )  # fmt: skip
     return Bound(**json.loads(done.stdout))
 
@@ -83,16 +87,18 @@ def _body(running: Running, num_tokens: int, answer_tokens: int, *name: object) 
         "max_tokens": answer_tokens,
         "temperature": 0,
         "ignore_eos": True,
+        "return_token_ids": True,
     }
 
 
 def measure(found: Sequence[Running], *, rounds: int, answer_tokens: int) -> Iterator[object]:
     """A Bound and the Samples of each round. A first round of every server is not counted."""
+    num_prompt_tokens = PROMPT_TOKENS
     for running in found:
-        for _ in round_of(running, -1, answer_tokens=8):
-            pass
+        *_, prompt = round_of(running, -1, answer_tokens=8)
+        num_prompt_tokens = prompt.prompt_tokens
     for number in range(rounds):
-        yield bound_now()
+        yield bound_now(num_prompt_tokens)
         for running in found:
             yield from round_of(running, number, answer_tokens=answer_tokens)
 

@@ -35,7 +35,7 @@ def embedding_of(weight: Tensor, groups: RankGroups) -> Callable[[Tensor], Tenso
 def head_of(weight: Tensor, groups: RankGroups) -> Callable[[Tensor], Tensor]:
     """[rows, hidden] → logits, float32 [rows, vocabulary]; on the first rank only.
 
-    They are of the weights' precision, and the next call overwrites them.
+    The next call overwrites them.
     """
     if groups.world.size == 1:
         return _Head(weight)
@@ -55,16 +55,17 @@ def head_of(weight: Tensor, groups: RankGroups) -> Callable[[Tensor], Tensor]:
 
 
 class _Head:
-    """A matrix product whose large result always goes to the same memory."""
+    """A matrix product in float32 whose large result always goes to the same memory.
+
+    In bfloat16 the likeliest tokens are often equal, and the lowest id among them is another
+    answer: SmolLM2 then says nothing of Paris, asked for the capital of France.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         self._linear = Linear(weight)
         self._logits = torch.empty(0, len(weight))
 
     def __call__(self, x: Tensor) -> Tensor:
-        product = self._linear(x)
-        if product.dtype == torch.float32:
-            return product
         if len(self._logits) < len(x):
-            self._logits = torch.empty(len(x), product.shape[1])
-        return self._logits[: len(x)].copy_(product)
+            self._logits = torch.empty(len(x), self._logits.shape[1])
+        return self._linear.in_float32(x, self._logits[: len(x)])

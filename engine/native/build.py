@@ -30,7 +30,7 @@ _OPTIONS = (
     *("-Wall", "-Wextra", "-Wno-psabi"),
 )
 # https://gitlab.com/x86-psABIs/x86-64-ABI, table 3.1, by Linux' names of the flags.
-_V3 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
+_V3 = frozenset({"abm", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 _X86_64 = (
@@ -61,8 +61,13 @@ def build() -> Path:
     if sys.platform != "linux":
         raise ConfigurationError(f"the CPU kernels are for Linux, not {sys.platform}")
     options = (*_OPTIONS, *_target_options())
-    installed = _INSTALLED / _key(options) / _NAME
-    return installed if installed.is_file() else _build_in(cache_root() / "kernels", options)
+    try:
+        installed = _INSTALLED / _key(options) / _NAME
+        return installed if installed.is_file() else _build_in(cache_root() / "kernels", options)
+    except ConfigurationError:
+        raise
+    except (BatonError, OSError) as error:  # no cache, or one that may not be used
+        raise ConfigurationError(f"the CPU kernels cannot be kept: {error}") from error
 
 
 def install() -> list[Path]:
@@ -77,30 +82,28 @@ def options_for(flags: Set[str]) -> tuple[str, ...]:
 
 
 def _key(options: tuple[str, ...]) -> str:
-    return hashlib.sha256(_SOURCE.read_bytes() + shlex.join(options).encode()).hexdigest()[:16]
+    built_with = shlex.join([platform.machine(), *_compiler_words(), *options])
+    return hashlib.sha256(_SOURCE.read_bytes() + built_with.encode()).hexdigest()[:16]
 
 
 def _build_in(parent: Path, options: tuple[str, ...]) -> Path:
-    try:
-        folder = build_once(
-            parent / _key(options), [_NAME], lambda folder: _compile(options, folder)
-        )
-    except ConfigurationError:
-        raise
-    except BatonError as error:  # the cache cannot be written
-        raise ConfigurationError(error.message) from error
+    folder = build_once(parent / _key(options), [_NAME], lambda folder: _compile(options, folder))
     return folder / _NAME
 
 
+def _compiler_words() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "") or ["g++"]
+
+
 def _compile(options: tuple[str, ...], folder: Path) -> None:
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if compiler is None:
+    compiler, *arguments = _compiler_words()
+    if shutil.which(compiler) is None:
         raise ConfigurationError("the CPU kernels need a C++ compiler; install g++ or set CXX")
     built = folder / "kernels.o"
     # Linked without -fopenmp, which would bring a second OpenMP into the process.
     for command in (
-        (compiler, *options, "-c", str(_SOURCE), "-o", str(built)),
-        (compiler, "-shared", str(built), "-o", str(folder / _NAME)),
+        (compiler, *arguments, *options, "-c", str(_SOURCE), "-o", str(built)),
+        (compiler, *arguments, "-shared", str(built), "-o", str(folder / _NAME)),
     ):
         try:
             subprocess.run(
@@ -128,10 +131,11 @@ def _is_x86_64() -> bool:
 
 def _share_openmp() -> None:
     """Makes the OpenMP that is in this process visible to libraries that are loaded later."""
-    found = re.search(r"\s(/\S*/lib(?:gomp|iomp5|omp)[-.\w]*)$", _mappings(), re.MULTILINE)
-    if found is None:
+    found = re.findall(r"\s(/.*/lib(?:gomp|iomp5|omp)[-.][-.\w]*)$", _mappings(), re.MULTILINE)
+    if not found:
         raise ConfigurationError("torch has loaded no OpenMP that the CPU kernels could share")
-    ctypes.CDLL(found[1], mode=ctypes.RTLD_GLOBAL)
+    of_torch = [path for path in found if "/torch" in path]
+    ctypes.CDLL((of_torch or found)[0], mode=ctypes.RTLD_GLOBAL)
 
 
 def _mappings() -> str:

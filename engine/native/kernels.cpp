@@ -488,26 +488,26 @@ void attend_decodes(const Pool& pool, int64_t layer, const T* query, int64_t que
 #define BATON_ENTRIES(SUFFIX, T)                                                                 \
   extern "C" void add_rms_norm_##SUFFIX(float* x, const T* delta, const float* weight,           \
                                         float eps, T* out, int64_t rows, int64_t features,       \
-                                        int threads) {                                           \
+                                        int threads) noexcept {                                  \
     add_rms_norm(x, delta, weight, eps, out, rows, features, threads);                           \
   }                                                                                              \
   extern "C" void swiglu_##SUFFIX(const T* gate_up, T* out, int64_t rows, int64_t features,      \
-                                  int threads) {                                                 \
+                                  int threads) noexcept {                                        \
     swiglu(gate_up, out, rows, features, threads);                                               \
   }                                                                                              \
   extern "C" void rotate_##SUFFIX(T* heads, int64_t row_stride, int64_t head_stride,             \
                                   const float* cos, const float* sin, int64_t rows,              \
-                                  int64_t num_heads, int64_t half, int threads) {                \
+                                  int64_t num_heads, int64_t half, int threads) noexcept {       \
     rotate(heads, row_stride, head_stride, cos, sin, rows, num_heads, half, threads);            \
   }                                                                                              \
   extern "C" void write_kv_##SUFFIX(const Pool* pool, int64_t layer, const T* kv,                \
-                                    int64_t row_stride, const int64_t* slots, int64_t rows) {    \
+                                    int64_t row_stride, const int64_t* slots, int64_t rows) noexcept {    \
     write_kv(*pool, layer, kv, row_stride, slots, rows);                                         \
   }                                                                                              \
   extern "C" void attend_decodes_##SUFFIX(                                                       \
       const Pool* pool, int64_t layer, const T* query, int64_t query_stride, T* out,             \
       const int32_t* block_table, int64_t table_width, const int32_t* contexts, int64_t spans,   \
-      int64_t group, float scale, int64_t window, int threads) {                                 \
+      int64_t group, float scale, int64_t window, int threads) noexcept {                        \
     attend_decodes(*pool, layer, query, query_stride, out, block_table, table_width, contexts,   \
                    spans, group, scale, window, threads);                                        \
   }
@@ -518,6 +518,6 @@ BATON_ENTRIES(bf16, bfloat16)
 // A sum over ranks comes in float32 whatever the weights are.
 extern "C" void add_rms_norm_f32_bf16(float* x, const float* delta, const float* weight, float eps,
                                       bfloat16* out, int64_t rows, int64_t features,
-                                      int threads) {
+                                      int threads) noexcept {
   add_rms_norm(x, delta, weight, eps, out, rows, features, threads);
 }

@@ -22,7 +22,10 @@ from engine.native.build import find_library
 logger = logging.getLogger(__name__)
 
 Choice = Literal["auto", "native", "torch"]
+Chosen = Literal["native", "torch"]
 
+_LONG_WORK = 1 << 20
+"""Elements that are read: from some 0.1 ms on."""
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -59,26 +62,44 @@ class Pool(Structure):
         )
 
 
+class _Function:
+    """One of the library's. Short calls keep the interpreter's lock: another thread would take
+    it in between, for much longer than they last. Long ones let others run."""
+
+    def __init__(
+        self, name: str, arguments: tuple[Any, ...], locked: ctypes.CDLL, unlocked: ctypes.CDLL
+    ) -> None:
+        self._locked, self._unlocked = (getattr(each, name) for each in (locked, unlocked))
+        for function in (self._locked, self._unlocked):
+            function.argtypes, function.restype = arguments, None
+
+    def for_work(self, num_elements: int) -> Any:
+        """To call it on so many."""
+        return self._locked if num_elements < _LONG_WORK else self._unlocked
+
+
+_ByDtype = dict[torch.dtype, _Function]
+
+
 class Kernels:
     """Tensors are on the CPU; activations are bfloat16 or float32, computed in float32."""
 
     def __init__(self, path: Path) -> None:
         try:
-            library = ctypes.PyDLL(str(path))  # keeps the interpreter's lock: calls are short
+            library = ctypes.PyDLL(str(path))  # whose calls keep the interpreter's lock
             unlocked = ctypes.CDLL(str(path))
         except OSError as error:
             raise ConfigurationError(f"the CPU kernels cannot be loaded: {error}") from error
 
-        def by_dtype(name: str, *arguments: Any, of: ctypes.CDLL = library) -> dict[Any, Any]:
-            functions = {d: getattr(of, f"{name}_{s}") for d, s in _SUFFIXES.items()}
-            for function in functions.values():
-                function.argtypes, function.restype = arguments, None
-            return functions
+        def by_dtype(name: str, *arguments: Any) -> _ByDtype:
+            return {
+                dtype: _Function(f"{name}_{suffix}", arguments, library, unlocked)
+                for dtype, suffix in _SUFFIXES.items()
+            }
 
         norm = (c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64, c_int)
         self._norm = by_dtype("add_rms_norm", *norm)
-        self._norm_of_float32 = library.add_rms_norm_f32_bf16
-        self._norm_of_float32.argtypes, self._norm_of_float32.restype = norm, None
+        self._norm_of_float32 = _Function("add_rms_norm_f32_bf16", norm, library, unlocked)
         self._swiglu = by_dtype("swiglu", c_void_p, c_void_p, c_int64, c_int64, c_int)
         self._rotate = by_dtype(
             *("rotate", c_void_p, c_int64, c_int64, c_void_p, c_void_p),
@@ -87,12 +108,10 @@ class Kernels:
         self._write_kv = by_dtype(
             "write_kv", POINTER(Pool), c_int64, c_void_p, c_int64, c_void_p, c_int64
         )
-        attend = (
+        self._attend = by_dtype(
             *("attend_decodes", POINTER(Pool), c_int64, c_void_p, c_int64, c_void_p, c_void_p),
             *(c_int64, c_void_p, c_int64, c_int64, c_float, c_int64, c_int),
         )
-        self._attend = by_dtype(*attend)
-        self._attend_unlocked = by_dtype(*attend, of=unlocked)
 
     def add_rms_norm(
         self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
@@ -114,7 +133,7 @@ class Kernels:
             if delta.dtype != dtype:
                 assert delta.dtype == torch.float32
                 function = self._norm_of_float32
-        function(
+        function.for_work(rows * features)(
             *(x.data_ptr(), pointer, weight.data_ptr(), eps, out.data_ptr()),
             *(rows, features, torch.get_num_threads()),
         )
@@ -125,7 +144,7 @@ class Kernels:
         rows, features = gate_up.shape[0], gate_up.shape[1] // 2
         assert gate_up.is_contiguous()
         out = torch.empty(rows, features, dtype=gate_up.dtype)
-        self._swiglu[gate_up.dtype](
+        self._swiglu[gate_up.dtype].for_work(rows * features)(
             gate_up.data_ptr(), out.data_ptr(), rows, features, torch.get_num_threads()
         )
         return out
@@ -139,7 +158,7 @@ class Kernels:
         assert cos.is_contiguous()
         assert sin.is_contiguous()
         assert cos.dtype == torch.float32
-        self._rotate[heads.dtype](
+        self._rotate[heads.dtype].for_work(heads.numel())(
             *(heads.data_ptr(), heads.stride(0), heads.stride(1), cos.data_ptr(), sin.data_ptr()),
             *(rows, num_heads, dim // 2, torch.get_num_threads()),
         )
@@ -149,7 +168,7 @@ class Kernels:
         own elements side by side) to its slot (int64 [tokens])."""
         assert key_value[0].is_contiguous()
         assert slots.dtype == torch.int64
-        self._write_kv[key_value.dtype](
+        self._write_kv[key_value.dtype].for_work(key_value.numel())(
             byref(pool), layer, key_value.data_ptr(), key_value.stride(0), slots.data_ptr(),
             len(slots),
         )  # fmt: skip
@@ -178,16 +197,13 @@ class Kernels:
         assert block_table.is_contiguous()
         assert block_table.dtype == contexts.dtype == torch.int32
         assert len(contexts) == spans
-        attend = self._attend if spans * width < _MANY_BLOCKS else self._attend_unlocked
-        attend[query.dtype](
+        read = spans * width * pool.block_size * pool.num_heads * pool.head_dim
+        self._attend[query.dtype].for_work(read * pool.num_parts)(
             *(byref(pool), layer, query.data_ptr(), query.stride(0), out.data_ptr()),
             *(block_table.data_ptr(), width, contexts.data_ptr(), spans),
             *(query.shape[1] // pool.num_heads, scale, window or 0, torch.get_num_threads()),
         )
 
-
-_MANY_BLOCKS = 1024
-"""In a table, padding included: some 0.2 ms of work and more lets other Python run."""
 
 _kernels: Kernels | None = None
 
@@ -197,8 +213,8 @@ def kernels() -> Kernels | None:
     return _kernels
 
 
-def use_kernels(choice: Choice) -> None:
-    """From now on layers that are made call them, or torch.
+def use_kernels(choice: Choice) -> Chosen:
+    """From now on this process computes with them, or with torch; returns which.
 
     ``auto`` takes torch where they cannot be had, and logs why. Raises ConfigurationError
     where ``native`` cannot be had.
@@ -206,7 +222,7 @@ def use_kernels(choice: Choice) -> None:
     global _kernels
     if choice == "torch":
         _kernels = None
-        return
+        return "torch"
     try:
         _kernels = Kernels(find_library())
     except ConfigurationError as error:
@@ -214,3 +230,5 @@ def use_kernels(choice: Choice) -> None:
             raise
         logger.warning("decoding is slower than it could be: %s", error.message)
         _kernels = None
+        return "torch"
+    return "native"

@@ -43,7 +43,7 @@ class RankTask:
     layout: KvLayout
     threads: int
     parallel: Parallelism
-    cpu_kernels: Choice = "auto"
+    cpu_kernels: Choice = "torch"
     rank: int = 0
     store_port: int = 0
 

@@ -11,7 +11,7 @@ from benchmarks.routing import oracle, trace
 from benchmarks.routing.run import Run, run_trace
 from benchmarks.routing.sizing import BLOCK_SIZE, kv_cache_bytes
 
-SECRET = "a secret that the test and its servers share"
+SECRET = "a-secret-that-the-test-and-its-servers-share"
 NUM_USERS, NUM_TURNS = 5, 4
 NUM_BLOCKS = 72
 """Of each worker: room for its half of the conversations, not for all of them."""

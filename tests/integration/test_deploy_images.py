@@ -62,9 +62,12 @@ def test_image_is_filled_by_the_install_script_and_nothing_else(
     stages: list[Stage], request: pytest.FixtureRequest
 ) -> None:
     build, runtime = stages
-    (run,) = build.all("RUN")
+    *prepared, run = build.all("RUN")
     kind = request.node.callspec.params["stages"].removesuffix(".Dockerfile")
     assert run.words == [*INSTALL, kind, "--into", "/opt/baton", "$INSTALL_OPTIONS"]
+    # What compiles stays in the stage that does: for the CPU kernels.
+    assert ["g++" in step.words for step in prepared] == [True] * (kind == "worker-cpu")
+    assert not runtime.all("RUN")[1:]
     assert not copied(runtime)
     (copy,) = runtime.all("COPY")
     assert copy.words == ["--from=build", "/opt/baton", "/opt/baton"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from baton.kv_layout import KvLayout
 from engine.native import build
 from engine.native.kernels import Kernels, Pool, kernels, use_kernels
 
-V4 = "avx2 bmi1 bmi2 f16c fma movbe avx512f avx512bw avx512cd avx512dq avx512vl"
+V4 = "abm avx2 bmi1 bmi2 f16c fma movbe avx512f avx512bw avx512cd avx512dq avx512vl"
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,30 @@ def test_without_a_compiler_auto_goes_on_with_torch_and_native_refuses(
             use_kernels("native")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_cache_that_may_not_be_read_is_no_reason_to_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    tmp_path.chmod(0o755)
+    monkeypatch.setenv("BATON_CACHE", str(closed))
+    os.seteuid(65534)
+    try:
+        with pytest.raises(ConfigurationError, match="cannot be kept"):
+            build.build()
+    finally:
+        os.seteuid(0)
+
+
+def test_a_compiler_may_have_words_before_it_and_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("BATON_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "env g++ -g0")
+    assert build.build().is_file()
+
+
 def test_what_does_not_compile_is_refused_with_the_compilers_words(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -197,7 +222,7 @@ def test_another_source_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_
     ("flags", "options"),
     [
         ("sse2", ()),
-        ("avx2 bmi1 bmi2 f16c fma movbe", ("-march=x86-64-v3",)),
+        ("abm avx2 bmi1 bmi2 f16c fma movbe", ("-march=x86-64-v3",)),
         (
             V4,
             ("-march=x86-64-v4", "-mprefer-vector-width=512"),

@@ -290,11 +290,12 @@ async def test_workers_that_die_together_use_up_no_attempts() -> None:
             stream = await dying.next_open()
             assert stream.message.attempt == min(number, 1)
             if number == 0:
-                stream.reserve()
+                stream.tokens(0, 50)
+                await wait_until(lambda: client.token_ids == [50])
             await dying.stop()
         late = await cluster.add("decode-9", "decode")
         last = await late.next_open()
-        last.tokens(0, 50)
+        last.tokens(1, 51)
         last.close(STOP)
         assert (await client.end()).finish_reason == "stop"
 
