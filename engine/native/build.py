@@ -82,7 +82,7 @@ def options_for(flags: Set[str]) -> tuple[str, ...]:
 
 
 def _key(options: tuple[str, ...]) -> str:
-    built_with = shlex.join([platform.machine(), *_compiler_words(), *options])
+    built_with = shlex.join([platform.machine(), *options])
     return hashlib.sha256(_SOURCE.read_bytes() + built_with.encode()).hexdigest()[:16]
 
 
