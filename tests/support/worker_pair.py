@@ -77,7 +77,7 @@ def built(
     followers = None
     if parallel.num_ranks > 1:
         others = connections[: parallel.num_ranks - 1]
-        followers = Followers.lead(others, plan.rank_task(config), memory.fd)
+        followers = Followers.lead(others, plan.rank_task(config, "torch"), memory.fd)
     try:
         engine = Engine(
             plan.checkpoint,

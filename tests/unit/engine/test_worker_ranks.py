@@ -69,6 +69,6 @@ def test_ranks_that_share_cores_are_warned_of(
     plan = plan_engine(config, secret="s", parallel=config.own_parallelism)
     monkeypatch.setattr(worker_parts.os, "sched_getaffinity", lambda _: set(range(num_cores)))
     with caplog.at_level("INFO"):
-        log_ranks("decode-0", plan.rank_task(config))
+        log_ranks("decode-0", plan.rank_task(config, "torch"))
     assert "decode-0: 2 ranks of 1 threads each" in caplog.text
     assert ("share 1 cores" in caplog.text) == is_crowded
