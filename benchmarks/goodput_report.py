@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.goodput_results import Results
+from benchmarks.page import markdown_table
 
 Verdict = Literal["better", "worse", "unseen"]
 
@@ -123,7 +124,7 @@ def parted_by_chance(num_rounds: int) -> float:
 def _table(results: Results, rate: float, one: str, other: str) -> str:
     names = [system.name for system in results.systems]
     heads = (f"{rate:g} requests/s offered", *names, f"{one} against {other}")
-    lines = [heads, ("---",) * len(heads)]
+    lines = [heads]
     for row in _SHARES:
         lines.append((row.name, *(_cell(results, rate, name, row) for name in names), ""))
     for row in ROWS:
@@ -133,7 +134,7 @@ def _table(results: Results, rate: float, one: str, other: str) -> str:
     for title, figure in (("overdue", "num_overdue"), ("failed", "num_failed")):
         counts = (str(_total(results, rate, name, figure)) for name in names)
         lines.append((title, *counts, ""))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
 def _cell(results: Results, rate: float, system: str, row: _Row) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from benchmarks.measured import Measured
-from benchmarks.page import KeptResults
+from benchmarks.page import KeptResults, markdown_table
 
 APART, LOCAL = "disaggregated", "local"
 
@@ -98,7 +98,7 @@ def table(results: Results) -> str:
         *("streams", "uncached tokens", "TTFT apart", "TTFT local"),
         *("2nd token apart", "2nd token local", "gap apart", "gap local"),
     )
-    lines: list[Sequence[str]] = [heads, ["---"] * len(heads)]
+    lines: list[Sequence[str]] = [heads]
     for num_streams in results.loads:
         for length in results.lengths:
             cells = [
@@ -109,7 +109,7 @@ def table(results: Results) -> str:
             if num_streams == 0:
                 cells[-2:] = ["-", "-"]
             lines.append([str(num_streams), str(length), *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
 def _sentence(results: Results, num_streams: int) -> str:

@@ -4,7 +4,7 @@ are kept beside the page."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -37,6 +37,12 @@ def into_page(name: str, text: str, page: Path = PAGE) -> None:
     without them."""
     before, _, after = _parts(name, page)
     page.write_text(f"{before}{text.strip()}{after}")
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """The cells of a head and of the rows below it."""
+    head, *rows = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
 def _parts(name: str, page: Path) -> tuple[str, str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from benchmarks.measured import Measured
-from benchmarks.page import KeptResults
+from benchmarks.page import KeptResults, markdown_table
 
 APART, COLOCATED = "disaggregated", "colocated"
 GOAL = 0.15
@@ -97,7 +97,7 @@ def table(results: Results) -> str:
         cached = statistics.median(sample.num_cached_tokens for sample in again)
         workers = sorted({"decode" if s.prefill_worker is None else "prefill" for s in again})
         lines.append((way, *cells, f"{results.ratio(way):.3f}", f"{cached:g}", ", ".join(workers)))
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def parts_table(results: Results) -> str:
@@ -107,17 +107,12 @@ def parts_table(results: Results) -> str:
         cells = [statistics.median(sample.parts_ms[part] for sample in again) for part in PARTS]
         rest = statistics.median(s.ttft_ms - sum(s.parts_ms.values()) for s in again)
         lines.append((way, *(f"{cell:.1f}" for cell in (*cells, rest))))
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def _times(samples: Sequence[Sample]) -> str:
     times = [sample.ttft_ms for sample in samples]
     return f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})"
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    head, *rows = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
 def _sentence(results: Results, way: str) -> str:

@@ -110,7 +110,6 @@ def measure(
     torch.set_num_threads(threads)
     products = Products(open_checkpoint(model).config)
     chunks = [min(chunk, num_prompt_tokens - at) for at in range(0, num_prompt_tokens, chunk)]
-
     inputs = [products.inputs(length) for length in chunks]
 
     def prompt() -> None:
@@ -118,12 +117,7 @@ def measure(
             products.step(each, int(number == len(inputs)))
 
     with torch.inference_mode():
-        decode_ms = {
-            str(each): round(
-                median_ms(partial(products.step, products.inputs(each), each), repeats=30), 3
-            )
-            for each in rows
-        }
+        decode_ms = {str(each): _decode_ms(products, each) for each in rows}
         prompt_ms = round(median_ms(prompt, repeats=5, warm_ups=1), 3)
         source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8)
         target = torch.zeros_like(source)

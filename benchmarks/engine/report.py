@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from benchmarks.engine.bound import Bound
 from benchmarks.measured import Measured
-from benchmarks.page import KeptResults
+from benchmarks.page import KeptResults, markdown_table
 
 BATON = "baton"
 DECODE_GOAL = 1.5
@@ -93,18 +93,16 @@ def section(results: Results) -> str:
 
 
 def table(results: Results) -> str:
-    lines: list[Sequence[str]] = [
-        ("", "bound ms", *(f"{s.name} ms | {s.name} / bound" for s in results.servers))
-    ]
+    names = [server.name for server in results.servers]
+    heads = [head for name in names for head in (f"{name} ms", f"{name} / bound")]
+    lines: list[Sequence[str]] = [("", "bound ms", *heads)]
     for streams in (*results.loads, 0):
-        name = "a prompt's TTFT" if streams == 0 else f"step at {streams}"
+        load = "a prompt's TTFT" if streams == 0 else f"step at {streams}"
         bound = results.bound_ms(streams)
-        cells = [
-            f"{results.ms(s.name, streams):.1f} | {results.ms(s.name, streams) / bound:.2f}"
-            for s in results.servers
-        ]
-        lines.append((name, f"{bound:.1f}", *cells))
-    return _markdown(lines)
+        times = [results.ms(name, streams) for name in names]
+        cells = [cell for ms in times for cell in (f"{ms:.1f}", f"{ms / bound:.2f}")]
+        lines.append((load, f"{bound:.1f}", *cells))
+    return markdown_table(lines)
 
 
 def servers_table(results: Results) -> str:
@@ -114,7 +112,7 @@ def servers_table(results: Results) -> str:
     for server in results.servers:
         rates = [f"{n * 1000 / results.ms(server.name, n):.0f}" for n in results.loads]
         lines.append((server.name, f"{server.start_s:.1f}", f"{server.pss_mb:,.0f}", *rates))
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def sentences(results: Results) -> str:
@@ -131,9 +129,3 @@ def sentences(results: Results) -> str:
         f"A prompt goes at {share:.2f} of its bound (the goal of {PROMPT_GOAL} is {said})."
     )
     return " ".join(parts)
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    head = f"| {' | '.join(lines[0])} |"
-    rule = f"| {' | '.join(['---'] * (head.count('|') - 1))} |"
-    return "\n".join((head, rule, *(f"| {' | '.join(line)} |" for line in lines[1:])))
