@@ -30,7 +30,9 @@ def _start_time(pid: int) -> int | None:
             fields = stat.read().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    # As in procfs.py: what is a zombie with other threads still holds files and memory.
+    ended = fields[0] == "X" or (fields[0] == "Z" and int(fields[17]) <= 1)
+    return None if ended else int(fields[19])
 
 
 def clean_up(processes: list[tuple[int, int]], folder: str) -> None:

@@ -6,11 +6,20 @@ import asyncio
 import os
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from cluster.procfs import ProcessName, descendants, is_alive, name_of, send, wait_gone
+
+WITHOUT_ITS_FIRST_THREAD = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
 
 
 @pytest.fixture
@@ -19,6 +28,20 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     yield child
     child.kill()
     child.wait()
+
+
+@pytest.fixture
+def headless() -> Iterator[subprocess.Popen[bytes]]:
+    """Its first thread has ended and is a zombie, another one goes on."""
+    command = [sys.executable, "-c", WITHOUT_ITS_FIRST_THREAD]
+    with subprocess.Popen(command) as child:
+        stat = Path(f"/proc/{child.pid}/stat")
+        ends_at = time.monotonic() + 10
+        while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < ends_at
+            time.sleep(0.01)
+        yield child
+        child.kill()
 
 
 def named(child: subprocess.Popen[bytes]) -> ProcessName:
@@ -46,6 +69,21 @@ def test_zombie_is_not_alive(sleeper: subprocess.Popen[bytes]) -> None:
     sleeper.kill()
     os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
     assert name_of(sleeper.pid) is None
+    assert not is_alive(name)
+
+
+async def test_process_is_alive_until_its_last_thread_has_ended(
+    headless: subprocess.Popen[bytes],
+) -> None:
+    """Until then it holds its files and its memory."""
+    name = named(headless)
+    assert is_alive(name)
+    assert name in descendants(os.getpid())
+    waiting = asyncio.create_task(wait_gone(name))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    headless.kill()
+    await asyncio.wait_for(waiting, 10)
     assert not is_alive(name)
 
 
