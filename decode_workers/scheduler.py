@@ -72,8 +72,20 @@ class DecodeStream:
     use: InputUse = field(default_factory=InputUse)
     num_cached_tokens: int | None = None
     """Of the input, found in the prefix cache when it was first admitted."""
+    computed: list[range] = field(default_factory=list)
+    """Positions of the input that were computed here, for it; some twice, where it was
+    preempted."""
     counted: bool = False
-    """Its input is computed once, and has been counted."""
+    """Its input is there, and has been counted."""
+
+    @property
+    def local_use(self) -> InputUse:
+        """Of a local prefill: what was never computed for it came from the prefix cache."""
+        num_computed = end = 0
+        for each in sorted(self.computed, key=attrgetter("start")):
+            num_computed += max(0, each.stop - max(end, each.start))
+            end = max(end, each.stop)
+        return InputUse(self.num_input_tokens - num_computed, num_computed)
 
 
 class DecodeScheduler:
@@ -84,7 +96,9 @@ class DecodeScheduler:
     ) -> None:
         self._kv = kv
         self._budget = max_num_batched_tokens
-        self._max_running = max_num_seqs
+        # Each takes a token of every step, and one is left for a local prefill: nobody stands
+        # still because others run.
+        self.max_running = max(1, min(max_num_seqs, max_num_batched_tokens - 1))
         self._watermark = watermark_blocks
         self._begun: list[DecodeStream] = []  # the next one first, as in the other line
         self._fresh: list[DecodeStream] = []
@@ -144,7 +158,7 @@ class DecodeScheduler:
         that are RECEIVING is to begin.
         """
         admitted: list[DecodeStream] = []
-        while (line := self._begun or self._fresh) and self.num_running < self._max_running:
+        while (line := self._begun or self._fresh) and self.num_running < self.max_running:
             stream = line[0]
             if not self._take_blocks(stream.sequence):
                 break
@@ -180,20 +194,22 @@ class DecodeScheduler:
             if stream.state is StreamState.RUNNING and stream.sequence.num_remaining == 1:
                 self._make_room(stream)
         for stream in self._running:
-            if stream.sequence.num_remaining > 1:
-                self._extend_prefix(stream)
+            if stream.sequence.num_remaining > 1:  # others may have computed some of it meanwhile
+                self._kv.extend_prefix(stream.sequence)
         running = [stream.sequence for stream in sorted(self._running, key=_PRIORITY)]
-        decoding = [seq for seq in running if seq.num_remaining == 1][: self._budget]
+        decoding = [seq for seq in running if seq.num_remaining == 1]
         prefilling = [seq for seq in running if seq.num_remaining > 1]
         chunks = [Scheduled(sequence, 1) for sequence in decoding]
-        return chunks + prefill_chunks(prefilling, self._budget - len(decoding), self._kv)
+        chunks += prefill_chunks(prefilling, self._budget - len(decoding), self._kv)
+        self._note_computed(chunks)
+        return chunks
 
-    def _extend_prefix(self, stream: DecodeStream) -> None:
-        """Takes what another has computed of a local prefill's input meanwhile."""
-        num_found = self._kv.extend_prefix(stream.sequence)
-        if not stream.counted:
-            assert stream.num_cached_tokens is not None
-            stream.num_cached_tokens += num_found
+    def _note_computed(self, chunks: list[Scheduled]) -> None:
+        uncounted = {id(s.sequence): s for s in self._running if not s.counted}
+        for chunk in chunks:
+            if (stream := uncounted.get(id(chunk.seq))) is not None:
+                first = chunk.seq.num_computed_tokens
+                stream.computed.append(range(first, first + chunk.num_tokens))
 
     def _make_room(self, stream: DecodeStream) -> None:
         """A block for the stream's next token, preempting from the worst priority's youngest

@@ -77,7 +77,7 @@ class DecodeWorker:
             logger.error("request %s: its stream id is in use; ignored", stream.request_id)
         elif self._draining:
             self._outbox.failed(stream.key, DrainingError("this decode worker is going away"))
-        elif self._scheduler.num_waiting >= self._config.max_waiting:
+        elif len(self._streams) >= self._scheduler.max_running + self._config.max_waiting:
             self._outbox.failed(stream.key, ReservationError("this decode worker's queue is full"))
         else:
             self._streams[stream.key] = stream
@@ -230,9 +230,7 @@ class DecodeWorker:
         stream = self._streams[sampled.seq.key]
         sequence = stream.sequence
         if not stream.counted:
-            assert stream.num_cached_tokens is not None
-            num_cached = stream.num_cached_tokens
-            stream.use = InputUse(num_cached, stream.num_input_tokens - num_cached)
+            stream.use = stream.local_use
             self._outbox.count_input(stream.use)
             stream.counted = True
         num_emitted = sequence.num_tokens - sequence.num_prompt_tokens

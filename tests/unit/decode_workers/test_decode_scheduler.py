@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.decode_streams import finish, scheduler, stream
 from support.sequences import pretend_step, small_cache
 
+from baton.worker.outbox import InputUse
 from baton.worker.session_server import StreamKey
 from decode_workers.scheduler import DecodeStream, StreamState
 
@@ -245,4 +246,33 @@ def test_common_part_of_local_prefills_that_come_together_is_computed_once() -> 
         sampled += len(pretend_step(kv, chunks, 7))
         kv.pool.check()
     assert num_computed == 32 + 3
-    assert [each.num_cached_tokens for each in streams] == [0, 32, 32]
+    assert [each.local_use for each in streams] == [
+        InputUse(0, 33),
+        InputUse(32, 1),
+        InputUse(32, 1),
+    ]
+
+
+def test_what_a_preempted_prefill_has_computed_is_not_counted_as_cached() -> None:
+    """Nor twice: blocks that it takes from another, loses and takes again."""
+    each = stream(0, [*range(100)], local=True)
+    each.computed += [range(32, 64), range(80, 96), range(48, 80), range(96, 100)]
+    assert each.local_use == InputUse(num_cached_tokens=32, num_computed_tokens=68)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 4])
+def test_streams_that_run_take_a_token_of_every_step(budget: int) -> None:
+    """However few a step has: a stream that no step has room for would stand still."""
+    kv = small_cache(64)
+    chosen = scheduler(kv, budget=budget)
+    streams = [stream(n, [n], local=True) for n in range(6)]
+    for each in streams:
+        chosen.enqueue(each)
+    chosen.admit()
+    for _ in range(6):
+        chunks = chosen.schedule()
+        assert sum(chunk.num_tokens for chunk in chunks) <= budget
+        assert {id(chunk.seq) for chunk in chunks} == {
+            id(each.sequence) for each in streams if each.state is StreamState.RUNNING
+        }
+        pretend_step(kv, chunks, 7)

@@ -24,7 +24,9 @@ KEY = StreamKey(1, 5)
 
 
 class DecodeRig(Rig):
-    def __init__(self, *, num_blocks: int = 16, max_waiting: int = 8) -> None:
+    def __init__(
+        self, *, num_blocks: int = 16, max_waiting: int = 8, max_num_seqs: int = 8
+    ) -> None:
         super().__init__("decode")
         self.kv = small_cache(num_blocks)
         self.receiver = Recorder()
@@ -32,7 +34,10 @@ class DecodeRig(Rig):
         self.worker = DecodeWorker(
             engine=self.engine,  # type: ignore[arg-type]
             scheduler=DecodeScheduler(
-                self.kv, max_num_batched_tokens=8, max_num_seqs=8, watermark_blocks=1
+                self.kv,
+                max_num_batched_tokens=9,
+                max_num_seqs=max_num_seqs,
+                watermark_blocks=1,
             ),
             receiver=self.receiver,  # type: ignore[arg-type]
             inbox=self.inbox,
@@ -257,10 +262,14 @@ async def test_reservation_without_room_is_refused_within_its_bound() -> None:
 
 
 async def test_full_queue_and_draining_worker_refuse_what_comes() -> None:
-    rig = DecodeRig(max_waiting=0)
-    rig.worker.open(rig.stream([1, 2]))
+    rig = DecodeRig(max_waiting=1, max_num_seqs=2)
+    keys = [StreamKey(1, number) for number in range(4)]
+    for key in keys:  # all at once: those that there is a place for do not count as waiting
+        rig.worker.open(rig.stream([1, 2], key=key))
     await rig.step()
-    assert rig.closed[KEY].error_code == "reservation_refused"
+    assert {key: closed.error_code for key, closed in rig.closed.items()} == {
+        keys[3]: "reservation_refused"
+    }
     rig = DecodeRig()
     rig.worker.drain()
     rig.worker.open(rig.stream([1, 2]))
