@@ -207,7 +207,8 @@ class ChoiceRun:
             return UnavailableError("no decode worker is ready")
         needed = self._choice.context_needed("decode", num_emitted_tokens=0)
         longest = max(worker.record.max_model_len for worker in ready)
-        if begun or longest >= needed:
+        recent = self._serving.pool.recent_max_model_len() or longest
+        if begun or recent >= needed:
             return UnavailableError(f"no decode worker that holds {needed} tokens is ready")
         return ContextLengthError(
             f"prompt and answer need {needed} tokens; the decode workers that are ready hold "

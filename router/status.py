@@ -55,6 +55,8 @@ class ClusterStatus:
     """A sentence for each thing without which it serves, but not as well as it could."""
     gateways: tuple[str, ...] = ()
     """Ids of those that live, this one included, as the registry last said."""
+    recent_max_model_len: int | None = None
+    """Like ``max_model_len``, with the decode workers that were ready until lately."""
 
     @property
     def ready(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from baton.checkpoint.checkpoint import Checkpoint
 from baton.config import BatonConfig
-from baton.errors import ContextLengthError, InvalidRequestError
+from baton.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from baton.timeline import Timeline
 from router.gateway.context import RequestContext
 from router.gateway.endpoint import Job
@@ -20,6 +20,8 @@ from router.tokenization.tokenizer import PromptTokenizer
 _GREEDY_BELOW = 1e-6
 """Temperatures and top_p travel as 32-bit floats: below this, dividing by one overflows, and
 the distribution has long been the greedy one."""
+_REPLACED_S = 5.0
+"""A worker that is lost is replaced in some seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Planner:
         gateway = config.gateway
         # More than can be in flight and queued together could never be admitted.
         self._max_choices = min(gateway.max_choices, gateway.max_in_flight + gateway.max_queued)
+        self._own_context = checkpoint.config.max_position
         self._configured = _configured_context(config, checkpoint.config.max_position)
 
     def context_length(self, status: ClusterStatus) -> int:
@@ -58,16 +61,26 @@ class Planner:
         deadline: float,
         with_timeline: bool = False,
     ) -> Plan:
-        """Raises InvalidRequestError or ContextLengthError, naming the field."""
+        """Raises InvalidRequestError or ContextLengthError, naming the field, and
+        UnavailableError for what only workers hold that were lost lately."""
         request = job.request
         self._check_token_ids(request)
         self._check_count(job.num_prompts, request.n)
         length = self.context_length(status)
+        recent = max(length, status.recent_max_model_len or 0)
         encoded = await job.encode(
-            self._tokenizer, context=length, vocab_size=self._checkpoint.config.vocab_size
+            self._tokenizer, context=recent, vocab_size=self._checkpoint.config.vocab_size
         )
         prompts = tuple(tuple(ids) for ids in encoded)
-        limits = [_max_tokens(job, len(prompt), length) for prompt in prompts]
+        longest = max(map(len, prompts), default=0) + (job.max_tokens[1] or 1)
+        if length < longest <= recent:
+            raise UnavailableError(
+                f"prompt and answer need {longest} tokens; the decode workers that are ready hold "
+                f"{length}, and one that held {recent} was lost: send the request again later",
+                retry_after_s=_REPLACED_S,
+            )
+        whose = "model's context" if length >= self._own_context else "largest decode worker"
+        limits = [_max_tokens(job, len(prompt), length, whose=whose) for prompt in prompts]
         _check_min_tokens(request.min_tokens, min(limits))
         sampling = self._sampling(job)
         stop_token_ids = frozenset(request.stop_token_ids)
@@ -140,21 +153,21 @@ def _configured_context(config: BatonConfig, own: int) -> int:
     return min(own, max(lengths, default=own))
 
 
-def _max_tokens(job: Job, num_prompt_tokens: int, context_length: int) -> int:
-    """The client's bound, else all that the context has left."""
+def _max_tokens(job: Job, num_prompt_tokens: int, context_length: int, *, whose: str) -> int:
+    """The client's bound, else all that is left of the ``context_length`` that ``whose`` is."""
     if num_prompt_tokens == 0:
         raise InvalidRequestError("the prompt has no tokens", param=job.prompt_field)
     left = context_length - num_prompt_tokens
     if left < 1:
         raise ContextLengthError(
-            f"the model's context holds {context_length} tokens, one of them of the answer; "
+            f"the {whose} holds {context_length} tokens, one of them of the answer; "
             f"the prompt has {num_prompt_tokens}",
             param=job.prompt_field,
         )
     name, asked = job.max_tokens
     if asked is not None and asked > left:
         raise ContextLengthError(
-            f"'{name}' is {asked}, but the model's context holds {context_length} tokens and "
+            f"'{name}' is {asked}, but the {whose} holds {context_length} tokens and "
             f"the prompt has {num_prompt_tokens}: at most {left} are left",
             param=name,
         )

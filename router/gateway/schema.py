@@ -260,5 +260,5 @@ def _invalid(error: ValidationError) -> InvalidRequestError:
     path = ".".join(part for part in parts if not part.startswith(_TAG))
     if first["type"] == "missing":
         return InvalidRequestError(f"'{path}' is required", param=path)
-    message = first["msg"]
+    message = first["msg"].replace(" after validation", "")  # what a validator calls it
     return InvalidRequestError(f"'{path}': {message[:1].lower()}{message[1:]}", param=path)

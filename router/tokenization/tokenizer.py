@@ -118,7 +118,7 @@ class PromptTokenizer:
         num_tokens = -(-len(text) // longest)
         raise ContextLengthError(
             f"the prompt has {len(text)} characters, which is at least {num_tokens} tokens; "
-            f"the model's context holds {max_tokens}",
+            f"prompt and answer together may have {max_tokens}",
             param=param,
         )
 

@@ -18,6 +18,9 @@ from router.workers.session import WorkerSession
 
 logger = logging.getLogger(__name__)
 
+RECENT_S = 300.0
+"""A decode worker that was lost so long ago may still be replaced: a pod starts in minutes."""
+
 
 class WorkerPool:
     """Owns a link to every worker process, named by its epoch.
@@ -51,6 +54,10 @@ class WorkerPool:
         self._watchers: set[asyncio.Event] = set()
         self._closed = False
         self._complaint: str | None = None
+        self._lengths: set[int] = set()
+        """What the ready decode workers hold, in tokens."""
+        self._lost_lengths: dict[int, float] = {}
+        """What those held that were ready, and when the last such one was lost."""
         self._changed()
 
     @property
@@ -90,6 +97,24 @@ class WorkerPool:
             for link in self._links.values()
             if link.ready and link.session is not None and link.record.role == role
         ]
+
+    def recent_max_model_len(self) -> int | None:
+        """Tokens that the largest decode worker holds which is ready or was, within
+        ``RECENT_S``; None where there was none."""
+        since = self._clock() - RECENT_S
+        lost = [length for length, lost_at in self._lost_lengths.items() if lost_at >= since]
+        return max([*self._lengths, *lost], default=None)
+
+    def _note_lengths(self) -> None:
+        lengths = {session.record.max_model_len for session in self.sessions("decode")}
+        now = self._clock()
+        self._lost_lengths |= dict.fromkeys(self._lengths - lengths, now)
+        self._lost_lengths = {
+            length: lost_at
+            for length, lost_at in self._lost_lengths.items()
+            if length not in lengths and lost_at >= now - RECENT_S
+        }
+        self._lengths = lengths
 
     def _is_forgotten(self, link: WorkerLink, records: Mapping[str, WorkerRecord]) -> bool:
         """Redis has perhaps lost its memory, and the worker is where it was."""
@@ -152,5 +177,6 @@ class WorkerPool:
         if complaint is not None and complaint != self._complaint:
             logger.warning("%s", complaint)
         self._complaint = complaint
+        self._note_lengths()
         for event in self._watchers:
             event.set()

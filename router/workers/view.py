@@ -99,5 +99,6 @@ def cluster_status(
         registry_up=registry_up,
         missing=tuple(missing),
         degraded=tuple(degraded),
+        recent_max_model_len=pool.recent_max_model_len(),
         gateways=gateways,
     )

@@ -74,6 +74,9 @@ class Pool:
         sessions = [w.session for w in self.workers if w.role == role]
         return [s for s in sessions if s.lost is None and not s.draining]
 
+    def recent_max_model_len(self) -> int | None:
+        return max((w.record.max_model_len for w in self.sessions("decode")), default=None)
+
     @contextmanager
     def watched_by(self, event: asyncio.Event) -> Iterator[None]:
         self.watchers.append(event)

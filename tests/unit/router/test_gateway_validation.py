@@ -274,6 +274,28 @@ async def test_context_is_what_the_largest_ready_decode_worker_holds() -> None:
     assert gateway.orchestrator.choices[-1].max_tokens == 1
 
 
+async def test_what_a_worker_held_that_was_lost_may_be_asked_again() -> None:
+    gateway = Gateway()
+    gateway.orchestrator.cluster = ClusterStatus(
+        (worker_status("decode-0", max_model_len=100),),
+        registry_up=True,
+        recent_max_model_len=200,
+    )
+    for refused in (
+        await gateway.complete([5] * 150),
+        await gateway.complete([5] * 50, max_tokens=51),
+        await gateway.complete([5] * 100, max_tokens=100),
+    ):
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "5"
+        assert "hold 100, and one that held 200 was lost" in error_of(refused)["message"]
+    error = error_of(await gateway.complete([5] * 200))
+    assert error["code"] == "context_length_exceeded"
+    assert "the largest decode worker holds 100 tokens" in error["message"]
+    assert (await gateway.complete([5] * 50, max_tokens=50)).status_code == 200
+    assert (await gateway.complete([5] * 50)).status_code == 200
+
+
 async def test_context_without_a_ready_worker_is_what_the_largest_decode_pool_may_hold() -> None:
     pools = {
         "prefill": {"engine": {"max_model_len": 400}},

@@ -12,7 +12,7 @@ from baton.protocol import new_epoch
 from baton.telemetry import GatewayMetrics
 from baton.v1 import session_pb2 as pb
 from router.routing.kv_index import KvIndex
-from router.workers.pool import WorkerPool
+from router.workers.pool import RECENT_S, WorkerPool
 from tests.support.fake_cluster import IDENTITY, wait_until
 from tests.support.fake_worker import SESSION, FakeWorker
 
@@ -135,3 +135,22 @@ async def test_worker_that_was_listed_and_never_reached_is_gone_at_once() -> Non
         assert len(rig.pool.links) == 2
         rig.poll(rig.worker)
         await wait_until(lambda: len(rig.pool.links) == 1)
+
+
+async def test_what_a_lost_decode_worker_held_is_known_for_some_minutes() -> None:
+    async with rigged() as rig:
+        held = rig.worker.record.max_model_len
+        assert rig.pool.recent_max_model_len() == held
+        await rig.worker.stop()
+        await wait_until(lambda: not rig.ready)
+        rig.clock.now += RECENT_S - 1
+        assert rig.pool.recent_max_model_len() == held
+        rig.clock.now += 2
+        assert rig.pool.recent_max_model_len() is None
+
+
+async def test_what_a_decode_worker_holds_counts_while_it_is_ready() -> None:
+    async with rigged() as rig:
+        rig.clock.now += 2 * RECENT_S
+        rig.poll(rig.worker)
+        assert rig.pool.recent_max_model_len() == rig.worker.record.max_model_len
