@@ -81,11 +81,15 @@ class EngineConfig(_Section):
     load_format: Literal["auto", "dummy"] = "auto"
     """`dummy`: random weights of the model's shapes, for measurements; its folder then
     needs no weights. Not to be set for a pool."""
-    cpu_kernels: Literal["auto", "native", "torch"] = "torch"
+    cpu_kernels: Literal["auto", "native", "torch"] = "auto"
     """What decoding on a CPU runs besides matrix products: `torch`, or `native`, kernels that are
     compiled when first needed and kept in the cache. `auto`: `native` where there is a C++
-    compiler, or where they have been compiled, else `torch`. In bfloat16 the two round
-    differently, so near-ties may be answered differently."""
+    compiler, or where they have been compiled, else `torch`, which is slower. In bfloat16 the two
+    round differently in places, so a near-tie may be answered differently."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Weights of the linear layers in 8 or 4 bits, rounded while they are loaded; activations, KV,
+    embedding and head stay as they are. It may differ from pool to pool: KV goes from one to the
+    other all the same, and an answer then depends a little on who computed what."""
     block_size: int = Field(16, ge=1, le=256)
     """Tokens in a block of the KV cache. Equal in all pools."""
     kv_cache_bytes: int = Field(512 * 1024 * 1024, ge=1024 * 1024)
@@ -98,11 +102,13 @@ class EngineConfig(_Section):
     The limit that clients are told and held to, with a 400, is that of the largest decode worker
     that is ready. What no ready prefill worker holds is prefilled there."""
     max_num_batched_tokens: int = Field(512, ge=1)
-    """Tokens computed in one step: the size of a prefill chunk."""
+    """Tokens computed in one step: the size of a prefill chunk. Every stream that decodes takes
+    one of them, so a decode worker runs at most one stream less than this at once."""
     max_num_seqs: int = Field(64, ge=1)
     """Sequences running at once on one worker."""
     max_waiting: int = Field(512, ge=0)
-    """Sequences waiting on one worker; further ones are refused and re-paired."""
+    """Sequences on one worker beyond those that it may run at once; further ones are refused and
+    re-paired."""
     hang_s: float = Field(60.0, gt=0)
     """A step that takes longer is a hang: the worker ends itself and is replaced."""
     threads: int = Field(0, ge=0)

@@ -26,6 +26,12 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class Quantization(StrEnum):
+    none = "none"
+    int8 = "int8"
+    int4 = "int4"
+
+
 class Backend(StrEnum):
     ray = "ray"
     processes = "processes"
@@ -119,6 +125,10 @@ def serve(
         Dtype | None,
         typer.Option(help="Of weights and KV; auto takes bfloat16 where the CPU computes in it."),
     ] = None,
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(help="Keep weights in 8 or 4 bits; none by default."),
+    ] = None,
     backend: Annotated[
         Backend | None, typer.Option(help="What runs the workers; ray by default.")
     ] = None,
@@ -162,6 +172,7 @@ def serve(
         "gateway.port": port,
         "gateway.replicas": gateways,
         "engine.dtype": dtype,
+        "engine.quantization": quantization,
         "cluster.backend": backend,
         "cluster.ray_address": ray_address,
         "kv_transfer.transport": kv_transport,

@@ -21,6 +21,8 @@ from engine.models.decoder import Decoder
 from engine.native.kernels import Choice, use_kernels
 from engine.parallel.followers import Followers
 from engine.parallel.group import RankGroups
+from engine.platform import release_free_memory
+from engine.quantized import Quantization
 from engine.sampling.sampler import sample
 from engine.sequence import Sampled, Scheduled
 from engine.weights.load import load_weights
@@ -33,9 +35,9 @@ class Engine:
 
     ``memory`` is the KV pool's, as ``KvCache`` has it. ``weights``, by their Hugging
     Face names, stand in for those of the checkpoint. ``threads`` are torch's compute
-    threads for the whole process; 0 leaves them as they are. ``cpu_kernels`` is as the setting
-    of this name. ``followers`` are the other
-    ranks, if there are any; they write their heads into the same memory. Not thread-safe.
+    threads for the whole process; 0 leaves them as they are. ``cpu_kernels`` and
+    ``quantization`` are as the settings of these names. ``followers`` are the other ranks, if
+    there are any; they write their heads into the same memory. Not thread-safe.
 
     Raises CheckpointError for weights that cannot be loaded, ConfigurationError for kernels
     that are asked for and cannot be had.
@@ -51,6 +53,7 @@ class Engine:
         domain: HashDomain,
         threads: int = 0,
         cpu_kernels: Choice = "torch",
+        quantization: Quantization = "none",
         weights: Mapping[str, torch.Tensor] | None = None,
         followers: Followers | None = None,
     ) -> None:
@@ -64,8 +67,10 @@ class Engine:
         self._followers = followers
         groups = followers.groups if followers is not None else RankGroups()
         with torch.inference_mode():
-            self._model = Decoder(config, weights or load_weights(checkpoint, dtype), groups)
+            weights = weights or load_weights(checkpoint, dtype)
+            self._model = Decoder(config, weights, groups, quantization)
             self._attention = attention_of(config, layout, self.kv.tensor, groups)
+        release_free_memory()
         if followers is not None:
             followers.wait_ready()
 

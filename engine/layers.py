@@ -10,6 +10,9 @@ from torch import Tensor
 
 from engine.native.kernels import kernels
 
+Layer = Callable[[Tensor], Tensor]
+"""[tokens, in] → [tokens, out]."""
+
 
 class Linear:
     """``x Wᵀ + b`` for weights [out, in].

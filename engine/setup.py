@@ -18,6 +18,7 @@ from baton.protocol import PROTOCOL_VERSION
 from engine.native.kernels import Choice, Chosen
 from engine.parallel.followers import RankTask
 from engine.platform import resolve_dtype
+from engine.quantized import Quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class EnginePlan:
     served_name: str
     threads: int
     cpu_kernels: Choice
+    quantization: Quantization
     parallel: Parallelism
 
     def rank_task(self, config: BatonConfig, cpu_kernels: Chosen) -> RankTask:
@@ -49,6 +51,7 @@ class EnginePlan:
             layout=self.layout,
             threads=self.threads,
             cpu_kernels=cpu_kernels,
+            quantization=self.quantization,
             parallel=self.parallel,
         )
 
@@ -98,5 +101,6 @@ def plan_engine(
         served_name=config.served_model_name or checkpoint.name,
         threads=engine.threads or max(1, len(os.sched_getaffinity(0)) // parallel.num_ranks),
         cpu_kernels=engine.cpu_kernels,
+        quantization=engine.quantization,
         parallel=parallel,
     )

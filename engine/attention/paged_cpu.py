@@ -27,7 +27,7 @@ from torch import Tensor
 
 from baton.checkpoint.model_config import ModelConfig
 from baton.kv_layout import KvLayout
-from engine.attention.native_decodes import NativeDecodes
+from engine.attention.native import NativeChunk, NativeDecodes
 from engine.attention.window import WindowedChunk, WindowedDecodes
 from engine.batch import Batch, Span
 from engine.native.kernels import Pool, kernels
@@ -222,7 +222,10 @@ def _decode_parts(
 def _chunk_parts(attention: PagedCpuAttention, batch: Batch, window: int | None) -> Iterator[_Part]:
     for index in range(batch.num_decodes, len(batch.spans)):
         span, table = batch.spans[index], batch.block_table[index]
-        if window is None:
+        kernels = attention.kernels
+        if kernels is not None and kernels.attends_chunks(attention.layout):
+            yield NativeChunk(attention, span, table, kernels, window)
+        elif window is None:
             yield _Chunk(attention, span, table)
         else:
             yield WindowedChunk(attention, span, table, window=window, rows_at_once=_NUM_QUERY_ROWS)

@@ -24,6 +24,7 @@ from engine.models.tensors import Tensors
 from engine.models.vocabulary import embedding_of, head_of
 from engine.parallel.group import RankGroups
 from engine.parallel.summed import summed
+from engine.quantized import Quantization
 
 
 class _Layer:
@@ -64,7 +65,8 @@ def _mlp(config: ModelConfig, index: int, tensors: Tensors, groups: RankGroups) 
 
 class Decoder:
     """One model's weights, ready to run. ``weights`` go by their Hugging Face names, of one
-    dtype but for those that are always float32; those that a Linear lays out anew are not kept.
+    dtype but for those that are always float32; those that are laid out anew are not kept.
+    With ``quantization``, linear layers other than routers and the head keep theirs in fewer bits.
 
     One of several ranks keeps its part of them. All ranks compute every step together.
     """
@@ -74,6 +76,7 @@ class Decoder:
         config: ModelConfig,
         weights: Mapping[str, Tensor],
         groups: RankGroups | None = None,
+        quantization: Quantization = "none",
     ) -> None:
         groups = groups or RankGroups()
         embedding = weights["model.embed_tokens.weight"]
@@ -81,7 +84,7 @@ class Decoder:
         self.vocab_size = config.vocab_size
         self._embed = embedding_of(embedding, groups)
         self._layers = [
-            _Layer(config, index, Tensors(weights, f"model.layers.{index}"), groups)
+            _Layer(config, index, Tensors(weights, f"model.layers.{index}", quantization), groups)
             for index in range(config.num_layers)
         ]
         self._norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)

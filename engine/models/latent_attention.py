@@ -25,7 +25,7 @@ from torch import Tensor
 
 from baton.checkpoint.model_config import ModelConfig
 from engine.attention.interface import AttentionStep
-from engine.layers import Angles, Linear
+from engine.layers import Angles, Layer
 from engine.models.tensors import Tensors
 from engine.parallel.group import RankGroups
 from engine.parallel.shard import scaled
@@ -52,7 +52,7 @@ class LatentAttention:
         self._latent = latent
         self._num_heads = own.stop - own.start
         query_rows = [scaled(own, latent.query_dim)]
-        self._query: Linear
+        self._query: Layer
         if latent.query_rank is None:
             self._query_norm = None
             self._query = tensors.linear("q_proj", outputs=query_rows)

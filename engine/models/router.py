@@ -31,7 +31,7 @@ class Router:
 
     def __init__(self, config: MoeConfig, tensors: Tensors) -> None:
         self._config = config
-        self._gate = tensors.linear("gate")
+        self._gate = tensors.router("gate")
         self._bias = tensors["gate.e_score_correction_bias"] if config.has_choice_bias else None
         self._is_limited = config.num_chosen_groups < config.num_groups
 

@@ -1,4 +1,4 @@
-"""A model's tensors, taken by name and made into layers: the one place where a Linear is made."""
+"""A model's tensors, taken by name and made into layers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from engine.layers import Linear, RMSNorm
+from engine.layers import Layer, Linear, RMSNorm
 from engine.parallel.shard import WHOLE, scaled
+from engine.quantized import Quantization, linear
 
 
 class Tensors:
-    """The tensors under one prefix of Hugging Face names."""
+    """The tensors under one prefix of Hugging Face names; ``linear`` layers keep their weights
+    as ``quantization`` says."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], prefix: str, quantization: Quantization = "none"
+    ) -> None:
         self._tensors = tensors
         self._prefix = prefix
+        self._quantization: Quantization = quantization
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[f"{self._prefix}.{name}"]
 
     def under(self, name: str) -> Tensors:
-        return Tensors(self._tensors, f"{self._prefix}.{name}")
+        return Tensors(self._tensors, f"{self._prefix}.{name}", self._quantization)
 
     def linear(
         self,
@@ -31,7 +36,7 @@ class Tensors:
         outputs: SequenceOf[slice] | None = None,
         inputs: slice = WHOLE,
         has_bias: bool = True,
-    ) -> Linear:
+    ) -> Layer:
         """One layer that computes the outputs of several, side by side.
 
         Of each it may take a range of ``outputs``, and of all a range of ``inputs``: then
@@ -44,11 +49,16 @@ class Tensors:
         biases = [self._tensors.get(f"{self._prefix}.{name}.bias") for name in names]
         present = [bias[each] for bias, each in zip(biases, rows, strict=True) if bias is not None]
         assert len(present) in (0, len(biases)), f"{self._prefix}: some biases are missing"
-        return Linear(torch.cat(weights), torch.cat(present) if present and has_bias else None)
+        bias = torch.cat(present) if present and has_bias else None
+        return linear(torch.cat(weights), bias, self._quantization)
+
+    def router(self, name: str) -> Linear:
+        """One layer whose weights stay as they are: what decides on experts is not rounded."""
+        return Linear(self[f"{name}.weight"], self._tensors.get(f"{self._prefix}.{name}.bias"))
 
     def by_head(self, name: str, heads: slice, head_dim: int) -> Tensor:
         """[heads, head_dim, in]: some heads of a projection whose ``head_dim`` outputs of a
-        head lie side by side, for products that a Linear cannot express. A view, if it is all."""
+        head lie side by side, for products that no linear layer expresses. A view, if it is all."""
         weight = self[f"{name}.weight"]
         own = weight[scaled(heads, head_dim)]
         own = own if len(own) == len(weight) else own.clone()

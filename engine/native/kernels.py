@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 Choice = Literal["auto", "native", "torch"]
 Chosen = Literal["native", "torch"]
 
+_PANEL = 32
+"""Outputs whose weights lie together: ``kPanel`` in kernels.cpp."""
 _LONG_WORK = 1 << 20
 """Elements that are read: from some 0.1 ms on."""
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -111,6 +113,51 @@ class Kernels:
         self._attend = by_dtype(
             *("attend_decodes", POINTER(Pool), c_int64, c_void_p, c_int64, c_void_p, c_void_p),
             *(c_int64, c_void_p, c_int64, c_int64, c_float, c_int64, c_int),
+        )
+
+        self._pack = self._multiply = None
+        if hasattr(library, "multiply_panels"):
+            pack = (c_void_p, c_void_p, c_int64, c_int64, c_int)
+            product = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int)
+            self._pack = _Function("pack_panels", pack, library, unlocked)
+            self._multiply = _Function("multiply_panels", product, library, unlocked)
+            chunk = (
+                *(POINTER(Pool), c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p),
+                *(c_int64, c_int64, c_int64, c_float, c_int64, c_int),
+            )
+            self._attend_chunk = _Function("attend_chunk", chunk, library, unlocked)
+
+    def panels(self, weight: Tensor) -> Tensor | None:
+        """``weight`` ([outputs, inputs]) as ``multiply`` reads it: a copy of the same size.
+
+        None where it is not bfloat16, or this machine does not multiply that.
+        """
+        outputs, inputs = weight.shape
+        if self._pack is None or weight.dtype != torch.bfloat16 or inputs % 2:
+            return None
+        weight = weight.contiguous()
+        panels = torch.empty(-(-outputs // _PANEL), inputs // 2, _PANEL, 2, dtype=weight.dtype)
+        self._pack.for_work(weight.numel())(
+            weight.data_ptr(), panels.data_ptr(), outputs, inputs, torch.get_num_threads()
+        )
+        return panels
+
+    def multiply(self, x: Tensor, panels: Tensor, out: Tensor) -> None:
+        """``x Wᵀ``, added up and written in float32, to ``out`` (contiguous [rows, outputs]).
+
+        ``x``: bfloat16 [rows, inputs]. A row's result does not depend on the others.
+        """
+        assert self._multiply is not None
+        x = x.contiguous()
+        (rows, inputs), outputs = x.shape, out.shape[1]
+        assert x.dtype == panels.dtype == torch.bfloat16
+        assert out.dtype == torch.float32
+        assert out.is_contiguous()
+        assert out.shape[0] == rows
+        assert panels.shape == (-(-outputs // _PANEL), inputs // 2, _PANEL, 2)
+        self._multiply.for_work(panels.numel())(
+            *(x.data_ptr(), panels.data_ptr(), out.data_ptr(), rows, outputs, inputs),
+            torch.get_num_threads(),
         )
 
     def add_rms_norm(
@@ -201,6 +248,43 @@ class Kernels:
         self._attend[query.dtype].for_work(read * pool.num_parts)(
             *(byref(pool), layer, query.data_ptr(), query.stride(0), out.data_ptr()),
             *(block_table.data_ptr(), width, contexts.data_ptr(), spans),
+            *(query.shape[1] // pool.num_heads, scale, window or 0, torch.get_num_threads()),
+        )
+
+    def attends_chunks(self, layout: KvLayout) -> bool:
+        """Whether ``attend_chunk`` takes a pool of this layout."""
+        return self._multiply is not None and layout.dtype == "bfloat16" and not layout.head_dim % 2
+
+    def attend_chunk(
+        self,
+        pool: Pool,
+        layer: int,
+        query: Tensor,
+        out: Tensor,
+        *,
+        block_table: Tensor,
+        num_before: int,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """Causal attention of consecutive tokens of one sequence, which ``num_before`` precede
+        and whose own KV is written.
+
+        ``query``, ``out``: bfloat16 [tokens, heads, head_dim] and, written, [tokens, heads,
+        value_dim], a token's heads side by side; ``block_table``: int32 [blocks]. A token's
+        result does not depend on where its prompt was cut.
+        """
+        num_tokens = len(query)
+        context = num_before + num_tokens
+        assert query[0].is_contiguous()
+        assert out[0].is_contiguous()
+        assert query.dtype == out.dtype == torch.bfloat16
+        assert block_table.dtype == torch.int32
+        assert block_table.is_contiguous()
+        assert len(block_table) * pool.block_size >= context
+        self._attend_chunk.for_work(num_tokens * context * query.shape[1])(
+            *(byref(pool), layer, query.data_ptr(), query.stride(0)),
+            *(out.data_ptr(), out.stride(0), block_table.data_ptr(), num_before, num_tokens),
             *(query.shape[1] // pool.num_heads, scale, window or 0, torch.get_num_threads()),
         )
 

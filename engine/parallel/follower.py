@@ -20,6 +20,7 @@ from engine.parallel.followers import READY, RankTask
 from engine.parallel.group import RankGroups, store_at
 from engine.parallel.shard import Shard
 from engine.parallel.step_message import END, decode_step
+from engine.platform import release_free_memory
 from engine.weights.load import load_weights
 
 
@@ -53,8 +54,10 @@ class _Rank:
         dtype: torch.dtype = getattr(torch, task.dtype)
         kv = torch.frombuffer(memory, dtype=dtype).view(task.layout.shape)
         with torch.inference_mode():
-            self._model = Decoder(checkpoint.config, load_weights(checkpoint, dtype), groups)
+            weights = load_weights(checkpoint, dtype)
+            self._model = Decoder(checkpoint.config, weights, groups, task.quantization)
             self._attention = attention_of(checkpoint.config, task.layout, kv, groups)
+        release_free_memory()
 
     @torch.inference_mode()
     def compute(self, batch: Batch) -> None:

@@ -27,6 +27,7 @@ from engine.native.kernels import Choice
 from engine.parallel.group import RankGroups, found_store
 from engine.parallel.shard import Shard
 from engine.parallel.step_message import END, encode_step
+from engine.quantized import Quantization
 
 READY = b"ready"
 
@@ -44,6 +45,7 @@ class RankTask:
     threads: int
     parallel: Parallelism
     cpu_kernels: Choice = "torch"
+    quantization: Quantization = "none"
     rank: int = 0
     store_port: int = 0
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
+from engine.layers import Layer
 from engine.parallel.group import ParallelGroup
-
-Layer = Callable[[Tensor], Tensor]
 
 
 def summed(layer: Layer, group: ParallelGroup) -> Layer:

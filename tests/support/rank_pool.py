@@ -17,6 +17,7 @@ from baton.parallelism import Parallelism
 from engine.engine import Engine
 from engine.parallel.follower import follow
 from engine.parallel.followers import Followers, RankTask
+from engine.quantized import Quantization
 from kv_transfer.memory import KvMemory
 
 
@@ -28,7 +29,12 @@ def _serve(connection: Connection) -> None:
 
 @contextlib.contextmanager
 def leads(
-    connections: Sequence[Connection], model: str, parallel: Parallelism, *, dtype: str = "float32"
+    connections: Sequence[Connection],
+    model: str,
+    parallel: Parallelism,
+    *,
+    dtype: str = "float32",
+    quantization: Quantization = "none",
 ) -> Iterator[Engine]:
     """The engine of rank 0, with as many of the followers as ``parallel`` takes."""
     checkpoint = open_checkpoint(model)
@@ -42,6 +48,7 @@ def leads(
         layout=layout,
         threads=1,
         parallel=parallel,
+        quantization=quantization,
     )
     followers = None
     if parallel.num_ranks > 1:
@@ -54,6 +61,7 @@ def leads(
             memory=memory.buffer,
             domain=DOMAIN,
             followers=followers,
+            quantization=quantization,
         )
     finally:
         if followers is not None:
@@ -78,10 +86,15 @@ class RankPool:
             self._processes.append(process)
 
     def engine(
-        self, model: Path | str, parallel: Parallelism, *, dtype: str = "float32"
+        self,
+        model: Path | str,
+        parallel: Parallelism,
+        *,
+        dtype: str = "float32",
+        quantization: Quantization = "none",
     ) -> contextlib.AbstractContextManager[Engine]:
         """An engine on the first ``parallel.num_ranks`` ranks, which are free again after it."""
-        return leads(self.connections, str(model), parallel, dtype=dtype)
+        return leads(self.connections, str(model), parallel, dtype=dtype, quantization=quantization)
 
     def close(self) -> None:
         for connection in self.connections:

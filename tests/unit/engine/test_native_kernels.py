@@ -13,6 +13,7 @@ from support.cpu_kernels import computing_with
 
 from baton.errors import ConfigurationError
 from baton.kv_layout import KvLayout
+from engine.layers import Rotary, swiglu
 from engine.native import build
 from engine.native.kernels import Kernels, Pool, kernels, use_kernels
 
@@ -155,6 +156,137 @@ def test_rounding_to_bfloat16_is_torchs(native: Kernels) -> None:
     assert torch.equal(rounded, exact.bfloat16())
     x[3, 7] = float("nan")
     assert native.add_rms_norm(x, None, ones, 0.0, torch.bfloat16)[3].isnan().all()
+
+
+def prefill(
+    native: Kernels,
+    chunks: list[int],
+    *,
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    group: int = 3,
+    kv_heads: int = 2,
+    block_size: int = 16,
+    window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One random context in bfloat16, computed in those chunks, and the definition in float64."""
+    context, num_heads = sum(chunks), group * kv_heads
+    torch.manual_seed(context + head_dim)
+    num_parts = 2 if value_dim is None else 1
+    value_dim = value_dim or head_dim
+    num_blocks = -(-context // block_size)
+    layout = KvLayout(num_blocks + 3, kv_heads, 2, block_size, head_dim, "bfloat16", num_parts)
+    kv = torch.randn(layout.shape).bfloat16()
+    query = (torch.randn(context, num_heads, head_dim) * 2).bfloat16()
+    table = torch.randperm(layout.num_blocks, dtype=torch.int32)[:num_blocks]
+    own = kv[table.long(), :, 1].double().transpose(0, 1)  # [heads, blocks, parts, tokens, dim]
+    keys = own[:, :, 0].flatten(1, 2)[:, :context]
+    values = own[:, :, -1].flatten(1, 2)[:, :context, :value_dim]
+    kv[table[-1], :, :, :, (context - 1) % block_size + 1 :] = float("nan")  # nobody's yet
+    assert native.attends_chunks(layout)
+    out = torch.empty(context, num_heads, value_dim).bfloat16()
+    first = 0
+    for length in chunks:
+        native.attend_chunk(
+            Pool.of(layout, kv, value_dim=value_dim, own_heads=range(kv_heads)),
+            1,
+            query[first : first + length],
+            out[first : first + length],
+            block_table=table,
+            num_before=first,
+            scale=head_dim**-0.5,
+            window=window,
+        )
+        first += length
+    scores = torch.einsum("qhgd,hkd->hgqk", query.double().unflatten(1, (-1, group)), keys)
+    distance = torch.arange(context)[:, None] - torch.arange(context)
+    seen = (distance >= 0) & (distance < (window or context))
+    weights = (scores * head_dim**-0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+    return out, torch.einsum("hgqk,hkd->qhgd", weights, values).flatten(1, 2)
+
+
+def has_bfloat16(native: Kernels) -> bool:
+    return native.attends_chunks(KvLayout(1, 1, 1, 16, 64, "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "shape"),
+    [
+        ([2], {}),
+        ([33, 1, 70], {}),
+        ([512, 100], {"group": 1, "kv_heads": 3}),
+        ([40, 25], {"head_dim": 6, "group": 5}),
+        ([40, 25], {"head_dim": 34, "block_size": 1}),
+        ([100, 3], {"head_dim": 72, "value_dim": 50, "group": 13, "kv_heads": 1}),
+        ([90, 90], {"window": 1}),
+        ([90, 90, 90], {"window": 70, "block_size": 5}),
+        ([300], {"window": 299}),
+    ],
+)
+def test_chunks_attend_as_defined(
+    native: Kernels, chunks: list[int], shape: dict[str, int]
+) -> None:
+    if not has_bfloat16(native):
+        pytest.skip("this processor does not multiply bfloat16")
+    out, expected = prefill(native, chunks, **shape)
+    error = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() < 0.02
+    assert error.mean() < 4e-3
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_token_has_the_same_result_wherever_its_prompt_was_cut(
+    native: Kernels, window: int | None
+) -> None:
+    if not has_bfloat16(native):
+        pytest.skip("this processor does not multiply bfloat16")
+    whole, _ = prefill(native, [200], window=window)
+    for chunks in ([100, 100], [33, 1, 166], [199, 1]):
+        assert torch.equal(prefill(native, chunks, window=window)[0], whole)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 31, 100])
+@pytest.mark.parametrize("outputs", [1, 16, 31, 33, 500])
+def test_products_are_added_up_and_written_in_float32(
+    native: Kernels, rows: int, outputs: int
+) -> None:
+    torch.manual_seed(rows + outputs)
+    weight = torch.randn(outputs, 70).bfloat16()
+    x = torch.randn(rows, 70).bfloat16()
+    panels = native.panels(weight)
+    if panels is None:
+        pytest.skip("this processor does not multiply bfloat16")
+    out = torch.full((rows, outputs), 7.0)
+    native.multiply(x, panels, out)
+    expected = x.double() @ weight.double().T
+    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+    for row in range(rows):
+        alone = torch.empty(1, outputs)
+        native.multiply(x[row : row + 1], panels, alone)
+        assert torch.equal(alone[0], out[row]), "a row's result depends on the others"
+
+
+def test_weights_that_are_not_multiplied_exactly_are_refused(native: Kernels) -> None:
+    assert native.panels(torch.ones(8, 6)) is None
+    assert native.panels(torch.ones(8, 7).bfloat16()) is None
+
+
+@pytest.mark.parametrize("name", ["swiglu", "rotation"])
+def test_rounds_where_torch_does(native: Kernels, name: str) -> None:
+    """Bit for bit but for a different last bit of e^x here and there."""
+    torch.manual_seed(0)
+    found = {}
+    for choice in ("native", "torch"):
+        torch.manual_seed(1)
+        with computing_with(choice):
+            if name == "swiglu":
+                found[choice] = swiglu(torch.randn(40, 1000).bfloat16())
+            else:
+                found[choice] = torch.randn(40, 5, 64).bfloat16()
+                rotary = Rotary(torch.rand(32), torch.bfloat16)
+                rotary.angles(torch.arange(40) * 7).rotate_(found[choice])
+    differs = found["native"] != found["torch"]
+    assert differs.float().mean() < 0.002
 
 
 def test_without_a_compiler_auto_goes_on_with_torch_and_native_refuses(

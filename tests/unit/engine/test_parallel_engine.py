@@ -151,3 +151,16 @@ def test_bfloat16_on_ranks_is_as_near_to_float32_as_on_one(ranks: RankPool, fold
         for size in (1, 4)
     ]
     assert errors[1] < 1.25 * errors[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_every_rank_keeps_its_part_in_8_bits(ranks: RankPool, folder: Path, name: str) -> None:
+    model, token_ids = folder / name, tokens(50)
+    if not model.exists():
+        save_variant(model, MODELS[name])
+    with ranks.engine(model, Parallelism()) as engine:
+        exact = score(engine, token_ids, [50])
+    for parallel in (Parallelism(), Parallelism(2)):
+        with ranks.engine(model, parallel, quantization="int8") as engine:
+            error = (score(engine, token_ids, [50]) - exact).norm() / exact.norm()
+        assert 1e-4 < error < 0.1

@@ -1,4 +1,4 @@
-"""Decode spans by the CPU kernels: each context is read where it lies, and nothing is gathered.
+"""Spans by the CPU kernels: each context is read where it lies, and nothing is gathered.
 
 The sibling of the parts in paged_cpu.py and window.py.
 """
@@ -10,11 +10,42 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import Batch, Span
 from engine.native.kernels import Kernels
 
 if TYPE_CHECKING:
     from engine.attention.paged_cpu import PagedCpuAttention
+
+
+class NativeChunk:
+    """One span of several tokens."""
+
+    def __init__(
+        self,
+        attention: PagedCpuAttention,
+        span: Span,
+        block_table: Tensor,
+        kernels: Kernels,
+        window: int | None,
+    ) -> None:
+        self._attention = attention
+        self._kernels = kernels
+        self._window = window
+        self._rows = slice(span.first_row, span.first_row + span.num_tokens)
+        self._num_before = span.num_context - span.num_tokens
+        self._block_table = block_table
+
+    def attend(self, layer: int, query: Tensor, out: Tensor) -> None:
+        self._kernels.attend_chunk(
+            self._attention.pool,
+            layer,
+            query[self._rows],
+            out[self._rows],
+            block_table=self._block_table,
+            num_before=self._num_before,
+            scale=self._attention.scale,
+            window=self._window,
+        )
 
 
 class NativeDecodes:
