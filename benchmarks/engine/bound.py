@@ -28,6 +28,8 @@ from baton.checkpoint.model_config import ModelConfig
 from baton.config import DEFAULT_MODEL
 from baton.errors import ConfigurationError
 
+CHUNK = 512
+"""Tokens that go through at once, by default: the engine's."""
 _COPIED_BYTES = 256 * 1024 * 1024
 """Beyond every cache."""
 
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=1030, help="tokens")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens at once")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="tokens at once")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
     bound = measure(
