@@ -563,7 +563,9 @@ extern "C" void multiply_panels(const bfloat16* x, const bfloat16* panels, float
 
 namespace {
 
-int64_t up_to(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t up_to(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // One KV head's context as panels: keys as the weights of scores (outputs are tokens), values as
 // those of sums over tokens (outputs are elements).
@@ -576,7 +578,8 @@ struct Packed {
   }
 
   // A panel's tokens, of which `count` are there; others become zeros.
-  void pack(int64_t first, int64_t count, const bfloat16* const* key, const bfloat16* const* value) {
+  void pack(int64_t first, int64_t count, const bfloat16* const* key,
+            const bfloat16* const* value) {
     bfloat16* to = keys + first * dim;
     for (int64_t t = 0; t < kPanel; ++t)
       for (int64_t i = 0; i < dim; i += 2) {
@@ -657,7 +660,8 @@ extern "C" void attend_chunk(const Pool* pool, int64_t layer, const bfloat16* qu
                              const int32_t* blocks, int64_t num_before, int64_t num_tokens,
                              int64_t group, float scale, int64_t window, int threads) noexcept {
   const Chunk chunk{num_before, group, window, scale};
-  const int64_t dim = pool->head_dim, value_dim = pool->value_dim, context = num_before + num_tokens;
+  const int64_t dim = pool->head_dim, value_dim = pool->value_dim;
+  const int64_t context = num_before + num_tokens;
   const int64_t unseen = chunk.first(0) / kPanel * kPanel;  // of no row's window
   const int64_t tokens = up_to(context, kPanel), size = Packed::size(dim, value_dim, tokens);
   std::vector<bfloat16> memory(pool->num_heads * size);
@@ -719,7 +723,8 @@ extern "C" void attend_chunk(const Pool* pool, int64_t layer, const bfloat16* qu
     rotate(heads, row_stride, head_stride, cos, sin, rows, num_heads, half, threads);            \
   }                                                                                              \
   extern "C" void write_kv_##SUFFIX(const Pool* pool, int64_t layer, const T* kv,                \
-                                    int64_t row_stride, const int64_t* slots, int64_t rows) noexcept {    \
+                                    int64_t row_stride, const int64_t* slots,                    \
+                                    int64_t rows) noexcept {                                     \
     write_kv(*pool, layer, kv, row_stride, slots, rows);                                         \
   }                                                                                              \
   extern "C" void attend_decodes_##SUFFIX(                                                       \
