@@ -9,7 +9,7 @@ from typing import Any
 import helm_python as helm
 import pytest
 import yaml
-from support.chart import COMPLETE, GIVEN, Rendered, render
+from support.chart import COMPLETE, GIVEN, Rendered, refusal, render
 
 from baton.checkpoint.checkpoint import open_checkpoint
 from baton.config import DEFAULT_MODEL, BatonConfig, load_config, parse_config
@@ -117,6 +117,20 @@ def test_degrees_are_refused_that_the_embedded_model_cannot_be_split_by() -> Non
     assert taken == valid
 
 
+@pytest.mark.parametrize("in_pool", [False, True])
+def test_more_tokens_than_the_embedded_model_was_trained_for_are_refused(in_pool: bool) -> None:
+    def values(length: int) -> Json:
+        part = {"engine": {"max_model_len": length}}
+        return {"pools": {"decode": part}} if in_pool else {"config": part}
+
+    limit = open_checkpoint(DEFAULT_MODEL).config.max_position
+    assert render(GIVEN, values(limit)).documents
+    said = refusal(values(limit + 1))
+    assert f"engine.max_model_len is {limit + 1}, but the embedded model was trained" in said
+    other = {"model": {"source": "pvc", "pvc": {"claimName": "c"}}}
+    assert render(GIVEN, values(limit + 1), other).documents
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -125,7 +139,10 @@ def test_degrees_are_refused_that_the_embedded_model_cannot_be_split_by() -> Non
         ({"source": "pvc", "path": "a/b", "pvc": {"claimName": "c"}}, "/models/a/b"),
         ({"source": "hostPath", "path": "m.gguf", "hostPath": {"path": "/srv"}}, "/models/m.gguf"),
         ({"source": "image", "path": "/m", "image": {"reference": "r/m:1"}}, "/models/m"),
-        ({"source": "huggingFace", "huggingFace": {"repo": "o/m", "revision": "a"}}, "/models"),
+        (
+            {"source": "huggingFace", "huggingFace": {"repo": "o/m", "revision": "a" * 40}},
+            "/models",
+        ),
     ],
 )
 def test_each_source_of_the_model_is_where_baton_looks(model: Json, expected: str) -> None:

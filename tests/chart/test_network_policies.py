@@ -206,7 +206,7 @@ def test_workers_monitored_alone_open_no_other_port() -> None:
 
 
 def test_a_download_of_the_model_may_leave_the_cluster() -> None:
-    model = {"source": "huggingFace", "huggingFace": {"repo": "a/b", "revision": "c"}}
+    model = {"source": "huggingFace", "huggingFace": {"repo": "a/b", "revision": "c" * 40}}
     rendered = render(COMPLETE["values-cpu.yaml"], {"model": model})
     for pod in ("gateway", "worker"):
         assert _may(rendered, pod, "stranger", 443)

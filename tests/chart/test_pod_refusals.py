@@ -172,6 +172,73 @@ MISFITS: dict[str, tuple[Json, str]] = {
         {"ray": {"head": {"rayStartParams": {"port": "abc"}}}},
         "ray.ports: port is abc, which is no fixed port; choose one from 1 to 65535",
     ),
+    "a secret that workers are told elsewise": (
+        _pool(env=[{"name": "BATON_SECRET", "value": "x"}]),
+        "pools.decode.env has BATON_SECRET, which the chart sets .*, from secrets.cluster",
+    ),
+    "a Redis that workers are told elsewise": (
+        {"poolDefaults": {"env": [{"name": "REDIS_URL", "value": "redis://x"}]}},
+        "env has REDIS_URL, which the chart sets",
+    ),
+    "a key past the chart": (
+        {
+            "secrets": {"apiKey": {"enabled": False}},
+            "gateway": {"env": [{"name": "BATON_API_KEY", "value": "x"}]},
+        },
+        "gateway.env has BATON_API_KEY, which the chart sets .*, from secrets.apiKey",
+    ),
+    "another Ray for the controller": (
+        {"controller": {"env": [{"name": "RAY_ADDRESS", "value": "x"}]}},
+        "controller.env has RAY_ADDRESS, which the chart sets .*, from ray.clientAddress",
+    ),
+    "another token for Ray's head": (
+        {"ray": {"head": {"env": [{"name": "RAY_AUTH_TOKEN", "value": "x"}]}}},
+        "ray.head.env has RAY_AUTH_TOKEN, which the chart sets .*, from secrets.rayToken",
+    ),
+    "a name that KubeRay gives": (
+        _pool(env=[{"name": "RAY_NODE_TYPE_NAME", "value": "x"}]),
+        "pools.decode.env has RAY_NODE_TYPE_NAME, by which KubeRay tells",
+    ),
+    "a variable with two values": (
+        _pool(
+            env=[
+                {
+                    "name": "A",
+                    "value": "x",
+                    "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}},
+                }
+            ]
+        ),
+        "pools.decode.env has a value and a valueFrom for A; choose one",
+    ),
+    "a probe that asks two things": (
+        _pool(livenessProbe={"exec": {"command": ["true"]}, "httpGet": {"port": 1}}),
+        "pools.decode.livenessProbe has exec and httpGet: a probe asks one thing",
+    ),
+    "a probe that asks a command of no words": (
+        {"controller": {"livenessProbe": {"exec": {}}}},
+        "controller.livenessProbe.exec has no command",
+    ),
+    "a probe without a period": (
+        {"gateway": {"readinessProbe": {"periodSeconds": 0}}},
+        "gateway.readinessProbe.periodSeconds is 0; use 1 or more",
+    ),
+    "a probe that begins before its pod": (
+        {"poolDefaults": {"startupProbe": {"initialDelaySeconds": -1}}},
+        "startupProbe.initialDelaySeconds is -1; use 0 or more",
+    ),
+    "a probe that has to succeed twice to live": (
+        {"ray": {"head": {"livenessProbe": {"successThreshold": 2}}}},
+        "ray.head.livenessProbe.successThreshold is 2: of a livenessProbe Kubernetes takes 1",
+    ),
+    "a probe that has to succeed twice to start": (
+        _pool(startupProbe={"successThreshold": 3}),
+        "pools.decode.startupProbe.successThreshold is 3",
+    ),
+    "a probe that would end a container that is not ready": (
+        {"gateway": {"readinessProbe": {"terminationGracePeriodSeconds": 5}}},
+        "gateway.readinessProbe.terminationGracePeriodSeconds: a readiness probe ends no",
+    ),
     "a Ray without tokens": (
         {"ray": {"version": "2.51.1"}},
         "ray.version is 2.51.1, but token authentication came with 2.52.0",
@@ -223,3 +290,16 @@ def test_resources_that_fit_are_taken() -> None:
     over["pools"]["decode"]["resources"]["limits"]["memory"] -= 1
     with pytest.raises(helm.HelmRenderError, match="the model comes on top"):
         render(GIVEN, over)
+
+
+def test_probes_that_kubernetes_takes_are_taken() -> None:
+    """Each at its bound."""
+    least = {"initialDelaySeconds": 0, "timeoutSeconds": 1, "periodSeconds": 1}
+    over: Json = {
+        "gateway": {"readinessProbe": {**least, "successThreshold": 3, "failureThreshold": 1}},
+        "controller": {"livenessProbe": {**least, "successThreshold": 1}},
+        "pools": {"decode": {"startupProbe": {"exec": {"command": ["true"]}}}},
+    }
+    rendered = render(GIVEN, over)
+    assert rendered.worker()["startupProbe"]["exec"] == {"command": ["true"]}
+    assert "tcpSocket" not in rendered.worker()["startupProbe"]

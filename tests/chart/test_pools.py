@@ -177,7 +177,8 @@ def test_a_removed_pool_leaves_nothing() -> None:
 
 
 def test_the_model_is_downloaded_before_anything_starts() -> None:
-    source = {"repo": "org/model", "revision": "abc", "sizeLimit": "9Gi"}
+    commit = "0123456789abcdef" * 2 + "01234567"
+    source = {"repo": "org/model", "revision": commit, "sizeLimit": "9Gi"}
     over = {
         "model": {"source": "huggingFace", "huggingFace": source},
         "secrets": {"huggingFace": {"existingSecret": "hf", "key": "token"}},
@@ -187,7 +188,7 @@ def test_the_model_is_downloaded_before_anything_starts() -> None:
         spec = dict(rendered.pod_specs())[name]
         (download,) = spec["initContainers"]
         assert download["command"] == [
-            *("hf", "download", "org/model", "--revision", "abc", "--local-dir", "/models")
+            *("hf", "download", "org/model", "--revision", commit, "--local-dir", "/models")
         ]
         assert download["image"] == spec["containers"][0]["image"]
         env = {each["name"]: each for each in download["env"]}

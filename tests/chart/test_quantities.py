@@ -43,7 +43,7 @@ def _everywhere(quantity: Any) -> Rendered:
         "rayRedis": {"address": "", "password": {"value": "q"}, "embedded": redis},
         "model": {
             "source": "huggingFace",
-            "huggingFace": {"repo": "a/b", "revision": "c", "sizeLimit": quantity},
+            "huggingFace": {"repo": "a/b", "revision": "c" * 40, "sizeLimit": quantity},
         },
     }
     return render(GIVEN, over)

@@ -238,6 +238,16 @@ def test_a_given_secret_replaces_the_live_one(chat: Release) -> None:
     assert base64.b64decode(_secrets(chat)["cluster-secret"]) == b"a-secret"
 
 
+def test_a_live_secret_that_baton_would_refuse_is_not_kept(chat: Release) -> None:
+    chat.install(GIVEN)
+    data = {"op": "replace", "path": "/data/api-key", "value": base64.b64encode(b"a b").decode()}
+    chat.cluster.patch("Secret", "chat-baton-secrets", [data], manager="kubectl")
+    with pytest.raises(
+        helm.HelmError, match=r"key api-key of the Secret chat-baton-secrets.*ASCII"
+    ):
+        chat.upgrade(merged(GIVEN, {"secrets": {"apiKey": {"value": ""}}}))
+
+
 def test_the_trial_values_install_as_they_are(chat: Release) -> None:
     """values-cpu.yaml without anything given, as its first line says."""
     chat.install(yaml.safe_load((CHART / "values-cpu.yaml").read_text()))

@@ -56,6 +56,11 @@ NOT_IN_THE_SCHEMA: dict[str, Json] = {
     "no containers at all": _pool(extraPodSpec={"containers": None}),
     "containers that are no list": {"gateway": {"extraPodSpec": {"containers": {}}}},
     "a container without a name": {"controller": {"extraPodSpec": {"initContainers": [{}]}}},
+    "a container without an image": _pool(extraPodSpec={"containers": [{"name": "side"}]}),
+    "a container of no image": {
+        "gateway": {"extraPodSpec": {"initContainers": [{"name": "side", "image": ""}]}}
+    },
+    "path that no command line takes": {"paths": {"config": "/etc/a, b"}},
     "volumes that are no list": {"ray": {"head": {"extraPodSpec": {"volumes": {"a": {}}}}}},
     "a label of everything that is too long": {"commonLabels": {"team": "a" * 64}},
     "a label's name that is none": {"gateway": {"labels": {"-team": "a"}}},

@@ -2,6 +2,9 @@
 {{- define "baton.check" -}}
 {{- include "baton.checkNames" . -}}
 {{- include "baton.checkModel" . -}}
+{{- include "baton.checkPaths" .Values.paths -}}
+{{- include "baton.checkObjectNames" . -}}
+{{- include "baton.checkAllPeers" .Values.networkPolicy -}}
 {{- include "baton.checkUsers" . -}}
 {{- $config := include "baton.bareConfig" . | fromJson -}}
 {{- $pools := include "baton.pools" . | fromJson -}}
@@ -17,6 +20,8 @@
 {{- include "baton.checkEngines" (dict "pools" $pools "config" $config) -}}
 {{- include "baton.checkGateway" . -}}
 {{- include "baton.checkHead" (dict "root" . "config" $config) -}}
+{{- include "baton.checkAllProbes" (dict "root" . "pools" $pools) -}}
+{{- include "baton.checkAllEnv" (dict "root" . "pools" $pools) -}}
 {{- include "baton.checkAccounts" . -}}
 {{- include "baton.checkScraping" . -}}
 {{- include "baton.checkRedis" . -}}
@@ -28,26 +33,6 @@
 {{- $name := include "baton.fullname" . -}}
 {{- if not (regexMatch "^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$" $name) -}}
 {{- fail (printf "%q cannot name a RayCluster and its Services: lower-case letters, digits and hyphens, beginning with a letter, at most 40 characters; choose another release name or set fullnameOverride" $name) -}}
-{{- end -}}
-{{- end -}}
-
-{{- define "baton.checkModel" -}}
-{{- $model := .Values.model -}}
-{{- $known := list "smollm2-135m-instruct" -}}
-{{- if and (eq $model.source "embedded") (not (has $model.embedded.name $known)) (not (hasPrefix "/" $model.embedded.name)) -}}
-{{- fail (printf "model.embedded.name is %q, which is no embedded model: there is %s; one that images of your own carry is named by its absolute path, any other by another model.source" $model.embedded.name (join ", " $known)) -}}
-{{- end -}}
-{{- if and (eq $model.source "pvc") (not $model.pvc.claimName) -}}
-{{- fail "model.source is pvc; set model.pvc.claimName to the claim that holds the model" -}}
-{{- end -}}
-{{- if and (eq $model.source "hostPath") (not $model.hostPath.path) -}}
-{{- fail "model.source is hostPath; set model.hostPath.path to a folder that every node has" -}}
-{{- end -}}
-{{- if and (eq $model.source "image") (not $model.image.reference) -}}
-{{- fail "model.source is image; set model.image.reference to the OCI image that holds the model" -}}
-{{- end -}}
-{{- if and (eq $model.source "huggingFace") (not (and $model.huggingFace.repo $model.huggingFace.revision)) -}}
-{{- fail "model.source is huggingFace; set model.huggingFace.repo and model.huggingFace.revision (a commit, so that all pods hold the same weights)" -}}
 {{- end -}}
 {{- end -}}
 

@@ -42,6 +42,7 @@
 {{- if hasKey $pool.rayStartParams "labels" -}}
 {{- fail (printf "pools.%s.rayStartParams.labels is refused by KubeRay; leave it out" $name) -}}
 {{- end -}}
+{{- include "baton.checkContext" . -}}
 {{- include "baton.checkMemory" . -}}
 {{- $_ := include "baton.workerGrace" . -}}
 {{- end -}}
@@ -63,6 +64,16 @@
 {{- if not (and (eq (int .pool.expertParallelSize) 1) (has $ranks (list 1 3 9))) -}}
 {{- fail (printf "pools.%s: tensorParallelSize %d x expertParallelSize %d does not fit the embedded model, which has 9 query heads, 3 KV heads and no experts; valid: tensorParallelSize 1, 3, 9 with expertParallelSize 1" .name (int .pool.tensorParallelSize) (int .pool.expertParallelSize)) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* More tokens than the embedded model was trained for, which workers refuse as they start. What
+     other models allow is known to them alone. (… "config" <baton.bareConfig>) */}}
+{{- define "baton.checkContext" -}}
+{{- $model := .root.Values.model -}}
+{{- $engine := mergeOverwrite (dict) (default (dict) .config.engine) .pool.engine -}}
+{{- if and (eq $model.source "embedded") (eq $model.embedded.name "smollm2-135m-instruct") (gt (int $engine.max_model_len) 8192) -}}
+{{- fail (printf "pools.%s: engine.max_model_len is %d, but the embedded model was trained for 8192 tokens; lower it" .name (int $engine.max_model_len)) -}}
 {{- end -}}
 {{- end -}}
 

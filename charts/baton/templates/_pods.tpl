@@ -173,7 +173,7 @@ runtimeClassName: {{ . | quote }}
     - --revision
     - {{ $from.revision | quote }}
     - --local-dir
-    - {{ .root.Values.paths.model }}
+    - {{ .root.Values.paths.model | quote }}
   env:
     - name: HF_HOME
       value: /tmp/huggingface

@@ -9,19 +9,29 @@
 {{/* A secret's value: the given one, else the live Secret's, else a new one where allowed.
      (dict "root" $ "entry" … "secret" <Secret's name> "key" … "what" <path of the values>) */}}
 {{- define "baton.secretValue" -}}
-{{- if .entry.value -}}
-{{- .entry.value -}}
-{{- else -}}
+{{- $value := .entry.value -}}
+{{- $where := printf "%s.value" .what -}}
+{{- if not $value -}}
 {{- $live := lookup "v1" "Secret" .root.Release.Namespace .secret -}}
-{{- $kept := "" -}}
-{{- if $live -}}{{- $kept = index (default (dict) $live.data) .key | default "" | b64dec -}}{{- end -}}
-{{- if $kept -}}
-{{- $kept -}}
+{{- if $live -}}{{- $value = index (default (dict) $live.data) .key | default "" | b64dec -}}{{- end -}}
+{{- $where = printf "the key %s of the Secret %s, which an earlier install made," .key .secret -}}
+{{- end -}}
+{{- if $value -}}
+{{- if hasPrefix "secrets." .what -}}{{- include "baton.checkCredential" (dict "what" $where "value" $value) -}}{{- end -}}
+{{- $value -}}
 {{- else if .root.Values.secrets.generate -}}
 {{- randAlphaNum 40 -}}
 {{- else -}}
 {{- fail (printf "%s has no value: set %s.value or %s.existingSecret, or secrets.generate=true for a random one that later upgrades keep" .what .what .what) -}}
 {{- end -}}
+{{- end -}}
+
+{{/* What baton/credentials.py refuses at start: tests compare the two. Ray's token goes by gRPC,
+     which aborts the process on anything but ASCII. The sentence never shows the value.
+     (dict "what" … "value" …) */}}
+{{- define "baton.checkCredential" -}}
+{{- if not (regexMatch "^[\\t\\n\\v\\f\\r ]*[!-~]+[\\t\\n\\v\\f\\r ]*$" .value) -}}
+{{- fail (printf "%s has to be one word of visible ASCII, without whitespace or control characters inside: it travels in headers, which carry nothing else to everybody" .what) -}}
 {{- end -}}
 {{- end -}}
 

@@ -41,13 +41,12 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return error
 
 
-async def test_token_of_any_letters_is_compared_in_utf8(rig: ControllerRig) -> None:
-    app = create_controller_app(Seat(rig.controller), token="ключ", samples=rig.samples)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://controller") as client:
-        for shown, status in (("ключ".encode(), 200), (b"????", 401), (b"?" * 8, 401)):
-            headers = {b"authorization": b"Bearer " + shown}
-            assert (await client.get("/v1/pools", headers=headers)).status_code == status, shown
+@pytest.mark.parametrize("shown", [f"bearer {TOKEN}", f"BEARER {TOKEN}", f"Bearer {TOKEN} "])
+async def test_scheme_of_any_case_and_blanks_after_the_token_are_taken(
+    client: httpx.AsyncClient, shown: str
+) -> None:
+    answer = await client.get("/v1/pools", headers={"Authorization": shown})
+    assert answer.status_code == 200
 
 
 async def test_pools_are_shown(client: httpx.AsyncClient) -> None:
@@ -81,7 +80,7 @@ async def test_wish_is_answered_with_the_new_sizes_and_carried_out(
 
 @pytest.mark.parametrize("method", ["GET", "PUT"])
 @pytest.mark.parametrize(
-    "authorization", [None, "", "Bearer", "Bearer wrong", TOKEN, f"bearer {TOKEN}", "Bearer é"]
+    "authorization", [None, "", "Bearer", "Bearer wrong", TOKEN, f"Basic {TOKEN}", "Bearer é"]
 )
 async def test_wrong_token_is_refused_and_changes_nothing(
     client: httpx.AsyncClient, rig: ControllerRig, method: str, authorization: str | None

@@ -154,13 +154,13 @@ def test_token_that_no_header_can_carry_is_a_sentence(monkeypatch: pytest.Monkey
     assert "no HTTP header can carry" in result.output
 
 
-def test_token_is_shown_in_utf8_without_the_lines_end_after_it(
+def test_token_is_shown_without_the_lines_end_after_it(
     controller: FakeController, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BATON_CONTROLLER_TOKEN", "ключ\n")
+    monkeypatch.setenv("BATON_CONTROLLER_TOKEN", "t0ken\n")
     controller.will_say({"decode": pool(2, 2)})
     assert runner.invoke(app, ["scale", "decode=2", "--url", "http://other:1"]).exit_code == 0
-    assert [shown for *_, shown in controller.asked] == ["Bearer ключ"]
+    assert [shown for *_, shown in controller.asked] == ["Bearer t0ken"]
 
 
 @pytest.mark.parametrize(

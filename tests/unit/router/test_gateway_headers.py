@@ -130,17 +130,31 @@ async def test_right_api_key_opens_and_other_paths_need_none() -> None:
     assert (await gateway.get("/metrics")).status_code == 200
 
 
-@pytest.mark.parametrize("key", ["schlüssel", "ключ"])
-async def test_api_key_of_any_letters_is_compared_in_utf8(key: str) -> None:
-    async with Gateway(api_key=key).served() as url, httpx.AsyncClient(base_url=url) as client:
-        for shown, status in (
-            (key.encode(), 200),
-            (b"?" * len(key), 401),
-            (b"?" * len(key.encode()), 401),
-            (key.encode("latin-1", "replace"), 401),
-        ):
-            headers = {b"authorization": b"Bearer " + shown}
-            assert (await client.get("/v1/models", headers=headers)).status_code == status, shown
+@pytest.mark.parametrize(
+    ("shown", "status"),
+    [
+        (b"bearer secret", 200),
+        (b"BEARER secret", 200),
+        (b"Bearer secret ", 200),
+        (b"Bearer  secret", 200),
+        (b"bearer Secret", 401),
+        (b"Bearer secret x", 401),
+        (b"Bearer s\xc3\xa9cret", 401),
+        (b"Bearer s\xe9cret", 401),
+    ],
+)
+async def test_scheme_of_any_case_and_blanks_around_the_key_are_taken(
+    shown: bytes, status: int
+) -> None:
+    async with Gateway(api_key="secret").served() as url:
+        port = httpx.URL(url).port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        request = (b"GET /v1/models HTTP/1.1", b"Host: h", b"Authorization: " + shown, b"", b"")
+        writer.write(b"\r\n".join(request))  # as it is: clients' libraries tidy headers
+        answer = await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
 
 
 async def test_request_without_the_key_is_counted_and_reaches_no_worker() -> None:
