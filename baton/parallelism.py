@@ -24,8 +24,8 @@ class Parallelism:
 
 def valid_num_ranks(config: ModelConfig) -> list[int]:
     """Numbers of ranks that the query heads can be split over, and the KV heads split or
-    replicated, so that every rank has its queries' KV heads and no others."""
-    heads, kv_heads = config.num_heads, config.num_kv_heads
+    replicated, so that every rank has its queries' KV heads and no others; and of which
+    none is without rows of the vocabulary or without features."""
     narrowest = min(
         size
         for size in (
@@ -37,9 +37,20 @@ def valid_num_ranks(config: ModelConfig) -> list[int]:
     )
     return [
         num
-        for num in range(1, min(heads, narrowest) + 1)
-        if heads % num == 0 and (kv_heads % num == 0 or num % kv_heads == 0)
+        for num in range(1, min(config.num_heads, narrowest) + 1)
+        if _splits_heads(config, num) and _splits_vocabulary(config, num)
     ]
+
+
+def _splits_heads(config: ModelConfig, num: int) -> bool:
+    kv_heads = config.num_kv_heads
+    return config.num_heads % num == 0 and (kv_heads % num == 0 or num % kv_heads == 0)
+
+
+def _splits_vocabulary(config: ModelConfig, num: int) -> bool:
+    """All parts are equal but for the last ones, so those may have nothing left: of 9 rows,
+    ranks 0 to 2 of 4 take 3 each."""
+    return -(-config.vocab_size // num) * (num - 1) < config.vocab_size
 
 
 def valid_expert_sizes(config: ModelConfig) -> list[int]:
@@ -66,10 +77,13 @@ def check_parallelism(config: ModelConfig, parallel: Parallelism, *, where: str)
             ranks = f"tensor_parallel_size {parallel.tensor} × expert_parallel_size "
             ranks += str(parallel.expert)
             valid = f"valid beside it for tensor_parallel_size: {_listed(beside) or 'none'}"
-        raise ConfigurationError(
-            f"{where}: {ranks} does not divide the model's {config.num_heads} query heads and "
-            f"{config.num_kv_heads} KV heads; {valid}"
-        )
+        if _splits_heads(config, parallel.num_ranks):
+            reason = f"leaves a rank without a part of the {config.vocab_size} rows of the "
+            reason += "model's vocabulary or of its features"
+        else:
+            reason = f"does not divide the model's {config.num_heads} query heads and "
+            reason += f"{config.num_kv_heads} KV heads"
+        raise ConfigurationError(f"{where}: {ranks} {reason}; {valid}")
 
 
 def _listed(nums: list[int]) -> str:

@@ -8,6 +8,14 @@ from typing import Any, NoReturn
 
 from baton.errors import CheckpointError
 
+_MOST = 2**31 - 1
+"""Of any count: what no dimension of a tensor is."""
+
+
+def is_positive(value: float) -> bool:
+    """Over 0, and such that it can be divided by and multiplied with."""
+    return 1e-30 <= value <= 1e30
+
 
 @dataclass(frozen=True, slots=True)
 class ConfigFields:
@@ -26,14 +34,18 @@ class ConfigFields:
         """The value, or None where it is absent or null."""
         return self.data.get(name)
 
-    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def count(
+        self, name: str, default: int | None = None, *, least: int = 1, most: int = _MOST
+    ) -> int:
         value = self.get(name)
         if value is None:
             value = default
         if value is None:
             self.fail(f"{name} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self.fail(f"{name} is {value!r}; expected a whole number of {least} or more")
+            self.fail(f"{name} is {value!r:.80}; expected a whole number of {least} or more")
+        if value > most:
+            self.fail(f"{name} is {value!r:.80}; expected {most} or less")
         return int(value)
 
     def positive(self, name: str, default: float | None = None) -> float:
@@ -42,14 +54,15 @@ class ConfigFields:
             value = default
         if value is None:
             self.fail(f"{name} is missing")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-            self.fail(f"{name} is {value!r}; expected a number over 0")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not is_positive(value):
+            self.fail(f"{name} is {value!r:.80}; expected a number over 0, of 1e-30 to 1e30")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            self.fail(f"{name} is {value!r}; expected true or false")
+            self.fail(f"{name} is {value!r:.80}; expected true or false")
         return default if value is None else bool(value)
 
     def items(self, name: str, *kinds: type) -> tuple[Any, ...] | None:
@@ -70,5 +83,5 @@ class ConfigFields:
         if value is None:
             value = {}
         if not isinstance(value, Mapping):
-            self.fail(f"{name} is {value!r}; expected an object")
+            self.fail(f"{name} is {value!r:.80}; expected an object")
         return ConfigFields(value, f"{self.where}: {name}")

@@ -130,8 +130,8 @@ def qwen_windows(fields: ConfigFields) -> tuple[int | None, ...]:
         first = fields.get("max_window_layers")
         first = 28 if first is None else first
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            fields.fail(f"max_window_layers is {first!r}; expected a whole number")
-        kinds = ("full_attention",) * first + ("sliding_attention",) * num_layers
+            fields.fail(f"max_window_layers is {first!r:.80}; expected a whole number")
+        kinds = ("full_attention",) * min(first, num_layers) + ("sliding_attention",) * num_layers
         if window is None:
             return ()
     if len(kinds) < num_layers or set(kinds) - {"full_attention", "sliding_attention"}:

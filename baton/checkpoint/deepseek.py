@@ -5,6 +5,8 @@ from __future__ import annotations
 from baton.checkpoint.config_fields import ConfigFields
 from baton.checkpoint.decoder_parts import DecoderParts, LatentConfig, MoeConfig
 
+_MOST_DRAFT_LAYERS = 1000
+
 
 def deepseek_v2(fields: ConfigFields) -> DecoderParts:
     """Experts are scored by a softmax; a group counts as much as its best expert."""
@@ -59,7 +61,10 @@ def deepseek_v3(fields: ConfigFields) -> DecoderParts:
         turns_neighbours=fields.flag("rope_interleave", True),
         # transformers 5 may write the second.
         num_draft_layers=fields.count(
-            "num_nextn_predict_layers", fields.get("num_mtp_layers") or 0, least=0
+            "num_nextn_predict_layers",
+            fields.count("num_mtp_layers", 0, least=0, most=_MOST_DRAFT_LAYERS),
+            least=0,
+            most=_MOST_DRAFT_LAYERS,
         ),
     )
 

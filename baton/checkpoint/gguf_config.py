@@ -74,7 +74,7 @@ def model_config(
         "num_key_value_heads": fields.optional(fields.own("attention.head_count_kv"), int)
         or num_heads,
         "head_dim": head_dim,
-        "vocab_size": len(fields.require("tokenizer.ggml.tokens", list)),
+        "vocab_size": len(fields.items("tokenizer.ggml.tokens", str)),
         "max_position_embeddings": fields.require(fields.own("context_length"), int),
         "rms_norm_eps": _shortest(epsilon),
         # Readers of before and since transformers 5 look in different places.
@@ -121,13 +121,15 @@ def _refuse_unsupported(fields: GgufFields, gguf: GgufNames) -> None:
         if value not in _NEUTRAL.get(name, ()):
             fields.fail(f"{key} = {value!r:.80} is not supported")
     size = fields.optional(fields.own("vocab_size"), int)
-    if size not in (None, len(fields.require("tokenizer.ggml.tokens", list))):
+    if size not in (None, len(fields.items("tokenizer.ggml.tokens", str))):
         fields.fail(
             f"{fields.own('vocab_size')} {size} differs from the number of tokenizer.ggml.tokens"
         )
 
 
 def _head_dim(fields: GgufFields, num_heads: int, hidden_size: int) -> int:
+    if num_heads < 1:
+        fields.fail(f"{fields.own('attention.head_count')} is {num_heads}; expected 1 or more")
     head_dim = fields.optional(fields.own("attention.key_length"), int) or hidden_size // num_heads
     for name in ("attention.value_length", "rope.dimension_count"):
         other = fields.optional(fields.own(name), int)

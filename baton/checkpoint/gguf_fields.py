@@ -46,3 +46,11 @@ class GgufFields:
         if value is None:
             self.fail(f"{key} is missing")
         return value
+
+    def items(self, key: str, kind: type[T]) -> list[T]:
+        """The array of ``key``. Raises CheckpointError if it is missing or has other items."""
+        values = self.require(key, list)
+        for value in values:
+            if not isinstance(value, kind):
+                self.fail(f"{key} has {value!r:.80} in it; expected {kind.__name__} alone")
+        return values

@@ -13,12 +13,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from baton.checkpoint.gguf_config import model_config
 from baton.checkpoint.gguf_fields import GgufFields
 from baton.checkpoint.gguf_tokenizer import build_tokenizer, tokenizer_config
 from baton.checkpoint.hf_files import read_json
+from baton.checkpoint.model_config import ModelConfig
 from baton.errors import CheckpointError
 
 CONVERTER_VERSION = 2
@@ -49,10 +50,7 @@ def convert_metadata(path: Path, folder: Path) -> None:
     Raises:
         CheckpointError: the file is damaged, or holds what is not supported.
     """
-    reader = _open(path)
-    fields = GgufFields(
-        where=str(path), values={name: field.contents() for name, field in reader.fields.items()}
-    )
+    fields, stored = _read(path)
     tensors = [
         GgufTensor(
             name=tensor.name,
@@ -61,12 +59,14 @@ def convert_metadata(path: Path, folder: Path) -> None:
             offset=int(tensor.data_offset),
             num_bytes=int(tensor.n_bytes),
         )
-        for tensor in reader.tensors
+        for tensor in stored
         if tensor.name != _ROPE_FACTORS
     ]
     names = {tensor.name for tensor in tensors}
-    _write(folder / "config.json", model_config(fields, names, _rope_factors(path, reader)))
-    build_tokenizer(fields).save(str(folder / "tokenizer.json"), pretty=False)
+    config = model_config(fields, names, _rope_factors(path, stored))
+    ModelConfig.from_json(config, where=str(path))  # complains of this file, not of the copy
+    _write(folder / "config.json", config)
+    (folder / "tokenizer.json").write_text(_tokenizer(fields), encoding="utf-8")
     _write(folder / "tokenizer_config.json", tokenizer_config(fields))
     _write(folder / "generation_config.json", _generation_config(fields))
     _write(folder / TENSOR_INDEX, {"tensors": [asdict(tensor) for tensor in tensors]})
@@ -91,37 +91,33 @@ def stop_token_ids(fields: GgufFields) -> list[int]:
     return list(dict.fromkeys(i for i in ids if i is not None))
 
 
-def _open(path: Path) -> Any:
+def _read(path: Path) -> tuple[GgufFields, list[Any]]:
     try:
-        import gguf
+        from baton.checkpoint.gguf_reader import read_gguf
     except ImportError:
         raise CheckpointError(f"reading {path} needs the gguf package: pip install gguf") from None
-    try:
-        reader = gguf.GGUFReader(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        # What numpy raises where a length or an offset points past the end of the file.
-        size = path.stat().st_size
-        _damaged(path, f"{error}; it has {size} bytes")
-    if reader.byte_order != "I":
-        _damaged(path, "its byte order is not this machine's")
-    return reader
+    return read_gguf(path)
 
 
-def _rope_factors(path: Path, reader: Any) -> list[float] | None:
-    for tensor in reader.tensors:
+def _rope_factors(path: Path, tensors: Sequence[Any]) -> list[float] | None:
+    for tensor in tensors:
         if tensor.name == _ROPE_FACTORS:
-            if tensor.tensor_type.name != "F32":
-                _damaged(path, f"{_ROPE_FACTORS} is stored as {tensor.tensor_type.name}")
+            if tensor.tensor_type.name != "F32" or tensor.data.ndim != 1:
+                raise CheckpointError(
+                    f"{path}: {_ROPE_FACTORS} is stored as {tensor.tensor_type.name} "
+                    f"{tensor.shape.tolist()}; expected a row of F32"
+                )
             return [float(value) for value in tensor.data]
     return None
 
 
-def _damaged(path: Path, reason: str) -> NoReturn:
-    raise CheckpointError(
-        f"{path}: expected a complete GGUF file, but it is truncated or damaged ({reason})"
-    )
+def _tokenizer(fields: GgufFields) -> str:
+    try:
+        return build_tokenizer(fields).to_str()
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower
+        fields.fail(f"tokenizer.ggml.*: no tokenizer can be made of it: {error}")
 
 
 def _generation_config(fields: GgufFields) -> dict[str, Any]:

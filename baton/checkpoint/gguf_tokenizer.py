@@ -28,7 +28,7 @@ def build_tokenizer(fields: GgufFields) -> Tokenizer:
         CheckpointError: another kind of tokenizer, or one that does not fit together.
     """
     _refuse_unsupported(fields)
-    tokens = fields.require("tokenizer.ggml.tokens", list)
+    tokens = fields.items("tokenizer.ggml.tokens", str)
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         fields.fail("tokenizer.ggml.tokens names a token twice")
@@ -43,7 +43,7 @@ def _byte_level(fields: GgufFields, vocabulary: Mapping[str, int]) -> Tokenizer:
     """The BPE of GPT-2 over bytes, behind the split that the file names."""
     pre = PRE_TOKENIZERS[fields.require("tokenizer.ggml.pre", str)]
     merges = []
-    for merge in fields.require("tokenizer.ggml.merges", list):
+    for merge in fields.items("tokenizer.ggml.merges", str):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocabulary.keys():
             fields.fail(f"tokenizer.ggml.merges: {merge!r} is not made of known tokens")
@@ -59,7 +59,7 @@ def _byte_level(fields: GgufFields, vocabulary: Mapping[str, int]) -> Tokenizer:
 
 def _sentencepiece(fields: GgufFields, vocabulary: Mapping[str, int]) -> Tokenizer:
     """The BPE of Llama 2: its merges are those that make its pieces, the best score first."""
-    scores = fields.require("tokenizer.ggml.scores", list)
+    scores = fields.items("tokenizer.ggml.scores", float)
     if len(scores) != len(vocabulary):
         fields.fail(f"tokenizer.ggml.scores has {len(scores)} entries; expected {len(vocabulary)}")
     merges = []
@@ -117,7 +117,7 @@ def _refuse_unsupported(fields: GgufFields) -> None:
 
 def _add_special_tokens(tokenizer: Tokenizer, fields: GgufFields, tokens: list[str]) -> None:
     """They are in the vocabulary already, so they keep their ids."""
-    types = fields.require("tokenizer.ggml.token_type", list)
+    types = fields.items("tokenizer.ggml.token_type", int)
     if len(types) != len(tokens):
         fields.fail(f"tokenizer.ggml.token_type has {len(types)} entries; expected {len(tokens)}")
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
@@ -142,7 +142,7 @@ def _token(fields: GgufFields, key: str) -> str | None:
     index = fields.optional(key, int)
     if index is None:
         return None
-    tokens = fields.require("tokenizer.ggml.tokens", list)
+    tokens = fields.items("tokenizer.ggml.tokens", str)
     if not 0 <= index < len(tokens):
         fields.fail(f"{key} {index} is no id of tokenizer.ggml.tokens")
     return str(tokens[index])

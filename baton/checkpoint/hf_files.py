@@ -72,6 +72,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:  # JSON as well as UTF-8
         raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+    except RecursionError:
+        raise CheckpointError(f"{path} has too many objects or lists in each other") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return data
@@ -121,8 +123,10 @@ def _eos_token_ids(folder: Path, config: Mapping[str, Any], eos: str | None) -> 
         return ()
     tokenizer = read_json(folder / "tokenizer.json")
     for token in tokenizer.get("added_tokens") or ():
-        if token.get("content") == eos:
-            return (int(token["id"]),)
+        if isinstance(token, Mapping) and token.get("content") == eos:
+            if not isinstance(token.get("id"), int):
+                raise CheckpointError(f"{folder / 'tokenizer.json'}: {eos!r} has no id")
+            return (token["id"],)
     return ()
 
 
@@ -136,6 +140,7 @@ def _chat_template(folder: Path, tokenizer: Mapping[str, Any]) -> str | None:
             raise CheckpointError(f"cannot read {path}: {error}") from error
     template = tokenizer.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, Mapping)]
+        named = [entry for entry in named if entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     return template if isinstance(template, str) else None

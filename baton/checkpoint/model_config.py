@@ -16,6 +16,12 @@ from baton.checkpoint.decoder_parts import DecoderParts
 from baton.checkpoint.rope_config import RopeConfig, read_rope
 from baton.kv_layout import KvDtype, KvLayout
 
+_MOST_LAYERS = 10_000
+_MOST_HEADS = 65_536
+_MOST_EXPERTS = 1_000_000
+"""Of all layers together. Each has tensors of its own, whose names are made before anything is
+read: with more, a mistyped number would fill the memory. DeepSeek-V3 has 15,616."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -53,9 +59,10 @@ class ModelConfig:
         for required in entry.required:
             if fields.get(required) is None:
                 fields.fail(f"{required} is missing")
+        num_layers = fields.count("num_hidden_layers", most=_MOST_LAYERS)
+        num_heads = fields.count("num_attention_heads", most=_MOST_HEADS)
+        hidden_size = fields.count("hidden_size")
         parts = entry.parts(fields)
-        num_layers = fields.count("num_hidden_layers")
-        num_heads, hidden_size = fields.count("num_attention_heads"), fields.count("hidden_size")
         if parts.latent is not None:
             num_kv_heads, head_dim = 1, parts.latent.cached_dim
             rotary_dim = parts.latent.rotary_dim
@@ -120,14 +127,14 @@ def _architecture(fields: ConfigFields) -> str:
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
-        fields.fail(f"architecture {name!r} is not supported; supported are {supported}")
+        fields.fail(f"architecture {name!r:.80} is not supported; supported are {supported}")
     if fields.get("quantization_config") is not None:
         fields.fail(
             "quantization_config is not supported; use an unquantized folder or a GGUF file"
         )
-    activation = fields.get("hidden_act") or "silu"
-    if activation != "silu":
-        fields.fail(f"hidden_act {activation!r} is not supported; supported is 'silu'")
+    activation = fields.get("hidden_act")
+    if activation not in (None, "silu"):
+        fields.fail(f"hidden_act {activation!r:.80} is not supported; supported is 'silu'")
     return name
 
 
@@ -155,6 +162,11 @@ def _check_sizes(config: ModelConfig, fields: ConfigFields) -> None:
         name = "head_dim" if has_heads else "qk_rope_head_dim"
         fields.fail(f"{name} {config.rotary_dim} is odd; rotary embeddings need an even one")
     moe = config.parts.moe
+    if moe is not None and moe.num_experts * config.num_layers > _MOST_EXPERTS:
+        fields.fail(
+            f"{moe.num_experts} experts in each of {config.num_layers} layers is not supported; "
+            f"expected at most {_MOST_EXPERTS:,} in all layers together"
+        )
     if moe is not None and moe.num_experts_per_token > moe.num_experts:
         fields.fail(
             f"num_experts_per_tok {moe.num_experts_per_token} is over the number of experts "

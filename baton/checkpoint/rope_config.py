@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from baton.checkpoint.config_fields import ConfigFields
+from baton.checkpoint.config_fields import ConfigFields, is_positive
 
 RopeKind = Literal["default", "linear", "llama3", "yarn", "factors"]
 
@@ -63,15 +63,18 @@ def read_rope(fields: ConfigFields, *, default_theta: float, head_dim: int) -> R
     Raises CheckpointError, naming it, for a kind or a setting that is not built.
     """
     _refuse_partial(fields)
-    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    if name == "rope_scaling" and fields.get("rope_parameters"):
+    scaling, section = fields.section("rope_scaling"), fields.section("rope_parameters")
+    if scaling.data and section.data:
         fields.fail("rope_scaling and rope_parameters are both given; one of them has to go")
-    section = fields.section(name)
+    name, section = ("rope_scaling", scaling) if scaling.data else ("rope_parameters", section)
     theta = section.positive("rope_theta", fields.positive("rope_theta", default_theta))
-    kind = section.get("rope_type") or section.get("type") or "default"
+    kind = section.get("rope_type")
+    kind = section.get("type") if kind is None else kind
+    kind = "default" if kind is None else kind
     if not isinstance(kind, str) or kind not in _KEYS:
         fields.fail(
-            f"{name} of type {kind!r} is not supported; supported are {', '.join(sorted(_KEYS))}"
+            f"{name} of type {kind!r:.80} is not supported; "
+            f"supported are {', '.join(sorted(_KEYS))}"
         )
     known = {_ORIGINAL if key == "original" else key for key in _KEYS[kind]} | _COMMON
     if unknown := sorted(section.data.keys() - known):
@@ -121,6 +124,9 @@ def _llama3(section: ConfigFields, theta: float, original: int) -> RopeConfig:
 
 
 def _yarn(section: ConfigFields, theta: float, original: int) -> RopeConfig:
+    if theta == 1:
+        section.fail("rope_theta is 1; YaRN divides by its logarithm, which is 0 then")
+
     def optional(name: str) -> float | None:
         return None if section.get(name) is None else section.positive(name)
 
@@ -143,7 +149,7 @@ def _equal_factors(section: ConfigFields, theta: float, head_dim: int) -> RopeCo
     short = section.items("short_factor", float, int)
     if short is None or short != section.items("long_factor", float, int):
         section.fail("longrope whose short_factor and long_factor differ is not supported")
-    if len(short) != head_dim // 2 or not all(0 < value < 1e30 for value in short):
+    if len(short) != head_dim // 2 or not all(map(is_positive, short)):
         section.fail(f"short_factor has to be {head_dim // 2} numbers over 0")
     return RopeConfig(
         theta,

@@ -116,7 +116,8 @@ DEEPSEEK_V3 = {
     "topk_method": "noaux_tc",
     "num_nextn_predict_layers": 1,
 }
-YARN40 = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64}
+ORIGINAL = "original_max_position_embeddings"
+YARN40 = {"type": "yarn", "factor": 40, ORIGINAL: 64}
 
 
 @pytest.mark.parametrize("length", [1024, 2000, None])
@@ -135,6 +136,7 @@ def test_a_window_that_cuts_nothing_off_is_none(length: int | None) -> None:
         ({**MIXTRAL, "sliding_window": 512}, (512, 512)),
         ({**QWEN2, "sliding_window": 512}, ()),
         ({**QWEN2, **WINDOW}, ()),  # from layer 28 on
+        ({**QWEN2, **WINDOW, "max_window_layers": 10**12}, ()),
         ({**QWEN2, **WINDOW, "max_window_layers": 0}, (512, 512)),
         ({**QWEN3, **WINDOW, "max_window_layers": 1}, (None, 512)),
         ({**QWEN2, **WINDOW, "sliding_window": None, "max_window_layers": 0}, ()),
@@ -340,6 +342,13 @@ def test_the_first_layers_of_deepseek_are_dense(changes: dict[str, Any], sparse:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": 0}, "hidden_act 0"),
+        ({"hidden_act": []}, r"hidden_act \[\]"),
+        ({"hidden_act": {}}, r"hidden_act \{\}"),
+        ({"rope_parameters": {"rope_type": 0}}, "rope_parameters of type 0"),
+        ({"rope_parameters": {"type": []}}, r"rope_parameters of type \[\]"),
+        ({"rope_scaling": 0}, "rope_scaling is 0; expected an object"),
+        ({"rope_scaling": []}, r"rope_scaling is \[\]"),
         ({**MISTRAL, "layer_types": ["sliding_attention"] * 2}, "layer_types"),
         ({**QWEN2, "layer_types": ["sliding_attention"] * 2}, "layer_types.*sliding_window"),
         ({**QWEN2, "layer_types": ["full_attention"]}, "layer_types.*2 layers"),
@@ -384,6 +393,23 @@ def test_what_is_not_built_is_refused_by_name(changes: dict[str, Any], named: st
         ({**DEEPSEEK_V3, "num_experts_per_tok": 5}, "do not fit .*num_experts_per_tok 5"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 0}}, "factor is 0"),
+        ({"rope_parameters": {**YARN40, "rope_theta": 1}}, "rope_parameters: rope_theta is 1;"),
+        ({"rope_parameters": ..., "rope_theta": 1.0, "rope_scaling": YARN40}, "rope_theta is 1;"),
+        # Numbers of turns whose wave is longer than any float.
+        ({"rope_parameters": {**YARN40, "beta_fast": 5e-324}}, "beta_fast is 5e-324"),
+        ({"rope_parameters": {**YARN40, ORIGINAL: 10**400}}, f"{ORIGINAL} is 1000"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; expected 10000 or"),
+        ({"num_attention_heads": 10**12}, "num_attention_heads is 1000000000000; expected 65536"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000; expected 2147483647 or less"),
+        ({**MIXTRAL, "num_local_experts": 10**12}, "num_local_experts is 1000000000000; expected"),
+        (
+            {**MIXTRAL, "num_local_experts": 10**6},
+            "1000000 experts in each of 2 layers .*1,000,000",
+        ),
+        ({**QWEN3_MOE, "num_experts": 10**6}, "1000000 experts in each of 2 layers"),
+        ({**DEEPSEEK_V2, "n_routed_experts": 10**6}, "1000000 experts in each of 2 layers"),
+        ({**DEEPSEEK_V3, "num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers is 1000000"),
+        ({**DEEPSEEK_V3, "num_mtp_layers": []}, r"num_mtp_layers is \[\]"),
         (
             {
                 "rope_parameters": {

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 from support.tiny_models import (
     CHAT_TEMPLATE,
@@ -113,7 +112,10 @@ def test_a_damaged_index_is_refused(tmp_path: Path, weight_map: Any) -> None:
         open_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\ud800"])
+DEEP = '{"hidden_size": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\ud800", DEEP], ids=["{", "[]", "utf-16", "deep"])
 def test_a_damaged_config_is_named(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
@@ -139,6 +141,23 @@ def test_stop_ids_fall_back_to_the_eos_token_of_the_tokenizer(folder: Path) -> N
     write_json(folder / "special_tokens_map.json", {"eos_token": {"content": "<|endoftext|>"}})
     checkpoint = open_checkpoint(str(folder))
     assert (checkpoint.eos_token, checkpoint.eos_token_ids) == ("<|endoftext|>", (0,))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": ["<|im_end|>", {"content": "<|im_end|>"}]}),
+        ("tokenizer_config.json", {"chat_template": ["{{ messages }}"], "eos_token": 5}),
+    ],
+)
+def test_odd_text_files_are_refused_or_say_nothing(folder: Path, name: str, content: Any) -> None:
+    write_json(folder / "config.json", config_json(TinyLlama()) | {"eos_token_id": None})
+    write_json(folder / name, content)
+    if name == "tokenizer.json":
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: '<\|im_end\|>' has no id"):
+            open_checkpoint(str(folder))
+    else:
+        assert open_checkpoint(str(folder)).chat_template is None
 
 
 def test_the_chat_template_is_found_in_all_its_places(folder: Path) -> None:
@@ -184,7 +203,8 @@ def he() -> list[int]:
 def test_a_gguf_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tiny_gguf(tmp_path / "tiny.gguf")
     first = open_checkpoint(str(path))
-    monkeypatch.setattr(gguf, "GGUFReader", None)  # whoever calls it now fails
+    # Whoever calls it now fails.
+    monkeypatch.setattr("baton.checkpoint.checkpoint.convert_metadata", None)
     assert open_checkpoint(str(path)) == first
     copy = shutil.copy(path, tmp_path / "copy.gguf")
     assert open_checkpoint(copy).folder == first.folder

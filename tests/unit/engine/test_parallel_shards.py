@@ -129,11 +129,25 @@ def test_valid_degrees_divide_or_replicate_the_heads(
     assert valid_num_ranks(config(num_heads, num_kv_heads)) == valid
 
 
+@given(st.integers(1, 200))
+def test_valid_degrees_leave_every_rank_rows_of_the_vocabulary(vocab_size: int) -> None:
+    model = replace(config(120, 1), vocab_size=vocab_size)
+    valid = valid_num_ranks(model)
+    for size in (size for size in range(1, 121) if 120 % size == 0):
+        parts = [Shard(Parallelism(size), rank).vocabulary(vocab_size) for rank in range(size)]
+        assert all(part.stop > part.start for part in parts) == (size in valid)
+
+
 @pytest.mark.parametrize(
     ("model", "parallel", "said"),
     [
         (config(9, 3), Parallelism(2), "9 query heads and 3 KV heads; valid: 1, 3, 9"),
         (config(12, 4), Parallelism(3), "valid: 1, 2, 4, 12"),
+        (
+            replace(config(8, 8), vocab_size=9),
+            Parallelism(4),
+            "size 4 leaves a rank without a part of the 9 rows .*vocabulary.*; valid: 1, 2$",
+        ),
         (config(8, 8), Parallelism(1, 2), "the model has no experts; valid: 1"),
         (config(8, 8, num_experts=6), Parallelism(1, 4), "has 6 experts; valid: 1, 2, 3, 6"),
         (
