@@ -83,7 +83,10 @@ def options_for(flags: Set[str]) -> tuple[str, ...]:
 
 def _key(options: tuple[str, ...]) -> str:
     built_with = shlex.join([platform.machine(), *options])
-    return hashlib.sha256(_SOURCE.read_bytes() + built_with.encode()).hexdigest()[:16]
+    found = hashlib.sha256(built_with.encode())
+    for file in sorted({_SOURCE, *_SOURCE.parent.glob("*.h")}):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _build_in(parent: Path, options: tuple[str, ...]) -> Path:

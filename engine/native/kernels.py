@@ -1,4 +1,4 @@
-"""The CPU kernels of kernels.cpp, for tensors.
+"""The CPU kernels of kernels.cpp and its headers, for tensors.
 
 Whether a process has them is decided once, by ``use_kernels``. Where ``kernels()`` is None, who
 would call them computes the same with torch.
@@ -25,7 +25,7 @@ Choice = Literal["auto", "native", "torch"]
 Chosen = Literal["native", "torch"]
 
 _PANEL = 32
-"""Outputs whose weights lie together: ``kPanel`` in kernels.cpp."""
+"""Outputs whose weights lie together: ``kPanel`` in products.h."""
 _LONG_WORK = 1 << 20
 """Elements that are read: from some 0.1 ms on."""
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -33,7 +33,7 @@ _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 class Pool(Structure):
     """A KV pool's memory, and which of its heads are this process's: the fields of ``Pool``
-    in kernels.cpp, in their order."""
+    in decodes.h, in their order."""
 
     _fields_ = (
         ("data", c_void_p),

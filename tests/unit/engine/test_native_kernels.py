@@ -347,7 +347,10 @@ def test_another_source_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_
     first = build.build()
     again = build.build()
     source.write_text('extern "C" int two() { return 2; }')
-    assert first == again != build.build()
+    second = build.build()
+    assert first == again != second
+    (tmp_path / "more.h").write_text("#define MORE")
+    assert build.build() not in (first, second)
 
 
 @pytest.mark.parametrize(
