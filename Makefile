@@ -7,7 +7,7 @@
 # make check    what needs no running: style, types, import contracts, stubs, settings' page, chart
 # make proto    generate the gRPC stubs anew from proto/
 # make bench-goodput        goodput of disaggregated and colocated serving, by offered rate
-#                           (25 minutes; ARGS=--quick takes 2): see benchmarks/README.md
+#                           (25 minutes; ARGS=--quick takes 3): see benchmarks/README.md
 # make bench-routing        cached tokens and TTFT of every routing policy on a trace (25 minutes);
 #                           fails where kv_aware misses its goal, an answer or the index is wrong
 # make bench-local-prefill  from how many uncached tokens on a prefill worker pays

@@ -3,8 +3,8 @@
 - TTFT: the request's beginning to its first token. ITL: each gap between tokens. TPOT: the
   mean gap of one request. End to end: its beginning to the end of its stream.
 - A request is *good* if it was answered whole, its TTFT is within the objective, and
-  so is its ITL at the percentile of the objective. Goodput is the good requests per
-  second, and their share of all.
+  so is its ITL at the percentile of the objective. Goodput is the good requests over the
+  time that the run took, as tokens/s are: what ``vllm bench serve`` calls request goodput.
 - Percentiles are by nearest rank: each is a value that was measured.
 """
 
@@ -102,16 +102,23 @@ class Objectives:
     """Of a request's own gaps; under 100 of them, the 99th is the longest."""
 
     def met_by(self, record: Record) -> bool:
-        itl_s = percentile(record.gaps_s, self.itl_percentile)
-        return self._begun_in_time(record) and (itl_s is None or itl_s <= self.itl_s)
+        return self._begun_in_time(record) and self.itl_met_by(record)
 
     def met_on_average_by(self, record: Record) -> bool:
         """The same with TPOT in the place of ITL: a single pause may hide in it."""
         return self._begun_in_time(record) and (record.tpot_s or 0.0) <= self.itl_s
 
+    def ttft_met_by(self, record: Record) -> bool:
+        """Whatever came of it after its first token."""
+        return record.ttft_s is not None and record.ttft_s <= self.ttft_s
+
+    def itl_met_by(self, record: Record) -> bool:
+        """By the gaps that there were."""
+        itl_s = percentile(record.gaps_s, self.itl_percentile)
+        return itl_s is None or itl_s <= self.itl_s
+
     def _begun_in_time(self, record: Record) -> bool:
-        whole = record.outcome == "whole"
-        return whole and record.ttft_s is not None and record.ttft_s <= self.ttft_s
+        return record.outcome == "whole" and self.ttft_met_by(record)
 
 
 Percentiles = dict[int, float | None]
@@ -129,9 +136,7 @@ class Figures:
     num_good_on_average: int
     num_tokens: int
     duration_s: float
-    """What goodput is over."""
-    span_s: float
-    """From the first request's beginning to the last one's end; tokens/s are over it."""
+    """What goodput and tokens/s are over."""
     ttft_s: Percentiles
     itl_s: Percentiles
     tpot_s: Percentiles
@@ -154,19 +159,18 @@ class Figures:
     @property
     def tokens_per_s(self) -> float:
         """Of all requests, failed ones included."""
-        return self.num_tokens / self.span_s if self.span_s else 0.0
+        return self.num_tokens / self.duration_s if self.duration_s else 0.0
 
 
 def figures_of(
     records: Sequence[Record], objectives: Objectives, *, duration_s: float | None = None
 ) -> Figures:
-    """``duration_s`` is what goodput is over: the window in which requests were sent,
-    where there is one; by default the whole span."""
+    """``duration_s`` is what goodput and tokens/s are over, by default from the first
+    request's beginning to the last one's end."""
     measured = [record for record in records if record.outcome != "failed"]
     ttfts = [record.ttft_s for record in measured if record.ttft_s is not None]
     tpots = [record.tpot_s for record in measured if record.tpot_s is not None]
     outcomes = Counter(record.outcome for record in records)
-    span_s = _span_s(records)
     return Figures(
         num_requests=len(records),
         num_whole=outcomes["whole"],
@@ -175,8 +179,7 @@ def figures_of(
         num_good=sum(objectives.met_by(record) for record in records),
         num_good_on_average=sum(objectives.met_on_average_by(record) for record in records),
         num_tokens=sum(record.num_tokens for record in records),
-        duration_s=span_s if duration_s is None else duration_s,
-        span_s=span_s,
+        duration_s=_span_s(records) if duration_s is None else duration_s,
         ttft_s=_percentiles(ttfts),
         itl_s=_percentiles([gap for record in measured for gap in record.gaps_s]),
         tpot_s=_percentiles(tpots),

@@ -1,7 +1,7 @@
 """Goodput of disaggregated and colocated Baton on this machine, by offered rate.
 
     .venv/bin/python -m benchmarks.goodput              # the sweep, at most 25 minutes
-    .venv/bin/python -m benchmarks.goodput --quick      # a first impression, at most 2
+    .venv/bin/python -m benchmarks.goodput --quick      # a first impression, at most 3
     .venv/bin/python -m benchmarks.goodput --report     # results into docs/, runs nothing
 
 Why locust, and why a plan: the load is sent by a locust process (open_loop.py), so that
@@ -23,7 +23,7 @@ from baton.errors import BatonError
 from benchmarks import goodput_plot, goodput_report, page
 from benchmarks.arrivals import Load
 from benchmarks.figures import Objectives
-from benchmarks.goodput_results import Results, Run, RunFigures
+from benchmarks.goodput_results import Results, Run, RunFigures, requests_beside
 from benchmarks.goodput_sweep import SYSTEMS, Sweep, run_sweep
 from benchmarks.measured import Measured, measured_now
 
@@ -31,7 +31,7 @@ SECTION = "goodput"
 KEPT, PLOT = page.KEPT / "goodput.json", page.KEPT / "goodput.svg"
 _RESULTS = page.RESULTS / "goodput.json"
 
-_QUICK = {"rates": [1.0, 2.0], "requests": 8, "rounds": 1, "budget": 120.0, "answer_tokens": 24}
+_QUICK = {"rates": [1.0, 2.0], "requests": 8, "rounds": 1, "budget": 180.0, "answer_tokens": 24}
 """Defaults of --quick; what is given besides wins."""
 
 
@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.goodput")
     add = parser.add_argument
-    add("--quick", action="store_true", help="two rates, one round: at most two minutes")
-    add("--report", action="store_true", help="write docs/performance.md from the results")
+    add("--quick", action="store_true", help="two rates, one round: at most three minutes")
+    add("--report", action="store_true", help="write docs/performance.md from the requests kept")
     add("--results", type=Path, default=_RESULTS, metavar="FILE")
     add("--rates", type=float, nargs="+", default=[1.0, 2.0, 3.0], metavar="R")
     add("--requests", type=int, default=14, metavar="N", help="of a system, rate and round")
@@ -151,7 +151,7 @@ def _results(
 
 def _keep(results: Results, runs: list[Run], path: Path) -> None:
     """Figures, every request, table and plot, side by side."""
-    requests = path.with_name(f"{path.stem}-requests.json")
+    requests = requests_beside(path)
     plot, table = path.with_suffix(".svg"), path.with_suffix(".md")
     results.write(path)
     page.write_json(requests, {"runs": [run.to_json() for run in runs]})
@@ -168,10 +168,12 @@ def section(kept: Path = KEPT) -> str:
 
 
 def _publish(path: Path) -> None:
-    module = "benchmarks.goodput"
-    page.publish(Results, path, module=module, kept=KEPT, name=SECTION, section=section)
-    goodput_plot.draw(Results.read(KEPT), PLOT)
-    print(f"written: {PLOT}")
+    page.expect_results(path, "benchmarks.goodput")
+    results = Results.of_requests(path)
+    results.write(KEPT)
+    goodput_plot.draw(results, PLOT)
+    page.into_page(SECTION, section())
+    print(f"written: {page.PAGE}, {KEPT}, {PLOT}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ _BOUND = {"color": "grey", "linestyle": ":", "linewidth": 1.0}
 
 def draw(results: Results, path: Path) -> None:
     """Writes an SVG; the same results give the same bytes. Points are medians, bars
-    reach from the least round to the most. Dotted: everything good, and the objectives."""
+    reach from the least round to the most. Dotted: all that was offered, and the objectives."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 

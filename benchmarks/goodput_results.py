@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.arrivals import Load
 from benchmarks.figures import Objectives, Record, figures_of
 from benchmarks.measured import Measured
-from benchmarks.page import KeptResults
+from benchmarks.page import KeptResults, read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,16 @@ class Run:
     rate_per_s: float
     window_s: float
     duration_s: float
-    """The window, and until the last request was over."""
+    """From the window's beginning until the last request was over."""
     client_cpu_s: float
     """What the load's own process took of the machine in that time."""
     records: tuple[Record, ...]
+
+    @property
+    def took_s(self) -> float:
+        """What goodput and tokens/s are over: the window, or longer where a request was over
+        later. So neither is ever more than what was offered."""
+        return max(self.window_s, self.duration_s)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "records": [record.to_json() for record in self.records]}
@@ -49,8 +56,14 @@ class RunFigures:
     rate_per_s: float
     num_requests: int
     num_good: int
+    num_missed_ttft: int
+    num_missed_itl: int
+    """Of those that did not fail; one request may miss both."""
     num_overdue: int
     num_failed: int
+    num_tokens: int
+    took_s: float
+    """What goodput and tokens/s are over."""
     good_share: float
     good_share_on_average: float
     goodput_per_s: float
@@ -68,18 +81,23 @@ class RunFigures:
             figures_of(
                 [record for record in run.records if record.kind in kinds],
                 objectives,
-                duration_s=run.window_s,
+                duration_s=run.took_s,
             )
             for kinds in (("chat", "long"), ("chat",), ("long",))
         )
+        measured = [record for record in run.records if record.outcome != "failed"]
         return cls(
             system=run.system,
             round=run.round,
             rate_per_s=run.rate_per_s,
             num_requests=whole.num_requests,
             num_good=whole.num_good,
+            num_missed_ttft=sum(not objectives.ttft_met_by(record) for record in measured),
+            num_missed_itl=sum(not objectives.itl_met_by(record) for record in measured),
             num_overdue=whole.num_overdue,
             num_failed=whole.num_failed,
+            num_tokens=whole.num_tokens,
+            took_s=_rounded(run.took_s),
             good_share=_rounded(whole.good_share),
             good_share_on_average=_rounded(whole.good_share_on_average),
             goodput_per_s=_rounded(whole.goodput_per_s),
@@ -105,6 +123,18 @@ class System:
     """Of ``baton serve``."""
     kv_cache_bytes: int
     """Of each worker."""
+    max_num_batched_tokens: int = 512
+    """Of each worker: the size of a prefill chunk. Results that do not say had the default."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of Baton's configuration."""
+        return {
+            "engine": {
+                "kv_cache_bytes": self.kv_cache_bytes,
+                "max_num_batched_tokens": self.max_num_batched_tokens,
+            }
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +182,14 @@ class Results(KeptResults):
         return max(good, key=lambda name: good[name])
 
     @classmethod
+    def of_requests(cls, path: Path) -> Self:
+        """The results at ``path``, with the figures made anew of the requests beside them, so
+        that another definition of a figure takes no other sweep. Raises OSError or ValueError."""
+        runs = read_json(requests_beside(path), _runs_from_json)
+        kept = read_json(path, lambda data: cls._from_json({**data, "runs": ()}))
+        return replace(kept, runs=tuple(RunFigures.of(run, kept.objectives) for run in runs))
+
+    @classmethod
     def _from_json(cls, data: dict[str, Any]) -> Self:
         return cls(
             **{
@@ -166,6 +204,15 @@ class Results(KeptResults):
                 "runs": tuple(RunFigures(**each) for each in data["runs"]),
             }
         )
+
+
+def requests_beside(path: Path) -> Path:
+    """Where every request of the results at ``path`` is kept."""
+    return path.with_name(f"{path.stem}-requests.json")
+
+
+def _runs_from_json(data: dict[str, Any]) -> tuple[Run, ...]:
+    return tuple(map(run_from_json, data["runs"]))
 
 
 def median(values: Sequence[float]) -> float | None:

@@ -33,9 +33,18 @@ SYSTEMS = (
         "disaggregated", "1 prefill + 1 decode", ("--prefill", "1", "--decode", "1"), 512 * _MIB
     ),
     System("colocated-2", "2 colocated", ("--prefill", "0", "--decode", "2"), 512 * _MIB),
+    System(
+        "colocated-2-128",
+        "2 colocated, chunks of 128",
+        ("--prefill", "0", "--decode", "2"),
+        512 * _MIB,
+        max_num_batched_tokens=128,
+    ),
     System("colocated-1", "1 colocated", ("--prefill", "0", "--decode", "1"), 1024 * _MIB),
 )
-"""All with the same memory for KV; workers share the machine's cores out evenly."""
+"""All with the same memory for KV; workers share the machine's cores out evenly.
+Small chunks are what colocated serving has against long pauses: without them it would be
+beaten too easily."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +98,8 @@ def _round(sweep: Sweep, round_: int, folder: Path, say: Callable[[str], None]) 
     for system in (*sweep.systems[turn:], *sweep.systems[:turn]):
         own = folder / f"{round_}-{system.name}"
         began = time.monotonic()
-        settings = {"engine": {"kv_cache_bytes": system.kv_cache_bytes}}
         arguments = (*system.arguments, "--model", sweep.model)
-        with BatonServer(own, settings=settings, arguments=arguments) as server:
+        with BatonServer(own, settings=system.settings, arguments=arguments) as server:
             for phase in _drive(server, sweep.plan(round_), own):
                 runs.append(run_from_json({**phase, "system": system.name, "round": round_}))
         say(f"round {round_ + 1}: {system.name} in {time.monotonic() - began:.0f} s")

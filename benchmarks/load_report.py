@@ -53,7 +53,7 @@ def _sentences(figures: Figures, objectives: Objectives, num_cut: int) -> list[s
         f"{objectives.itl_percentile:g} within {1000 * objectives.itl_s:g} ms "
         f"({figures.good_share_on_average:.1%} with TPOT in the place of ITL)",
         f"tokens       {figures.tokens_per_s:.1f}/s, {figures.num_tokens} in "
-        f"{figures.span_s:.1f} s, counted by {', '.join(sorted(figures.counted_by)) or '-'}",
+        f"{figures.duration_s:.1f} s, counted by {', '.join(sorted(figures.counted_by)) or '-'}",
         f"failed       {figures.num_failed}",
         *(f"             {n} x {why}" for why, n in sorted(figures.failures.items())),
     ]

@@ -82,12 +82,18 @@ def test_goodput_counts_failed_and_overdue_requests_among_all() -> None:
         replace(RECORD, began_at_s=2.0, ttft_s=3.0, outcome="overdue", e2e_s=5.0),
         replace(RECORD, began_at_s=3.0, outcome="failed", failure="cut: x", failure_kind="cut"),
     ]
-    figures = figures_of(records, OBJECTIVES, duration_s=4.0)
+    figures = figures_of(records, OBJECTIVES, duration_s=8.0)
     assert (figures.num_whole, figures.num_overdue, figures.num_failed) == (2, 1, 1)
-    assert (figures.num_good, figures.good_share, figures.goodput_per_s) == (2, 0.5, 0.5)
-    assert (figures.span_s, figures.num_tokens) == (7.0, 12)
-    assert figures.tokens_per_s == pytest.approx(12 / 7)
+    assert (figures.num_good, figures.good_share, figures.goodput_per_s) == (2, 0.5, 0.25)
+    assert (figures.num_tokens, figures.tokens_per_s) == (12, 1.5)
     assert figures.failures == {"cut: x": 1}
+
+
+def test_goodput_and_tokens_are_over_the_same_time_by_default_the_whole_span() -> None:
+    figures = figures_of([replace(RECORD, began_at_s=1.0, e2e_s=2.0), RECORD], OBJECTIVES)
+    assert figures.duration_s == 3.0
+    assert figures.goodput_per_s == pytest.approx(2 / 3)
+    assert figures.tokens_per_s == pytest.approx(6 / 3)
 
 
 def test_percentiles_are_without_failed_requests_and_with_overdue_ones() -> None:
