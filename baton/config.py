@@ -82,8 +82,8 @@ class EngineConfig(_Section):
     """`dummy`: random weights of the model's shapes, for measurements; its folder then
     needs no weights. Not to be set for a pool."""
     cpu_kernels: Literal["auto", "native", "torch"] = "auto"
-    """What decoding on a CPU runs besides matrix products: `torch`, or `native`, kernels that are
-    compiled when first needed and kept in the cache. `auto`: `native` where there is a C++
+    """What a CPU computes with: `torch`, or `native`, kernels that are compiled when first needed
+    and kept in the cache. `auto`: `native` where there is a C++
     compiler, or where they have been compiled, else `torch`, which is slower. In bfloat16 the two
     round differently in places, so a near-tie may be answered differently."""
     quantization: Literal["none", "int8", "int4"] = "none"

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.layers import Linear
-from engine.native.kernels import kernels
 from engine.parallel.group import RankGroups
 
 
@@ -63,18 +62,10 @@ class _Head:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._native = kernels()
-        self._panels = self._native.panels(weight) if self._native is not None else None
-        self._linear = Linear(weight) if self._panels is None else None
+        self._linear = Linear(weight)
         self._logits = torch.empty(0, len(weight))
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(self._logits) < len(x):
             self._logits = torch.empty(len(x), self._logits.shape[1])
-        out = self._logits[: len(x)]
-        if self._linear is not None:
-            return self._linear.in_float32(x, out)
-        assert self._native is not None
-        assert self._panels is not None
-        self._native.multiply(x, self._panels, out)
-        return out
+        return self._linear.in_float32(x, self._logits[: len(x)])

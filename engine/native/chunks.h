@@ -68,10 +68,10 @@ void attend_rows(const Packed& packed, const Chunk& chunk, int64_t row, int64_t 
   bfloat16* const weights = reinterpret_cast<bfloat16*>(sums + count * value_width);
   bfloat16* const own = weights + count * keys;
 
-  const Multiply multiply = kMultiplies[count - 1];
+  const Multiply<float> multiply = kMultiplies<float>[count - 1];
   for (int64_t r = 0; r < count; ++r) std::memcpy(own + r * dim, query(row + r), dim * 2);
   for (int64_t at = 0; at < keys; at += kPanel)
-    multiply(own, dim, dim, packed.keys + (begin + at) * dim, scores + at, keys, kPanel);
+    multiply(own, dim, dim, packed.keys + (begin + at) * dim, nullptr, scores + at, keys, kPanel);
 
   float totals[kMostRows];
   for (int64_t r = 0; r < count; ++r) {
@@ -93,8 +93,8 @@ void attend_rows(const Packed& packed, const Chunk& chunk, int64_t row, int64_t 
   }
 
   for (int64_t at = 0; at < value_width; at += kPanel)
-    multiply(weights, keys, keys, packed.values + at * packed.tokens + begin * kPanel, sums + at,
-             value_width, kPanel);
+    multiply(weights, keys, keys, packed.values + at * packed.tokens + begin * kPanel, nullptr,
+             sums + at, value_width, kPanel);
   for (int64_t r = 0; r < count; ++r)
     for (int64_t i = 0; i < packed.value_dim; i += kLanes) {
       const int64_t left = packed.value_dim - i;

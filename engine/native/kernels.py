@@ -26,6 +26,8 @@ Chosen = Literal["native", "torch"]
 
 _PANEL = 32
 """Outputs whose weights lie together: ``kPanel`` in products.h."""
+_ROWS = 12
+"""That go through the weights together: ``kMostRows`` there."""
 _LONG_WORK = 1 << 20
 """Elements that are read: from some 0.1 ms on."""
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -116,11 +118,11 @@ class Kernels:
         )
 
         self._pack = self._multiply = None
-        if hasattr(library, "multiply_panels"):
+        if hasattr(library, "pack_panels"):
             pack = (c_void_p, c_void_p, c_int64, c_int64, c_int)
-            product = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int)
+            product = (*(c_void_p,) * 4, c_int64, c_int64, c_int64, c_int)
             self._pack = _Function("pack_panels", pack, library, unlocked)
-            self._multiply = _Function("multiply_panels", product, library, unlocked)
+            self._multiply = by_dtype("multiply_panels", *product)
             chunk = (
                 *(POINTER(Pool), c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p),
                 *(c_int64, c_int64, c_int64, c_float, c_int64, c_int),
@@ -142,22 +144,25 @@ class Kernels:
         )
         return panels
 
-    def multiply(self, x: Tensor, panels: Tensor, out: Tensor) -> None:
-        """``x Wᵀ``, added up and written in float32, to ``out`` (contiguous [rows, outputs]).
+    def multiply(self, x: Tensor, panels: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+        """``x Wᵀ + b``, added up in float32, to ``out`` (contiguous [rows, outputs], float32 or
+        bfloat16).
 
-        ``x``: bfloat16 [rows, inputs]. A row's result does not depend on the others.
+        ``x``: bfloat16 [rows, inputs]; ``bias``: float32 [outputs]. A row's result does not
+        depend on the others.
         """
         assert self._multiply is not None
         x = x.contiguous()
         (rows, inputs), outputs = x.shape, out.shape[1]
         assert x.dtype == panels.dtype == torch.bfloat16
-        assert out.dtype == torch.float32
         assert out.is_contiguous()
         assert out.shape[0] == rows
+        assert bias is None or (bias.dtype == torch.float32 and bias.shape == (outputs,))
         assert panels.shape == (-(-outputs // _PANEL), inputs // 2, _PANEL, 2)
-        self._multiply.for_work(panels.numel())(
-            *(x.data_ptr(), panels.data_ptr(), out.data_ptr(), rows, outputs, inputs),
-            torch.get_num_threads(),
+        # The weights are read once for each dozen rows.
+        self._multiply[out.dtype].for_work(panels.numel() * (rows // _ROWS + 1))(
+            *(x.data_ptr(), panels.data_ptr(), bias.data_ptr() if bias is not None else None),
+            *(out.data_ptr(), rows, outputs, inputs, torch.get_num_threads()),
         )
 
     def add_rms_norm(

@@ -1,7 +1,8 @@
-// Products of bfloat16 that are added up and written in float32, where the processor multiplies
-// pairs of it.
+// Products of bfloat16 that are added up in float32, where the processor multiplies pairs of it.
 
 #pragma once
+
+#include <algorithm>
 
 #include "vectors.h"
 
@@ -13,10 +14,17 @@ namespace {
 constexpr int64_t kPanel = 2 * kLanes;
 constexpr int kMostRows = 12;  // whose sums stay in registers
 
-template <int Rows>
+// The products of `Rows` rows of x, `stride` apart, with one panel, and the panel's biases if there
+// are any; `count` outputs are written to rows of `out` that are `outputs` apart.
+template <int Rows, class T>
 void multiply(const bfloat16* x, int64_t stride, int64_t inputs, const bfloat16* panel,
-              float* out, int64_t outputs, int64_t count) {
+              const float* bias, T* out, int64_t outputs, int64_t count) {
   Floats totals[Rows][2] = {};
+  if (bias != nullptr) {
+    const Floats first = load(bias, std::min<int64_t>(count, kLanes));
+    const Floats second = load(bias + kLanes, std::max<int64_t>(0, count - kLanes));
+    for (int row = 0; row < Rows; ++row) totals[row][0] = first, totals[row][1] = second;
+  }
   for (int64_t i = 0; i < inputs; i += 2, panel += 2 * kPanel) {
     const __m512bh first = (__m512bh)_mm512_loadu_si512(panel);
     const __m512bh second = (__m512bh)_mm512_loadu_si512(panel + kPanel);
@@ -35,13 +43,29 @@ void multiply(const bfloat16* x, int64_t stride, int64_t inputs, const bfloat16*
   }
 }
 
-// The products of `Rows` rows of x, `stride` apart, with one panel, of which `count` outputs are
-// written to rows of `out` that are `outputs` apart.
-using Multiply = void (*)(const bfloat16*, int64_t, int64_t, const bfloat16*, float*, int64_t,
-                          int64_t);
-constexpr Multiply kMultiplies[kMostRows] = {
-    multiply<1>, multiply<2>, multiply<3>, multiply<4>,  multiply<5>,  multiply<6>,
-    multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>};
+template <class T>
+using Multiply = void (*)(const bfloat16*, int64_t, int64_t, const bfloat16*, const float*, T*,
+                          int64_t, int64_t);
+template <class T>
+constexpr Multiply<T> kMultiplies[kMostRows] = {
+    multiply<1, T>, multiply<2, T>, multiply<3, T>, multiply<4, T>,
+    multiply<5, T>, multiply<6, T>, multiply<7, T>, multiply<8, T>,
+    multiply<9, T>, multiply<10, T>, multiply<11, T>, multiply<12, T>};
+
+template <class T>
+void multiply_panels(const bfloat16* x, const bfloat16* panels, const float* bias, T* out,
+                     int64_t rows, int64_t outputs, int64_t inputs, int threads) {
+  const int64_t tiles = (rows + kMostRows - 1) / kMostRows;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t first = 0; first < outputs; first += kPanel) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
+      kMultiplies<T>[count - 1](x + row * inputs, inputs, inputs, panels + first * inputs,
+                                bias == nullptr ? nullptr : bias + first,
+                                out + row * outputs + first, outputs, outputs - first);
+    }
+  }
+}
 
 }  // namespace
 
@@ -57,18 +81,15 @@ extern "C" void pack_panels(const bfloat16* weight, bfloat16* panels, int64_t ou
   }
 }
 
-extern "C" void multiply_panels(const bfloat16* x, const bfloat16* panels, float* out,
-                                int64_t rows, int64_t outputs, int64_t inputs,
-                                int threads) noexcept {
-  const int64_t tiles = (rows + kMostRows - 1) / kMostRows;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t first = 0; first < outputs; first += kPanel) {
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
-      kMultiplies[count - 1](x + row * inputs, inputs, inputs, panels + first * inputs,
-                             out + row * outputs + first, outputs, outputs - first);
-    }
+#define BATON_PRODUCTS(SUFFIX, T)                                                              \
+  extern "C" void multiply_panels_##SUFFIX(const bfloat16* x, const bfloat16* panels,           \
+                                           const float* bias, T* out, int64_t rows,             \
+                                           int64_t outputs, int64_t inputs,                     \
+                                           int threads) noexcept {                              \
+    multiply_panels(x, panels, bias, out, rows, outputs, inputs, threads);                      \
   }
-}
+
+BATON_PRODUCTS(f32, float)
+BATON_PRODUCTS(bf16, bfloat16)
 
 #endif

@@ -13,7 +13,7 @@ from support.cpu_kernels import computing_with
 
 from baton.errors import ConfigurationError
 from baton.kv_layout import KvLayout
-from engine.layers import Rotary, swiglu
+from engine.layers import Linear, Rotary, swiglu
 from engine.native import build
 from engine.native.kernels import Kernels, Pool, kernels, use_kernels
 
@@ -264,6 +264,27 @@ def test_products_are_added_up_and_written_in_float32(
         alone = torch.empty(1, outputs)
         native.multiply(x[row : row + 1], panels, alone)
         assert torch.equal(alone[0], out[row]), "a row's result depends on the others"
+
+
+@pytest.mark.parametrize("rows", [1, 5, 30])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_linear_layer_rounds_its_float32_sums_once(
+    native: Kernels, rows: int, has_bias: bool
+) -> None:
+    """With its bias, whose last panel is not whole."""
+    if not has_bfloat16(native):
+        pytest.skip("this processor does not multiply bfloat16")
+    torch.manual_seed(rows)
+    weight, x = torch.randn(75, 70).bfloat16(), torch.randn(rows, 70).bfloat16()
+    bias = torch.randn(75).bfloat16() if has_bias else None
+    linear = Linear(weight, bias)
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    exact = linear.in_float32(x)
+    assert (exact - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.equal(linear(x), exact.bfloat16())
+    given = torch.empty(rows, 75)
+    assert linear.in_float32(x, given) is given
+    assert torch.equal(given, exact)
 
 
 def test_weights_that_are_not_multiplied_exactly_are_refused(native: Kernels) -> None:
