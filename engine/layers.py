@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.native.kernels import kernels
+from engine.native.layers import Panels
 
 Layer = Callable[[Tensor], Tensor]
 """[tokens, in] → [tokens, out]."""
@@ -24,12 +25,12 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._bias = bias
-        self._num_outputs = len(weight)
         self._native = kernels()
-        self._panels = self._native.panels(weight) if self._native is not None else None
         self._is_packed = False
-        if self._panels is not None:
-            self._bias = None if bias is None else bias.float()
+        panels = self._native.panels(weight) if self._native is not None else None
+        self.panels: Panels | None = None
+        if panels is not None:
+            self.panels = Panels(panels, None if bias is None else bias.float(), len(weight))
         elif _can_pack(weight):
             self._is_packed = True
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
@@ -38,14 +39,15 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, in] → [tokens, out]."""
-        if self._panels is not None:
-            return self._multiply(x, torch.empty(len(x), self._num_outputs, dtype=x.dtype))
+        if self.panels is not None:
+            out = torch.empty(len(x), self.panels.num_outputs, dtype=x.dtype)
+            return self._multiply(x, out, self.panels)
         if not self._is_packed:
             return F.linear(x, self._weight, self._bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self._weight, self._bias, "none", [], ""
         )
-        return out
+        return product
 
     def in_float32(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Like a call, in float32 whatever the weights are; where they are not, in ``out``, if
@@ -55,10 +57,10 @@ class Linear:
         second one: oneDNN adds before it rounds. At one row that is cheaper than float32
         weights (1.9 against 2.6 ms for a vocabulary of 49,152), and needs no copy.
         """
-        if self._panels is not None:
+        if self.panels is not None:
             if out is None:
-                out = torch.empty(len(x), self._num_outputs)
-            return self._multiply(x, out)
+                out = torch.empty(len(x), self.panels.num_outputs)
+            return self._multiply(x, out, self.panels)
         product = self(x)
         if product.dtype == torch.float32:
             return product
@@ -70,10 +72,9 @@ class Linear:
         )
         return result.add_(lost)
 
-    def _multiply(self, x: Tensor, out: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, out: Tensor, panels: Panels) -> Tensor:
         assert self._native is not None
-        assert self._panels is not None
-        self._native.multiply(x, self._panels, out, self._bias)
+        self._native.multiply(x, panels.weight, out, panels.bias)
         return out
 
 
@@ -96,20 +97,42 @@ class RMSNorm:
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self._dtype = weight.dtype
-        self._weight = weight.float()
+        self.weight = weight.float()
+        """Float32, contiguous."""
         self._eps = eps
 
     def __call__(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
         """Of ``x``, float32 [..., features]; ``delta`` is first added to it, in place."""
         native = kernels()
-        if native is not None and self._weight.dim() == 1 and x.dim() == 2:
+        if native is not None and self.weight.dim() == 1 and x.dim() == 2:
             x = x.contiguous() if delta is None else x
-            return native.add_rms_norm(x, delta, self._weight, self._eps, self._dtype)
+            return native.add_rms_norm(x, delta, self.weight, self._eps, self._dtype)
         if delta is not None:
             x += delta
         # At 512 tokens half as long as F.rms_norm.
         inverse = x.square().mean(dim=-1, keepdim=True).add_(self._eps).rsqrt_()
-        return (x * inverse).mul_(self._weight).to(self._dtype)
+        return (x * inverse).mul_(self.weight).to(self._dtype)
+
+
+class HeadNorm:
+    """``RMSNorm`` of each head by itself; ``weight`` is [heads, head_dim]."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._norm = RMSNorm(weight, eps)
+        self._eps = eps
+
+    @property
+    def weight(self) -> Tensor:
+        """Float32."""
+        return self._norm.weight
+
+    def normalize_(self, heads: Tensor) -> None:
+        """Of ``heads`` ([tokens, heads, head_dim], a token's side by side), in place."""
+        native = kernels()
+        if native is not None:
+            native.norm_heads_(heads, self.weight, self._eps)
+        else:
+            heads.copy_(self._norm(heads.float()))
 
 
 class Rotary:
@@ -137,7 +160,7 @@ class Angles:
     """Cosines and sines of one step's positions, float32 [tokens, head_dim / 2]."""
 
     def __init__(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> None:
-        self._cos, self._sin = cos, sin
+        self.cos, self.sin = cos, sin
         self._native = kernels()
         if self._native is None:
             # [tokens, 1, 2, head_dim / 2]: over heads, and the half of the head.
@@ -147,7 +170,7 @@ class Angles:
     def rotate_(self, heads: Tensor) -> None:
         """Rotates ``heads`` ([tokens, heads, head_dim]) in place."""
         if self._native is not None:
-            self._native.rotate_(heads, self._cos, self._sin)
+            self._native.rotate_(heads, self.cos, self.sin)
             return
         halves = heads.view(*heads.shape[:2], 2, -1)
         swapped = halves.flip(2)

@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.native.layers import PagedSpans
 
 
 class AttentionStep(Protocol):
@@ -28,6 +29,11 @@ class AttentionStep(Protocol):
         ``value_dim`` elements of a key are its value. That length, which then is the last of
         the result, and the scale are what the backend was made with.
         """
+        ...
+
+    def paged_spans(self) -> PagedSpans | None:
+        """What the step's rows attend to, for who computes all layers at once by the CPU
+        kernels; None where they cannot."""
         ...
 
 

@@ -12,9 +12,35 @@ from torch import Tensor
 
 from engine.batch import Batch, Span
 from engine.native.kernels import Kernels
+from engine.native.layers import ChunkSpan, PagedSpans
 
 if TYPE_CHECKING:
     from engine.attention.paged_cpu import PagedCpuAttention
+
+
+def paged_spans(attention: PagedCpuAttention, batch: Batch, kernels: Kernels) -> PagedSpans | None:
+    """All of a step; None where it has chunks that the kernels do not take."""
+    num_decodes = batch.num_decodes
+    if num_decodes < len(batch.spans) and not kernels.attends_chunks(attention.layout):
+        return None
+    return PagedSpans(
+        pool=attention.pool,
+        scale=attention.scale,
+        slots=batch.slot_mapping,
+        block_table=batch.block_table[:num_decodes],
+        contexts=_contexts(batch),
+        chunks=tuple(
+            ChunkSpan(span.first_row, span.num_tokens, span.num_context - span.num_tokens, table)
+            for span, table in zip(
+                batch.spans[num_decodes:], batch.block_table[num_decodes:], strict=True
+            )
+        ),
+    )
+
+
+def _contexts(batch: Batch) -> Tensor:
+    lengths = [span.num_context for span in batch.spans[: batch.num_decodes]]
+    return torch.tensor(lengths, dtype=torch.int32)
 
 
 class NativeChunk:
@@ -54,11 +80,10 @@ class NativeDecodes:
     def __init__(
         self, attention: PagedCpuAttention, batch: Batch, kernels: Kernels, window: int | None
     ) -> None:
-        spans = batch.spans[: batch.num_decodes]
         self._attention = attention
         self._kernels = kernels
         self._window = window
-        self._contexts = torch.tensor([span.num_context for span in spans], dtype=torch.int32)
+        self._contexts = _contexts(batch)
         self._block_table = batch.block_table[: batch.num_decodes]
 
     def attend(self, layer: int, query: Tensor, out: Tensor) -> None:

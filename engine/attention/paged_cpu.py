@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
@@ -27,10 +28,11 @@ from torch import Tensor
 
 from baton.checkpoint.model_config import ModelConfig
 from baton.kv_layout import KvLayout
-from engine.attention.native import NativeChunk, NativeDecodes
+from engine.attention.native import NativeChunk, NativeDecodes, paged_spans
 from engine.attention.window import WindowedChunk, WindowedDecodes
 from engine.batch import Batch, Span
 from engine.native.kernels import Pool, kernels
+from engine.native.layers import PagedSpans
 from engine.parallel.group import RankGroups
 from engine.parallel.shard import WHOLE
 
@@ -171,12 +173,11 @@ def attention_of(
 class _PagedCpuStep:
     def __init__(self, attention: PagedCpuAttention, batch: Batch) -> None:
         self._attention = attention
+        self._batch = batch
         self._slots = batch.slot_mapping
         self._token_rows = None
         if attention.kernels is None:
             self._token_rows = attention.token_rows(batch.slot_mapping)
-        parts = {window: _parts(attention, batch, window) for window in set(attention.windows)}
-        self._parts = [parts[window] for window in attention.windows]
 
     def __call__(self, layer: int, query: Tensor, key_value: Tensor) -> Tensor:
         self._write(layer, key_value)
@@ -184,6 +185,17 @@ class _PagedCpuStep:
         for part in self._parts[layer]:
             part.attend(layer, query, out)
         return out
+
+    def paged_spans(self) -> PagedSpans | None:
+        kernels = self._attention.kernels
+        return None if kernels is None else paged_spans(self._attention, self._batch, kernels)
+
+    @cached_property
+    def _parts(self) -> list[list[_Part]]:
+        """Of each layer; those of one window have the same."""
+        attention = self._attention
+        parts = {each: _parts(attention, self._batch, each) for each in set(attention.windows)}
+        return [parts[window] for window in attention.windows]
 
     def _write(self, layer: int, key_value: Tensor) -> None:
         attention = self._attention

@@ -56,6 +56,9 @@ class _ReferenceStep:
                 out[row] = self._attend(layer, query[row], block_ids, _num_visible(span, row))
         return out
 
+    def paged_spans(self) -> None:
+        return None
+
     def _attend(self, layer: int, query: Tensor, block_ids: list[int], num_visible: int) -> Tensor:
         """One token's heads, [heads, value_dim], over the first ``num_visible`` tokens,
         or those of them in the layer's window."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from baton.checkpoint.model_config import ModelConfig
 from engine.attention.interface import AttentionStep
 from engine.layers import Angles, RMSNorm, Rotary
+from engine.models.at_once import native_layers
 from engine.models.expert_parallel import SplitSparseMlp
 from engine.models.latent_attention import LatentAttention
 from engine.models.mlp import DenseMlp, Mlp
@@ -32,18 +33,18 @@ class _Layer:
         self, config: ModelConfig, index: int, tensors: Tensors, groups: RankGroups
     ) -> None:
         eps = config.rms_norm_eps
-        self._attention_norm = tensors.norm("input_layernorm", eps)
-        self._attention = _attention(config, index, tensors.under("self_attn"), groups)
-        self._mlp_norm = tensors.norm("post_attention_layernorm", eps)
-        self._mlp = _mlp(config, index, tensors, groups)
+        self.attention_norm = tensors.norm("input_layernorm", eps)
+        self.attention = _attention(config, index, tensors.under("self_attn"), groups)
+        self.mlp_norm = tensors.norm("post_attention_layernorm", eps)
+        self.mlp = _mlp(config, index, tensors, groups)
 
     def __call__(
         self, x: Tensor, delta: Tensor | None, angles: Angles, attention: AttentionStep
     ) -> Tensor:
         """Adds ``delta`` and the attention's part to the residual stream ``x``, float32
         [tokens, hidden]. Returns the MLP's, which the next layer adds with its norm."""
-        delta = self._attention(self._attention_norm(x, delta), angles, attention)
-        return self._mlp(self._mlp_norm(x, delta))
+        delta = self.attention(self.attention_norm(x, delta), angles, attention)
+        return self.mlp(self.mlp_norm(x, delta))
 
 
 def _attention(
@@ -87,6 +88,7 @@ class Decoder:
             _Layer(config, index, Tensors(weights, f"model.layers.{index}", quantization), groups)
             for index in range(config.num_layers)
         ]
+        self._at_once = native_layers(config, self._layers)
         self._norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
         self._logits = head_of(embedding if tied else weights["lm_head.weight"], groups)
         frequencies, scale = rope_frequencies(config.rope, config.rotary_dim)
@@ -110,8 +112,12 @@ class Decoder:
         x = self._embed(token_ids).float()
         angles = self._rotary.angles(positions)
         delta: Tensor | None = None
-        for layer in self._layers:
-            delta = layer(x, delta, angles, attention)
+        spans = attention.paged_spans() if self._at_once is not None else None
+        if self._at_once is not None and spans is not None:
+            delta = self._at_once(x, angles.cos, angles.sin, spans)
+        else:
+            for layer in self._layers:
+                delta = layer(x, delta, angles, attention)
         if len(sampled_rows) == 0:
             return torch.empty(0, self.vocab_size)
         assert delta is not None, "a model without layers"

@@ -33,8 +33,8 @@ class DenseMlp:
         inner: slice = WHOLE,
         has_bias: bool = True,
     ) -> None:
-        self._gate_up = tensors.linear(gate, up, outputs=[inner, inner])
-        self._down = tensors.linear(down, inputs=inner, has_bias=has_bias)
+        self.gate_up = tensors.linear(gate, up, outputs=[inner, inner])
+        self.down = tensors.linear(down, inputs=inner, has_bias=has_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._down(swiglu(self._gate_up(x)))
+        return self.down(swiglu(self.gate_up(x)))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from baton.checkpoint.model_config import ModelConfig
 from engine.attention.interface import AttentionStep
-from engine.layers import Angles, RMSNorm
+from engine.layers import Angles, HeadNorm
 from engine.models.tensors import Tensors
 from engine.parallel.group import RankGroups
 from engine.parallel.shard import scaled
@@ -26,33 +26,32 @@ class SelfAttention:
         query, keys = groups.shard.query_heads(config), groups.shard.kv_heads(config)
         query_rows, key_rows = scaled(query, config.head_dim), scaled(keys, config.head_dim)
         self._index = index
-        self._num_heads = query.stop - query.start
+        self.num_heads = query.stop - query.start
         self._num_kv_heads = keys.stop - keys.start
-        self._num_rotated = self._num_heads + self._num_kv_heads  # query heads, then keys
+        self._num_rotated = self.num_heads + self._num_kv_heads  # query heads, then keys
         self._head_dim = config.head_dim
-        self._rotates = index not in config.parts.unrotated_layers
-        self._qkv = tensors.linear(
+        self.rotates = index not in config.parts.unrotated_layers
+        self.qkv = tensors.linear(
             "q_proj", "k_proj", "v_proj", outputs=[query_rows, key_rows, key_rows]
         )
-        self._qk_norm = self._norm_of_heads(config, tensors) if config.parts.qk_norm else None
+        self.qk_norm = self._norm_of_heads(config, tensors) if config.parts.qk_norm else None
         out = tensors.linear("o_proj", inputs=query_rows, has_bias=groups.world.rank == 0)
-        self._out = summed(out, groups.world)
+        self.out = summed(out, groups.world)
 
     def __call__(self, x: Tensor, angles: Angles, attention: AttentionStep) -> Tensor:
         """[tokens, hidden] → the same; writes the tokens' KV through ``attention``."""
-        qkv = self._qkv(x).view(len(x), -1, self._head_dim)
-        if self._qk_norm is not None:
-            heads = qkv[:, : self._num_rotated]
-            heads.copy_(self._qk_norm(heads.float()))
-        if self._rotates:
+        qkv = self.qkv(x).view(len(x), -1, self._head_dim)
+        if self.qk_norm is not None:
+            self.qk_norm.normalize_(qkv[:, : self._num_rotated])
+        if self.rotates:
             angles.rotate_(qkv[:, : self._num_rotated])
-        query, key_value = qkv[:, : self._num_heads], qkv[:, self._num_heads :]
+        query, key_value = qkv[:, : self.num_heads], qkv[:, self.num_heads :]
         key_value = key_value.view(len(x), 2, self._num_kv_heads, self._head_dim)
         attended = attention(self._index, query, key_value)
-        return self._out(attended.view(len(x), -1))
+        return self.out(attended.view(len(x), -1))
 
-    def _norm_of_heads(self, config: ModelConfig, tensors: Tensors) -> RMSNorm:
-        """One norm over each head by itself: [heads + KV heads, head_dim] weights."""
-        query = tensors["q_norm.weight"].expand(self._num_heads, -1)
+    def _norm_of_heads(self, config: ModelConfig, tensors: Tensors) -> HeadNorm:
+        """[heads + KV heads, head_dim] weights."""
+        query = tensors["q_norm.weight"].expand(self.num_heads, -1)
         key = tensors["k_norm.weight"].expand(self._num_kv_heads, -1)
-        return RMSNorm(torch.cat([query, key]), config.rms_norm_eps)
+        return HeadNorm(torch.cat([query, key]), config.rms_norm_eps)

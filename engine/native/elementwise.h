@@ -1,4 +1,4 @@
-// Norm, SwiGLU and rotary embedding.
+// Norms, SwiGLU and rotary embedding.
 
 #pragma once
 
@@ -25,6 +25,28 @@ void add_rms_norm(float* x, const D* delta, const float* weight, float eps, T* o
     for (int64_t i = 0; i < features; i += kLanes) {
       const Floats value = load(own + i, features - i) * inverse * load(weight + i, features - i);
       store(out + row * features + i, value, features - i);
+    }
+  }
+}
+
+// Each head by itself, in place; `weight` is [num_heads][dim].
+template <class T>
+void norm_heads(T* heads, int64_t row_stride, const float* weight, float eps, int64_t rows,
+                int64_t num_heads, int64_t dim, int threads) {
+#pragma omp parallel for num_threads(threads_for(rows* num_heads* dim, threads)) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t head = 0; head < num_heads; ++head) {
+      T* const own = heads + row * row_stride + head * dim;
+      Floats squares = {};
+      for (int64_t i = 0; i < dim; i += kLanes) {
+        const Floats value = load(own + i, dim - i);
+        squares += value * value;
+      }
+      const float inverse = 1.0f / std::sqrt(sum(squares) / dim + eps);
+      for (int64_t i = 0; i < dim; i += kLanes) {
+        const Floats scaled = load(own + i, dim - i) * inverse;
+        store(own + i, scaled * load(weight + head * dim + i, dim - i), dim - i);
+      }
     }
   }
 }

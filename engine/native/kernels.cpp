@@ -9,6 +9,7 @@
 #include "chunks.h"
 #include "decodes.h"
 #include "elementwise.h"
+#include "layers.h"
 #include "products.h"
 
 #define BATON_ENTRIES(SUFFIX, T)                                                                 \
@@ -16,6 +17,11 @@
                                         float eps, T* out, int64_t rows, int64_t features,       \
                                         int threads) noexcept {                                  \
     add_rms_norm(x, delta, weight, eps, out, rows, features, threads);                           \
+  }                                                                                              \
+  extern "C" void norm_heads_##SUFFIX(T* heads, int64_t row_stride, const float* weight,         \
+                                      float eps, int64_t rows, int64_t num_heads, int64_t dim,   \
+                                      int threads) noexcept {                                    \
+    norm_heads(heads, row_stride, weight, eps, rows, num_heads, dim, threads);                   \
   }                                                                                              \
   extern "C" void swiglu_##SUFFIX(const T* gate_up, T* out, int64_t rows, int64_t features,      \
                                   int threads) noexcept {                                        \

@@ -71,11 +71,16 @@ class _Function:
     it in between, for much longer than they last. Long ones let others run."""
 
     def __init__(
-        self, name: str, arguments: tuple[Any, ...], locked: ctypes.CDLL, unlocked: ctypes.CDLL
+        self,
+        name: str,
+        arguments: tuple[Any, ...],
+        locked: ctypes.CDLL,
+        unlocked: ctypes.CDLL,
+        result: Any = None,
     ) -> None:
         self._locked, self._unlocked = (getattr(each, name) for each in (locked, unlocked))
         for function in (self._locked, self._unlocked):
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, result
 
     def for_work(self, num_elements: int) -> Any:
         """To call it on so many."""
@@ -109,6 +114,9 @@ class Kernels:
             *("rotate", c_void_p, c_int64, c_int64, c_void_p, c_void_p),
             *(c_int64, c_int64, c_int64, c_int),
         )
+        self._norm_heads = by_dtype(
+            *("norm_heads", c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_int64, c_int)
+        )
         self._write_kv = by_dtype(
             "write_kv", POINTER(Pool), c_int64, c_void_p, c_int64, c_void_p, c_int64
         )
@@ -117,6 +125,7 @@ class Kernels:
             *(c_int64, c_void_p, c_int64, c_int64, c_float, c_int64, c_int),
         )
 
+        self._libraries = library, unlocked
         self._pack = self._multiply = None
         if hasattr(library, "pack_panels"):
             pack = (c_void_p, c_void_p, c_int64, c_int64, c_int)
@@ -128,6 +137,10 @@ class Kernels:
                 *(c_int64, c_int64, c_int64, c_float, c_int64, c_int),
             )
             self._attend_chunk = _Function("attend_chunk", chunk, library, unlocked)
+
+    def function(self, name: str, *arguments: Any, result: Any = None) -> _Function:
+        """One that products of bfloat16 come with, for who calls it by himself."""
+        return _Function(name, arguments, *self._libraries, result)
 
     def panels(self, weight: Tensor) -> Tensor | None:
         """``weight`` ([outputs, inputs]) as ``multiply`` reads it: a copy of the same size.
@@ -190,6 +203,19 @@ class Kernels:
             *(rows, features, torch.get_num_threads()),
         )
         return out
+
+    def norm_heads_(self, heads: Tensor, weight: Tensor, eps: float) -> None:
+        """The root mean square norm of each of ``heads`` ([tokens, heads, head_dim], a token's
+        side by side) by itself, in place; ``weight``: float32 [heads, head_dim]."""
+        rows, num_heads, dim = heads.shape
+        assert heads[0].is_contiguous()
+        assert weight.shape == (num_heads, dim)
+        assert weight.dtype == torch.float32
+        assert weight.is_contiguous()
+        self._norm_heads[heads.dtype].for_work(heads.numel())(
+            *(heads.data_ptr(), heads.stride(0), weight.data_ptr(), eps),
+            *(rows, num_heads, dim, torch.get_num_threads()),
+        )
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """``silu(gate) · up`` of a contiguous [tokens, 2 × features], gate first."""

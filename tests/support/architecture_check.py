@@ -12,12 +12,16 @@ from support.tiny_engine import DOMAIN, kv_layout, prompt, tokens
 
 from baton.checkpoint.checkpoint import LoadFormat, open_checkpoint
 from engine.engine import Engine, Scheduled
+from engine.native.kernels import Choice
 
 NUM_TOKENS = 75  # over every limit of the variants, and no multiple of any
 
 
 def engine_for(
-    path: Path, load_format: LoadFormat = "auto", dtype: torch.dtype = torch.float32
+    path: Path,
+    load_format: LoadFormat = "auto",
+    dtype: torch.dtype = torch.float32,
+    cpu_kernels: Choice = "torch",
 ) -> Engine:
     checkpoint = open_checkpoint(str(path), load_format)
     layout = replace(
@@ -30,6 +34,7 @@ def engine_for(
         layout=layout,
         memory=memoryview(bytearray(layout.num_bytes)),
         domain=DOMAIN,
+        cpu_kernels=cpu_kernels,
     )
 
 
