@@ -6,6 +6,9 @@ equal priorities none starves. The other half goes to the inputs that are neares
 end, so a short prompt is computed in the step after it arrives, though long ones rank before
 it. Alike inputs are computed one after the other, as first come, first served has it.
 
+An input that is alone is computed in even steps, as few as the budget allows: 1,030 tokens in
+steps of at most 512 are 352, 352 and 326, not 512, 512 and 6, since six take as long as forty.
+
 What several inputs have in common is computed once: those that would compute the same
 block next wait for one of them, and what they would get goes to it.
 
@@ -40,12 +43,14 @@ def prefill_chunks(sequences: SequenceOf[Sequence], budget: int, kv: KvCache) ->
     def give(indices: Iterable[int], num_tokens: int) -> int:
         for index in indices:
             leader = leaders[index]
-            share = min(num_left[index], num_left[leader], num_tokens)
-            num_left[leader] -= share
-            num_given[leader] += share
-            num_tokens -= share
+            given = min(num_left[index], num_left[leader], num_tokens)
+            num_left[leader] -= given
+            num_given[leader] += given
+            num_tokens -= given
         return num_tokens
 
+    if len(sequences) == 1:
+        budget = _even_share(num_left[0], budget, kv.layout.block_size)
     reserved = (budget + 1) // 2
     rest = budget - reserved + give(by_rank, reserved)
     give(by_length, rest)
@@ -54,6 +59,13 @@ def prefill_chunks(sequences: SequenceOf[Sequence], budget: int, kv: KvCache) ->
         for sequence, given in zip(sequences, num_given, strict=True)
         if given
     ]
+
+
+def _even_share(num_tokens: int, budget: int, block_size: int) -> int:
+    """Of a step, in whole blocks where they fit: at least half of the budget, where more is left."""
+    num_steps = -(-num_tokens // max(1, budget))
+    num_blocks = -(-num_tokens // (num_steps * block_size))
+    return min(budget, num_blocks * block_size)
 
 
 def _leaders(sequences: SequenceOf[Sequence], kv: KvCache) -> list[int]:

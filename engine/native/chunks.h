@@ -16,6 +16,9 @@ int64_t up_to(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// Whose exponential is zero, with AVX-512.
+constexpr float kNothing = -120.0f;
+
 // One KV head's context as panels: keys as the weights of scores (outputs are tokens), values as
 // those of sums over tokens (outputs are elements).
 struct Packed {
@@ -79,17 +82,20 @@ void attend_rows(const Packed& packed, const Chunk& chunk, int64_t row, int64_t 
     const int64_t first = chunk.first(row + r) - begin, last = chunk.last(row + r) - begin;
     std::fill(each, each + first, -INFINITY);
     std::fill(each + last, each + keys, -INFINITY);
-    Floats most = splat(-INFINITY);
-    for (int64_t i = 0; i < keys; i += kLanes) most = at_least(most, load(each + i));
-    const Floats shift = splat(highest(most) * chunk.scale);
-    Floats total = {};
-    for (int64_t i = 0; i < keys; i += kLanes) {
-      const Floats score = load(each + i) * chunk.scale - shift;
-      const Floats weight = rounded<bfloat16>(score > -87.0f ? exp(score) : Floats{});
-      store(weights + r * keys + i, weight);
-      total += weight;
-    }
-    totals[r] = sum(total);
+    // Two at a time, so that one's latency hides the other's.
+    Floats most[2] = {splat(-INFINITY), splat(-INFINITY)};
+    for (int64_t i = 0; i < keys; i += kPanel)
+      for (int v = 0; v < 2; ++v) most[v] = at_least(most[v], load(each + i + v * kLanes));
+    const Floats shift = splat(highest(at_least(most[0], most[1])) * chunk.scale);
+    Floats total[2] = {};
+    for (int64_t i = 0; i < keys; i += kPanel)
+      for (int v = 0; v < 2; ++v) {
+        const Floats score = load(each + i + v * kLanes) * chunk.scale - shift;
+        const Floats weight = rounded<bfloat16>(exp(at_least(score, splat(kNothing))));
+        store(weights + r * keys + i + v * kLanes, weight);
+        total[v] += weight;
+      }
+    totals[r] = sum(total[0] + total[1]);
   }
 
   for (int64_t at = 0; at < value_width; at += kPanel)

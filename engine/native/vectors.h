@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -80,6 +80,13 @@ Floats rounded(Floats value) {
   return load(lanes);
 }
 
+#ifdef __AVX512BF16__
+template <>
+inline Floats rounded<bfloat16>(Floats value) {
+  return (Floats)_mm512_cvtpbh_ps(_mm512_cvtneps_pbh((__m512)value));
+}
+#endif
+
 float sum(Floats value) {
   float out = 0;
   for (int lane = 0; lane < kLanes; ++lane) out += value[lane];
@@ -97,13 +104,18 @@ inline float highest(Floats value) {
   return value[0];
 }
 
-// e^x to within 2 units in the last place, for x within -87 and 88; beyond, that of the bound.
-// Cephes' polynomial (Moshier) after the reduction of x by multiples of ln 2.
+// e^x to within 2 units in the last place, for x within -87 and 88; beyond, that of the bound, or
+// with AVX-512 what float32 has for it. Cephes' polynomial (Moshier) after the reduction of x by
+// multiples of ln 2.
 inline Floats exp(Floats x) {
+#ifdef __AVX512F__
+  const Floats whole = (Floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+#else
   x = x < -87.0f ? splat(-87.0f) : x;
   x = x > 88.0f ? splat(88.0f) : x;
   const Floats shifted = x * 1.44269504f + 12582912.0f;  // rounds: 1.5 * 2^23
   const Floats whole = shifted - 12582912.0f;
+#endif
   const Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
   Floats p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -112,8 +124,12 @@ inline Floats exp(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.0f);
+#ifdef __AVX512F__
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
   // The low bits of `shifted` are the multiple: 2 to its power, by adding it to the exponent.
   return (Floats)((Ints)p + ((Ints)shifted << 23));
+#endif
 }
 
 // Below so many elements one thread is done before another has woken up.

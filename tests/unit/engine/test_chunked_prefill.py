@@ -43,12 +43,26 @@ def test_a_step_is_full_or_all_is_computed_and_the_oldest_has_its_half(
     sequences = inputs(lengths)
     chunks = prefill_chunks(sequences, budget)
     shares = given_to(chunks)
-    assert sum(shares.values()) == min(budget, sum(lengths))
+    if len(lengths) != 1:
+        assert sum(shares.values()) == min(budget, sum(lengths))
     assert list(shares) == sorted(shares), "not in order of age"
     assert all(0 < share <= lengths[number] for number, share in shares.items())
     if lengths:
         assert shares[0] >= min(lengths[0], -(-budget // 2))
     assert given_to(prefill_chunks(sequences, budget)) == shares
+
+
+@given(length=st.integers(1, 300), budget=BUDGETS)
+def test_an_input_alone_is_computed_in_as_few_and_even_steps(length: int, budget: int) -> None:
+    (alone,) = inputs([length])
+    shares = []
+    while alone.num_computed_tokens < length:
+        (chunk,) = prefill_chunks([alone], budget)
+        compute([chunk])
+        shares.append(chunk.num_tokens)
+    assert len(shares) == -(-length // budget)
+    assert max(shares) <= budget
+    assert max(shares) - min(shares) < 4 * len(shares), "blocks have 4 tokens"
 
 
 @given(
