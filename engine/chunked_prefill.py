@@ -62,8 +62,8 @@ def prefill_chunks(sequences: SequenceOf[Sequence], budget: int, kv: KvCache) ->
 
 
 def _even_share(num_tokens: int, budget: int, block_size: int) -> int:
-    """Of a step, in whole blocks where they fit: at least half of the budget, where more is left."""
-    num_steps = -(-num_tokens // max(1, budget))
+    """Of a step, in whole blocks where they fit: at least half of the budget, if more is left."""
+    num_steps = max(1, -(-num_tokens // max(1, budget)))
     num_blocks = -(-num_tokens // (num_steps * block_size))
     return min(budget, num_blocks * block_size)
 

@@ -16,9 +16,6 @@ int64_t up_to(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Whose exponential is zero, with AVX-512.
-constexpr float kNothing = -120.0f;
-
 // One KV head's context as panels: keys as the weights of scores (outputs are tokens), values as
 // those of sums over tokens (outputs are elements).
 struct Packed {
@@ -91,7 +88,7 @@ void attend_rows(const Packed& packed, const Chunk& chunk, int64_t row, int64_t 
     for (int64_t i = 0; i < keys; i += kPanel)
       for (int v = 0; v < 2; ++v) {
         const Floats score = load(each + i + v * kLanes) * chunk.scale - shift;
-        const Floats weight = rounded<bfloat16>(exp(at_least(score, splat(kNothing))));
+        const Floats weight = rounded<bfloat16>(score > -87.0f ? exp(score) : Floats{});
         store(weights + r * keys + i + v * kLanes, weight);
         total[v] += weight;
       }

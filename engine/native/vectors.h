@@ -10,7 +10,10 @@
 #include <vector>
 
 #ifdef __AVX512F__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own header
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace {
@@ -83,7 +86,8 @@ Floats rounded(Floats value) {
 #ifdef __AVX512BF16__
 template <>
 inline Floats rounded<bfloat16>(Floats value) {
-  return (Floats)_mm512_cvtpbh_ps(_mm512_cvtneps_pbh((__m512)value));
+  const Halves bits = (Halves)_mm512_cvtneps_pbh((__m512)value);
+  return (Floats)(__builtin_convertvector(bits, Ints) << 16);
 }
 #endif
 
@@ -104,9 +108,9 @@ inline float highest(Floats value) {
   return value[0];
 }
 
-// e^x to within 2 units in the last place, for x within -87 and 88; beyond, that of the bound, or
-// with AVX-512 what float32 has for it. Cephes' polynomial (Moshier) after the reduction of x by
-// multiples of ln 2.
+// e^x to within 2 units in the last place, for x within -87 and 88. Beyond, that of the bound; with
+// AVX-512 what float32 has for it, of infinities and of whatever lies within 1e12. Cephes'
+// polynomial (Moshier) after the reduction of x by multiples of ln 2.
 inline Floats exp(Floats x) {
 #ifdef __AVX512F__
   const Floats whole = (Floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
