@@ -1,9 +1,11 @@
-"""How near does a colocated Baton come to what this machine's matrix products allow?
+"""How near does a colocated Baton come to what this machine's matrix products allow, and to others?
 
 One after the other, in rounds: the products alone (``benchmarks.engine.bound``), streams that all
-decode at once, and long prompts on an idle server, over HTTP.
+decode at once, and long prompts on an idle server, over HTTP. Peers are asked by the same client;
+an idle one takes memory alone.
 
     python -m benchmarks.engine.compare --rounds 3
+    python -m benchmarks.engine.compare --peer vllm --peer llamacpp --quantization int4
     python -m benchmarks.engine.compare --report     # results into docs/, runs nothing
 """
 
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +121,25 @@ def main() -> None:
     parser.add_argument(
         "--report", action="store_true", help="write docs/performance.md from those samples"
     )
+    parser.add_argument(
+        "--peer", choices=sorted(servers.PEERS), action="append", default=[],
+        help="measure it too; benchmarks/peers/setup.sh sets it up",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quantization", choices=("int8", "int4"), help="measure a Baton with such weights too"
+    )
     given = parser.parse_args()
     if given.report:
         page.publish(Results, given.out, module=module, kept=KEPT, name=SECTION, section=section)
         return
     measured = measured_now(shlex.join(["python", "-m", module, *sys.argv[1:]]))
     with tempfile.TemporaryDirectory(prefix="baton-engine-") as name, ExitStack() as stack:
-        found = [stack.enter_context(servers.baton(Path(name) / "baton"))]
+        folder = Path(name)
+        starting: list[AbstractContextManager[Running]] = [servers.baton(folder / "baton")]
+        if given.quantization:
+            starting.append(servers.baton(folder / "few", quantization=given.quantization))
+        starting += [servers.PEERS[peer](folder / peer) for peer in given.peer]
+        found = [stack.enter_context(each) for each in starting]
         taken = list(measure(found, rounds=given.rounds, answer_tokens=given.answer_tokens))
         described = tuple(
             Server(each.name, round(each.start_s, 2), round(each.pss_bytes() / 1e6, 1))

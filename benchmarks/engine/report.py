@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,6 +16,23 @@ DECODE_GOAL = 1.5
 """A decode step's time over that of its matrix products, at most."""
 PROMPT_GOAL = 0.7
 """The matrix products' time over a prompt's TTFT, at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Goals:
+    """Beside a peer: tokens/s by streams at least; TTFT, start and memory at most, if at all."""
+
+    own: str
+    rates: Mapping[int, float]
+    ttft: float | None = None
+    start: float | None = None
+    memory: float | None = None
+
+
+PEER_GOALS = {
+    "vllm": _Goals(BATON, {1: 1.5, 8: 1.3, 32: 1.3}, ttft=0.75, start=0.2, memory=0.5),
+    "llamacpp": _Goals(f"{BATON} int4", {1: 0.8, 8: 2.0, 32: 2.0}),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +63,9 @@ class Results(KeptResults):
     """One of each round."""
     servers: tuple[Server, ...]
     samples: tuple[Sample, ...]
+
+    def server(self, name: str) -> Server:
+        return next(server for server in self.servers if server.name == name)
 
     @property
     def loads(self) -> list[int]:
@@ -89,7 +109,14 @@ def section(results: Results) -> str:
         f"{len(results.bounds)} rounds in which all take turns. Memory was copied at "
         f"{copied:.0f} GB/s (read and written)."
     )
-    return "\n\n".join([setting, table(results), servers_table(results), sentences(results)])
+    parts = [setting, table(results), servers_table(results), sentences(results)]
+    names = {server.name for server in results.servers}
+    parts += [
+        beside_peer(results, peer, goals)
+        for peer, goals in PEER_GOALS.items()
+        if {peer, goals.own} <= names
+    ]
+    return "\n\n".join(parts)
 
 
 def table(results: Results) -> str:
@@ -129,3 +156,31 @@ def sentences(results: Results) -> str:
         f"A prompt goes at {share:.2f} of its bound (the goal of {PROMPT_GOAL} is {said})."
     )
     return " ".join(parts)
+
+
+def beside_peer(results: Results, peer: str, goals: _Goals) -> str:
+    """Baton's figures over the peer's, and whether each reaches its goal."""
+    own, other = results.server(goals.own), results.server(peer)
+    parts = [
+        _ratio(
+            f"tokens/s at {streams}", results.ms(peer, streams) / results.ms(own.name, streams),
+            least=goals.rates.get(streams),
+        )
+        for streams in results.loads
+    ]  # fmt: skip
+    ttft = results.ms(own.name, 0) / results.ms(peer, 0)
+    parts.append(_ratio("a prompt's TTFT", ttft, most=goals.ttft))
+    parts.append(_ratio("start", own.start_s / other.start_s, most=goals.start))
+    parts.append(_ratio("memory", own.pss_mb / other.pss_mb, most=goals.memory))
+    return f"*{own.name}* over *{peer}*: {'; '.join(parts)}."
+
+
+def _ratio(
+    what: str, value: float, *, least: float | None = None, most: float | None = None
+) -> str:
+    goal, said = "", ""
+    if least is not None:
+        goal, said = f"at least {least:g}", "reached" if value >= least else "missed"
+    elif most is not None:
+        goal, said = f"at most {most:g}", "reached" if value <= most else "missed"
+    return f"{what} **{value:.2f}**" + (f" (goal {goal}: {said})" if goal else "")

@@ -53,3 +53,19 @@ def test_a_slow_prompt_misses_its_goal(results: Results) -> None:
 def test_results_survive_their_file(results: Results, tmp_path: Path) -> None:
     results.write(tmp_path / "r.json")
     assert Results.read(tmp_path / "r.json") == results
+
+
+def test_ratios_to_a_peer_say_which_goals_are_reached(results: Results) -> None:
+    peers = [Sample("vllm", *each) for each in ((1, 90, 22.5), (32, 90, 31.0), (0, 1055, 800.0))]
+    both = replace(
+        results,
+        servers=(*results.servers, Server("vllm", 40.0, 1000.0)),
+        samples=(*results.samples, *peers),
+    )
+    text = report.section(both)
+    assert "*baton* over *vllm*: tokens/s at 1 **1.50** (goal at least 1.5: reached)" in text
+    assert "tokens/s at 32 **1.00** (goal at least 1.3: missed)" in text
+    assert "a prompt's TTFT **0.50** (goal at most 0.75: reached)" in text
+    assert "start **0.10** (goal at most 0.2: reached)" in text
+    assert "memory **0.90** (goal at most 0.5: missed)" in text
+    assert "vllm" not in report.section(results)
