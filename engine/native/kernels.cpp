@@ -3,11 +3,12 @@
 //
 // Plain C++17 with GCC's vectors. Every function has an extern "C" entry for float32 (_f32) and for
 // bfloat16 (_bf16), whose arithmetic is in float32 all the same; what multiplies pairs of bfloat16
-// has one, where the processor can. Tensors come as pointers and strides, counted in elements.
-// Nothing is checked here, nothing is allocated that outlives a call.
+// has one, where the processor can, and what draws tokens has one. Tensors come as pointers and
+// strides, counted in elements. Nothing is checked here, nothing is allocated that outlives a call.
 
 #include "chunks.h"
 #include "decodes.h"
+#include "draw.h"
 #include "elementwise.h"
 #include "layers.h"
 #include "products.h"

@@ -139,7 +139,7 @@ class Kernels:
             self._attend_chunk = _Function("attend_chunk", chunk, library, unlocked)
 
     def function(self, name: str, *arguments: Any, result: Any = None) -> _Function:
-        """One that products of bfloat16 come with, for who calls it by himself."""
+        """One of the library's, for who calls it by himself."""
         return _Function(name, arguments, *self._libraries, result)
 
     def panels(self, weight: Tensor) -> Tensor | None:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from baton.errors import InternalError
+from engine.native.draw import LEAST_TEMPERATURE, NO_DISTRIBUTION, draw_tokens
+from engine.native.kernels import kernels
 from engine.sampling.params import SamplingParams
 
 _MASK_64 = (1 << 64) - 1
-_LEAST_TEMPERATURE = 1e-30
-"""Above float32's subnormal numbers; any one this low leaves the maximum alone."""
-
 _NUM_CANDIDATES = 256
 """Tokens sorted at first; of rows whose support may reach further ``_MORE`` times as many
 are, and then all. Sorting 49,152 tokens takes about 20 times as long as selecting 256."""
@@ -42,16 +42,28 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[i
     p (Holtzman et al., 2020), lower ids first among equals and never fewer than one.
     This order is vLLM's (``Sampler`` in its ``vllm/v1/sample/sampler.py``). The token is
     the inverse, at the row's uniform number, of the cumulative distribution in
-    order of token ids (float64).
+    order of token ids (float64). A row's token depends neither on the others nor on the
+    number of threads; the CPU kernel's weights may differ from torch's in their last bits,
+    so its token may where the uniform number is as close as that to where one token's
+    share ends.
+
+    Raises InternalError where logits are NaN, or the highest is infinite, and no token can
+    be drawn; the greedy one of a row with NaN is the first of these.
     """
     assert logits.shape[0] == len(params) == len(positions)
+    uniforms = [
+        uniform(param, position) if param.temperature > 0 else 0.0
+        for param, position in zip(params, positions, strict=True)
+    ]
+    native = kernels()
+    if native is not None:
+        return draw_tokens(native, logits, params, uniforms)
     drawn = [row for row, param in enumerate(params) if param.temperature > 0]
     is_greedy = len(drawn) < len(params)
     token_ids: list[int] = logits.argmax(dim=-1).tolist() if is_greedy else [0] * len(params)
     if drawn:
-        uniforms = [uniform(params[row], positions[row]) for row in drawn]
         rows = logits[drawn] if is_greedy else logits
-        chosen = _draw(rows, [params[row] for row in drawn], uniforms)
+        chosen = _draw(rows, [params[row] for row in drawn], [uniforms[row] for row in drawn])
         for row, token_id in zip(drawn, chosen, strict=True):
             token_ids[row] = token_id
     return token_ids
@@ -67,9 +79,12 @@ def uniform(params: SamplingParams, position: int) -> float:
 
 
 def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
-    temperature = torch.tensor([[max(p.temperature, _LEAST_TEMPERATURE)] for p in params])
+    temperature = torch.tensor([[max(p.temperature, LEAST_TEMPERATURE)] for p in params])
     # Subtracting the maximum first keeps a tiny temperature from overflowing.
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
+    highest = logits.amax(dim=-1, keepdim=True)
+    if not bool(highest.isfinite().all()):
+        raise InternalError(NO_DISTRIBUTION)
+    weights = (logits - highest).div_(temperature).exp_()
     _drop_unlikely(weights, params)
     target = torch.tensor(uniforms, dtype=torch.float64)
     chosen = _invert(weights, target)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cpu_kernels import computing_with
 
 from engine.sampling import draw as draw_module
 from engine.sampling.draw import draw, uniform
@@ -19,6 +21,12 @@ CHI_SQUARE_LIMIT = {8: 31.83, 19: 50.80}
 
 # A change of this would make repeated attempts of running requests differ.
 UNIFORM_OF_SEED_1_CHOICE_2_POSITION_3 = 0.4371195899783443
+
+
+@pytest.fixture(scope="module", params=["torch", "native"], autouse=True)
+def _drawing(request: pytest.FixtureRequest) -> Iterator[None]:
+    with computing_with(request.param):
+        yield
 
 
 def shuffled(low: float, high: float, size: int) -> torch.Tensor:
