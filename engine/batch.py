@@ -68,9 +68,7 @@ def build_batch(scheduled: SequenceOf[Scheduled], layout: KvLayout) -> Batch:
         id(i.seq): s.first_row + s.num_tokens - 1 for i, s in zip(ordered, spans, strict=True)
     }
     sampled = tuple(item.seq for item in scheduled if item.num_tokens == item.seq.num_remaining)
-    positions = torch.cat(
-        [torch.arange(s.num_context - s.num_tokens, s.num_context) for s in spans]
-    )
+    positions = _positions(spans)
     block_table = _block_table([item.seq for item in ordered], spans, layout)
     return Batch(
         token_ids=torch.tensor(token_ids),
@@ -107,15 +105,21 @@ def _block_table(seqs: list[Sequence], spans: list[Span], layout: KvLayout) -> T
     return torch.tensor(rows, dtype=torch.int32)
 
 
+def _positions(spans: list[Span]) -> Tensor:
+    # Of so few elements, with numpy: a step's calls of torch cost more than what they compute.
+    num_tokens = [span.num_tokens for span in spans]
+    first = [span.num_context - span.num_tokens - span.first_row for span in spans]
+    return torch.from_numpy(np.repeat(first, num_tokens) + np.arange(sum(num_tokens)))
+
+
 def _slot_mapping(
     ordered: list[Scheduled], positions: Tensor, block_table: Tensor, layout: KvLayout
 ) -> Tensor:
     """slot = block_id * block_size + offset; a token in a shared block goes to scratch."""
-    # Torch's own repeat_interleave wakes all threads: 0.5 ms beside a busy neighbour.
     num_tokens = [item.num_tokens for item in ordered]
-    span_of_row = torch.from_numpy(np.repeat(np.arange(len(ordered)), num_tokens))
-    num_shared = torch.tensor([item.seq.num_shared_tokens for item in ordered])
-    block_ids = block_table[span_of_row, positions // layout.block_size].long()
-    is_shared = positions < num_shared[span_of_row]
-    block_ids = torch.where(is_shared, layout.scratch_block, block_ids)
-    return block_ids * layout.block_size + positions % layout.block_size
+    span_of_row = np.repeat(np.arange(len(ordered)), num_tokens)
+    num_shared = np.repeat([item.seq.num_shared_tokens for item in ordered], num_tokens)
+    block, offset = np.divmod(positions.numpy(), layout.block_size)
+    block_ids = block_table.numpy()[span_of_row, block].astype(np.int64)
+    block_ids[positions.numpy() < num_shared] = layout.scratch_block
+    return torch.from_numpy(block_ids * layout.block_size + offset)

@@ -123,13 +123,21 @@ class RowDraw {
   float weights_[kColumns];
 };
 
+// Threads have gone to sleep since the model's last product: to wake them takes 0.1 ms, and 1 ms
+// where others use their cores. One thread draws 32 tokens of 49,152 in half of that.
+int threads_to_draw(const RowToDraw* rows, int64_t num_rows, int64_t size, int threads) {
+  constexpr int64_t kWorthWaking = int64_t{1} << 23;
+  int64_t work = 0;
+  for (int64_t row = 0; row < num_rows; ++row) work += rows[row].temperature > 0 ? 3 * size : size;
+  return work < kWorthWaking ? 1 : std::min<int64_t>(threads, num_rows);
+}
+
 }  // namespace
 
 extern "C" void draw_tokens(const float* logits, int64_t row_stride, int64_t size,
                             const RowToDraw* rows, int64_t num_rows, int64_t* out,
                             int threads) noexcept {
-  const int used = threads_for(num_rows * size, std::min<int64_t>(threads, num_rows));
-#pragma omp parallel num_threads(used)
+#pragma omp parallel num_threads(threads_to_draw(rows, num_rows, size, threads))
   {
     RowDraw drawing;
 #pragma omp for schedule(dynamic)

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,16 +19,11 @@ from baton.errors import InternalError
 from engine.native.kernels import Kernels
 from engine.sampling.params import SamplingParams
 
-LEAST_TEMPERATURE = 1e-30
-"""Above float32's subnormal numbers; any one this low leaves the maximum alone."""
 NO_DISTRIBUTION = "the model's logits are not numbers, or all of them infinite"
 
 
-class _Row(Structure):
-    _fields_ = (
-        *((name, c_double) for name in ("uniform", "temperature", "min_p", "top_p")),
-        ("top_k", c_int64),
-    )
+_ROW = "4dq"
+"""The fields of ``RowToDraw`` in weights.h: uniform, temperature, min_p, top_p, top_k."""
 
 
 def draw_tokens(
@@ -43,7 +40,11 @@ def draw_tokens(
     assert vocab_size > 0
     if logits.stride(1) != 1 and vocab_size > 1:
         logits = logits.contiguous()
-    rows = (_Row * num_rows)(*map(_row, params, uniforms))
+    fields = (
+        (number, each.temperature, each.min_p, each.top_p, each.top_k)
+        for number, each in zip(uniforms, params, strict=True)
+    )
+    rows = struct.pack(_ROW * num_rows, *chain.from_iterable(fields))
     token_ids = (c_int64 * num_rows)()
     _function(kernels).for_work(num_rows * vocab_size)(
         *(logits.data_ptr(), logits.stride(0), vocab_size, rows, num_rows, token_ids),
@@ -55,12 +56,7 @@ def draw_tokens(
     return chosen
 
 
-def _row(params: SamplingParams, uniform: float) -> _Row:
-    temperature = max(params.temperature, LEAST_TEMPERATURE) if params.temperature > 0 else 0.0
-    return _Row(uniform, temperature, params.min_p, params.top_p, params.top_k)
-
-
 @lru_cache(maxsize=1)
 def _function(kernels: Kernels) -> Any:
-    rows = (c_void_p, c_int64, c_int64, POINTER(_Row), c_int64)
+    rows = (c_void_p, c_int64, c_int64, c_char_p, c_int64)
     return kernels.function("draw_tokens", *rows, POINTER(c_int64), c_int)

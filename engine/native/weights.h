@@ -5,7 +5,7 @@
 
 #include "vectors.h"
 
-// Of draw.py, field for field.
+// What draw.py packs, field for field.
 struct RowToDraw {
   double uniform;      // in [0, 1), of 53 bits
   double temperature;  // 0: the highest logit
@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kColumns = 256;  // of a block
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLeastTemperature = 1e-30f;  // as with torch
 constexpr float kLowest = -87.0f;  // of logarithms of weights; those below are 0
 
 typedef double Doubles __attribute__((vector_size(64)));
@@ -80,7 +81,7 @@ struct Scale {
   double temperature;
 
   Scale(float highest, const RowToDraw& row) : highest(highest), min_p(row.min_p) {
-    temperature = static_cast<float>(row.temperature);
+    temperature = std::max(static_cast<float>(row.temperature), kLeastTemperature);
     inverse = 1.0 / temperature;
     rest = 1.0 / temperature - inverse;
   }
@@ -92,14 +93,24 @@ struct Scale {
 };
 
 // Of one block. Not inlined: every caller gets the same bits.
-__attribute__((noinline)) void weigh(const float* logits, const Scale& scale, float* weights) {
+template <bool kIsPlain>
+__attribute__((noinline)) void weigh_as(const float* logits, const Scale& scale, float* weights) {
   for (int64_t i = 0; i < kColumns; i += kLanes) {
     const Floats below = load(logits + i) - scale.highest;
-    const Floats x = below * scale.inverse + below * scale.rest;
+    Floats x = below * scale.inverse;
+    if (!kIsPlain) x += below * scale.rest;
     Floats weight = exp(x);
     weight = x >= kLowest ? weight : Floats{};
-    store(weights + i, weight >= scale.min_p ? weight : Floats{});
+    if (!kIsPlain) weight = weight >= scale.min_p ? weight : Floats{};
+    store(weights + i, weight);
   }
+}
+
+void weigh(const float* logits, const Scale& scale, float* weights) {
+  if (scale.min_p == 0 && scale.rest == 0)
+    weigh_as<true>(logits, scale, weights);
+  else
+    weigh_as<false>(logits, scale, weights);
 }
 
 double sum_of_block(const float* weights) {
@@ -130,7 +141,8 @@ int64_t inverse_of(const std::vector<double>& sums, double uniform, const Weight
   const double bound = uniform * sum_of(sums);
   double reached = 0;
   int64_t block = 0, place = 0;
-  while (reached + sums[block] <= bound) reached += sums[block++];
+  const int64_t last = sums.size() - 1;
+  while (block < last && reached + sums[block] <= bound) reached += sums[block++];
   const float* const weights = weights_of(block);
   // Sums in another order may be rounded to less than the block's: then it is the last weight.
   double within = 0;

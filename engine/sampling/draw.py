@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from baton.errors import InternalError
-from engine.native.draw import LEAST_TEMPERATURE, NO_DISTRIBUTION, draw_tokens
+from engine.native.draw import NO_DISTRIBUTION, draw_tokens
 from engine.native.kernels import kernels
 from engine.sampling.params import SamplingParams
 
 _MASK_64 = (1 << 64) - 1
+_LEAST_TEMPERATURE = 1e-30
+"""Above float32's subnormal numbers; any one this low leaves the maximum alone."""
+
 _NUM_CANDIDATES = 256
 """Tokens sorted at first; of rows whose support may reach further ``_MORE`` times as many
 are, and then all. Sorting 49,152 tokens takes about 20 times as long as selecting 256."""
@@ -79,7 +82,7 @@ def uniform(params: SamplingParams, position: int) -> float:
 
 
 def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
-    temperature = torch.tensor([[max(p.temperature, LEAST_TEMPERATURE)] for p in params])
+    temperature = torch.tensor([[max(p.temperature, _LEAST_TEMPERATURE)] for p in params])
     # Subtracting the maximum first keeps a tiny temperature from overflowing.
     highest = logits.amax(dim=-1, keepdim=True)
     if not bool(highest.isfinite().all()):

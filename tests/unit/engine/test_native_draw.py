@@ -7,7 +7,6 @@ import math
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,9 +47,7 @@ def _variants() -> list[tuple[str, ...]]:
 
 
 @pytest.fixture(scope="module", params=_variants(), ids=lambda options: " ".join(options) or "any")
-def native(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Kernels]:
+def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     compiler, *words = build._compiler_words()
     if shutil.which(compiler) is None:
         pytest.skip("needs a C++ compiler")
@@ -63,7 +60,7 @@ def native(
     ):
         subprocess.run([compiler, *words, *command], check=True, timeout=120)
     build._share_openmp()
-    yield DrawAlone(folder / "draw.so")
+    return DrawAlone(folder / "draw.so")
 
 
 def by_torch(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
@@ -156,8 +153,8 @@ def test_a_row_s_token_depends_neither_on_others_nor_on_threads(
     native: Kernels, threads: int
 ) -> None:
     numbers = random.Random(1)
-    logits = some_logits(48, 3001, torch.Generator().manual_seed(1))
-    params, uniforms = some_params(48, 3001, numbers), [numbers.random() for _ in range(48)]
+    logits = some_logits(48, 100_001, torch.Generator().manual_seed(1))  # worth threads
+    params, uniforms = some_params(48, 100_001, numbers), [numbers.random() for _ in range(48)]
     alone = [
         draw_tokens(native, logits[row : row + 1], [params[row]], [uniforms[row]])[0]
         for row in range(48)
