@@ -8,10 +8,10 @@ Rows of a step, one per token; a *span* is one sequence's rows::
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,21 +59,26 @@ def build_batch(scheduled: SequenceOf[Scheduled], layout: KvLayout) -> Batch:
         _check(item, layout)
     ordered = sorted(scheduled, key=_place)
     spans: list[Span] = []
+    # Lists: a step's calls of numpy and torch on so few elements cost more than what they compute.
     token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
     for item in ordered:
         start = item.seq.num_computed_tokens
-        spans.append(Span(len(token_ids), item.num_tokens, start + item.num_tokens))
-        token_ids += item.seq.token_ids[start : start + item.num_tokens]
+        own = range(start, start + item.num_tokens)
+        spans.append(Span(len(token_ids), item.num_tokens, own.stop))
+        token_ids += item.seq.token_ids[start : own.stop]
+        positions += own
+        slots += _slots(item.seq, own, layout)
     last_rows = {
         id(i.seq): s.first_row + s.num_tokens - 1 for i, s in zip(ordered, spans, strict=True)
     }
     sampled = tuple(item.seq for item in scheduled if item.num_tokens == item.seq.num_remaining)
-    positions = _positions(spans)
     block_table = _block_table([item.seq for item in ordered], spans, layout)
     return Batch(
         token_ids=torch.tensor(token_ids),
-        positions=positions,
-        slot_mapping=_slot_mapping(ordered, positions, block_table, layout),
+        positions=torch.tensor(positions),
+        slot_mapping=torch.tensor(slots),
         block_table=block_table,
         spans=tuple(spans),
         num_decodes=sum(item.num_tokens == 1 for item in ordered),
@@ -98,28 +103,16 @@ def _place(item: Scheduled) -> tuple[bool, int]:
 def _block_table(seqs: list[Sequence], spans: list[Span], layout: KvLayout) -> Tensor:
     counts = [layout.num_blocks_for(span.num_context) for span in spans]
     width = max(counts)
-    rows = [
-        seq.block_table[:count] + seq.block_table[:1] * (width - count)
-        for seq, count in zip(seqs, counts, strict=True)
-    ]
-    return torch.tensor(rows, dtype=torch.int32)
+    rows: list[int] = []
+    for seq, count in zip(seqs, counts, strict=True):
+        rows += seq.block_table[:count] + seq.block_table[:1] * (width - count)
+    return torch.frombuffer(array("i", rows), dtype=torch.int32).view(len(seqs), width)
 
 
-def _positions(spans: list[Span]) -> Tensor:
-    # Of so few elements, with numpy: a step's calls of torch cost more than what they compute.
-    num_tokens = [span.num_tokens for span in spans]
-    first = [span.num_context - span.num_tokens - span.first_row for span in spans]
-    return torch.from_numpy(np.repeat(first, num_tokens) + np.arange(sum(num_tokens)))
-
-
-def _slot_mapping(
-    ordered: list[Scheduled], positions: Tensor, block_table: Tensor, layout: KvLayout
-) -> Tensor:
+def _slots(seq: Sequence, positions: range, layout: KvLayout) -> list[int]:
     """slot = block_id * block_size + offset; a token in a shared block goes to scratch."""
-    num_tokens = [item.num_tokens for item in ordered]
-    span_of_row = np.repeat(np.arange(len(ordered)), num_tokens)
-    num_shared = np.repeat([item.seq.num_shared_tokens for item in ordered], num_tokens)
-    block, offset = np.divmod(positions.numpy(), layout.block_size)
-    block_ids = block_table.numpy()[span_of_row, block].astype(np.int64)
-    block_ids[positions.numpy() < num_shared] = layout.scratch_block
-    return torch.from_numpy(block_ids * layout.block_size + offset)
+    table, size, num_shared = seq.block_table, layout.block_size, seq.num_shared_tokens
+    return [
+        (table[at // size] if at >= num_shared else layout.scratch_block) * size + at % size
+        for at in positions
+    ]

@@ -52,6 +52,7 @@ _SAMPLINGS = {
     "greedily": SamplingParams(seed=0, temperature=0.0),
     "at temperature 1": SamplingParams(seed=0, temperature=1.0),
     "at temperature 1 with top_p 0.9": SamplingParams(seed=0, temperature=1.0, top_p=0.9),
+    "at temperature 1 with top_k 50": SamplingParams(seed=0, temperature=1.0, top_k=50),
 }
 
 
