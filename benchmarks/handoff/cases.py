@@ -96,6 +96,10 @@ class FreeList:
     def take(self, load: Load, requests: int) -> list[list[int]]:
         """Those of each of a wave's requests."""
         each = load.blocks_each
-        ids = [int(block) for block in self._ids[: each * requests]]
+        ids = self.peek(each * requests)
         self._ids = np.roll(self._ids, -len(ids))
         return [ids[number * each : (number + 1) * each] for number in range(requests)]
+
+    def peek(self, number: int) -> list[int]:
+        """The next blocks, which stay."""
+        return [int(block) for block in self._ids[:number]]

@@ -216,10 +216,11 @@ def verdict(results: Results, transport: str) -> str:
     goal = GOALS[transport]
     least, (shape, tokens, requests, _) = min(known)
     reached = sum(value >= goal for value, _ in known)
+    whose = "1 request" if requests == 1 else f"{requests} requests"
     verb = "is" if reached == len(known) else "is not always"
     return (
         f"Moving goes at {least:.2f} to {max(known)[0]:.2f} of {BOUNDS[transport]}: the goal of "
-        f"{goal:g} {verb} reached, in {reached} of {len(known)} cases; least with {requests} of "
+        f"{goal:g} {verb} reached, in {reached} of {len(known)} cases; least with {whose} of "
         f"{tokens:,} tokens of {SHAPES[shape].title}."
     )
 

@@ -91,11 +91,16 @@ async def _measure(
 
 
 def measure(
-    shape: str, *, pool_bytes: int, transports: Sequence[str], rounds: int
+    shape: str,
+    *,
+    pool_bytes: int,
+    tokens: Sequence[int],
+    transports: Sequence[str],
+    rounds: int,
 ) -> tuple[list[Sample], dict[str, str]]:
     """One shape, in this process and one that it starts; and what could not be measured."""
     layout = SHAPES[shape].layout_within(pool_bytes)
-    loads = [load_in(layout, tokens, requests) for tokens in TOKENS for requests in REQUESTS]
+    loads = [load_in(layout, each, requests) for each in tokens for requests in REQUESTS]
     with DecodeSide.open(layout) as side:
         found = asyncio.run(_measure(side, loads, transports, rounds))
         samples = [
@@ -119,7 +124,8 @@ def _measured_apart(shape: str, given: argparse.Namespace) -> dict[str, Any]:
     """A process each, whose memory goes with it."""
     done = subprocess.run(
         [sys.executable, "-m", _MODULE, "--one", shape, "--rounds", str(given.rounds),
-         "--pool-gib", str(given.pool_gib), "--transports", *given.transports],
+         "--pool-gib", str(given.pool_gib), "--tokens", *map(str, given.tokens),
+         "--transports", *given.transports],
         check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout)
@@ -164,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--transports", nargs="+", choices=known_transports(), default=known_transports()
     )
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--pool-gib", type=float, default=POOL_GIB, help="of each of two pools")
     parser.add_argument("--skip-engine", action="store_true", help="the two processes alone")
     parser.add_argument("--one", choices=list(SHAPES), help="measure this shape, print JSON")
@@ -183,6 +190,7 @@ def main() -> None:
         samples, absent = measure(
             given.one,
             pool_bytes=int(given.pool_gib * 2**30),
+            tokens=given.tokens,
             transports=given.transports,
             rounds=given.rounds,
         )

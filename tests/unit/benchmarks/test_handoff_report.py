@@ -60,7 +60,10 @@ def test_each_transport_stands_beside_its_bound_by_the_medians(results: Results)
     assert line in report.table(results, "shared_memory")
     line = "| SmolLM2-135M | 1,024 | 16 | 2.0 | 2.0 | 1.00 | 2.0 | 1.00 | 4.0 | 0.50 | 500.0 |"
     assert line in report.table(results, "gloo")
-    assert "the goal of 0.85 is not always reached, in 0 of 1 cases; least with 16 of 1,024" in text
+    assert (
+        "the goal of 0.85 is not always reached, in 0 of 1 cases; least with 16 requests of 1,024"
+        in text
+    )
     assert "the goal of 0.9 is reached, in 1 of 1 cases" in text
 
 
