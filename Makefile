@@ -15,6 +15,7 @@
 #                           ARGS="--peer vllm --peer llamacpp" beside those too
 # make bench-curves         its steps by context and batch, its memory by blocks
 # make bench-quantized      weights in 8 and 4 bits: perplexity, speed, memory
+# make bench-handoff        the hand-off beside memcpy and bare gloo, and in an answer's time
 # make bench-prefix-cache   TTFT of a repeated 1,000-token prompt beside that of its first time
 # make clean    remove what the tools left; make distclean removes .venv too
 
@@ -22,7 +23,7 @@ BIN := .venv/bin
 
 .PHONY: help setup serve test chaos exhaustive check proto clean distclean
 .PHONY: bench-goodput bench-routing bench-local-prefill bench-prefix-cache bench-engine
-.PHONY: bench-curves bench-quantized
+.PHONY: bench-curves bench-quantized bench-handoff
 .DEFAULT_GOAL := help
 
 help:
@@ -68,6 +69,9 @@ bench-local-prefill: setup
 
 bench-prefix-cache: setup
 	@exec $(BIN)/python -m benchmarks.prefix_cache $(ARGS)
+
+bench-handoff: setup
+	@exec $(BIN)/python -m benchmarks.handoff.run $(ARGS)
 
 bench-engine: setup
 	@exec $(BIN)/python -m benchmarks.engine.compare $(ARGS)
