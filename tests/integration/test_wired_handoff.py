@@ -265,6 +265,20 @@ class HearsForAnyAttempt(KvReceiver):
         super().peer_received(peer, response)
 
 
+class ServesAnyAttempt(KvSender):
+    """The same on the other side."""
+
+    def _received(self, connection: Any, request: pb.PullRequest) -> None:
+        kind = request.WhichOneof("body")
+        if kind not in (None, "hello", "attach"):
+            told = getattr(request, kind).key
+            for key, offer in self._offers.items():
+                if key.transfer_id == told.transfer_id and offer.machine.live:
+                    request = pb.PullRequest.FromString(request.SerializeToString())
+                    getattr(request, kind).key.CopyFrom(key.to_proto())
+        super()._received(connection, request)
+
+
 class ExpectsToKnow(KvReceiver):
     """Takes every message to be about a transfer that it has."""
 
@@ -309,6 +323,7 @@ MUTANTS: list[dict[str, Any]] = [
     {"machine": FreesWhileItChecks},
     {"receiver": ForgetsDrainsOfTheLost},
     {"receiver": HearsForAnyAttempt},
+    {"sender": ServesAnyAttempt},
     {"receiver": ExpectsToKnow},
     {"sender": ExpectsToHaveOffered},
     {"machine": TrustsItsCopy},
