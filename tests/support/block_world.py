@@ -44,6 +44,7 @@ PREFILL_BLOCKS, DECODE_BLOCKS = 10, 8
 MOST_TOKENS = 24
 """Of prompt and answer: less than the smallest pool holds."""
 LIMITS = {"max_num_batched_tokens": 7, "max_num_seqs": 4}
+WATERMARK_BLOCKS = 1
 NEVER = 1e18
 SETTLES_WITHIN = 100
 """Rounds of every worker; under 20 do where nobody waits for ever."""
@@ -77,12 +78,14 @@ class Choice:
 class Side:
     """One worker and what is around it; its subclasses make the worker."""
 
-    def __init__(self, role: str, num_blocks: int, world: BlockWorld, kv_class: type[KvCache]):
+    def __init__(
+        self, role: str, num_blocks: int, world: BlockWorld, kv: type[KvCache], loop: Any = None
+    ):
         layout = KvLayout(num_blocks, 1, 1, BLOCK_SIZE, 2, "float32")
-        self.kv = kv_class(layout, memoryview(bytearray(layout.num_bytes)), DOMAIN)
+        self.kv = kv(layout, memoryview(bytearray(layout.num_bytes)), DOMAIN)
         self.kv.pool.watch()
         self.engine = KnowingEngine(self.kv)
-        self.inbox = Inbox(Now())  # type: ignore[arg-type]
+        self.inbox = Inbox(loop or Now())
         self.registry = CollectorRegistry()
         self.metrics = WorkerMetrics(self.registry, worker_id="w", role=role)
         self.outbox = Outbox(self.inbox, self.metrics)
@@ -144,12 +147,18 @@ class Side:
 
 
 class PrefillSide(Side):
-    def __init__(self, world: BlockWorld, worker_class: type[PrefillWorker], kv: type[KvCache]):
+    def __init__(
+        self,
+        world: BlockWorld,
+        worker_class: type[PrefillWorker],
+        kv: type[KvCache],
+        scheduler: type[PrefillScheduler],
+    ):
         super().__init__("prefill", PREFILL_BLOCKS, world, kv)
         self.handoff = PretendHandoff(self.engine.slots, self.inbox)
         self.worker = self.handoff.prefill = worker_class(
             **self.common,
-            scheduler=PrefillScheduler(self.kv, **LIMITS),
+            scheduler=scheduler(self.kv, **LIMITS),
             sender=self.handoff,  # type: ignore[arg-type]
         )
 
@@ -161,12 +170,13 @@ class DecodeSide(Side):
         handoff: PretendHandoff,
         worker_class: type[DecodeWorker],
         kv: type[KvCache],
+        scheduler: type[DecodeScheduler],
     ):
         super().__init__("decode", DECODE_BLOCKS, world, kv)
         self.receiver = handoff.receiver(self.engine.slots, self.inbox)
         self.worker = self.receiver.decode = worker_class(
             **self.common,
-            scheduler=DecodeScheduler(self.kv, **LIMITS, watermark_blocks=1),
+            scheduler=scheduler(self.kv, **LIMITS, watermark_blocks=WATERMARK_BLOCKS),
             receiver=self.receiver,  # type: ignore[arg-type]
             transfer_config=KvTransferConfig(),
         )
@@ -188,10 +198,12 @@ class BlockWorld:
         kv: type[KvCache] = KvCache,
         prefill: type[PrefillWorker] = PrefillWorker,
         decode: type[DecodeWorker] = DecodeWorker,
+        prefill_scheduler: type[PrefillScheduler] = PrefillScheduler,
+        decode_scheduler: type[DecodeScheduler] = DecodeScheduler,
     ) -> None:
-        self.prefill = PrefillSide(self, prefill, kv)
+        self.prefill = PrefillSide(self, prefill, kv, prefill_scheduler)
         self.handoff = self.prefill.handoff
-        self.decodes = [DecodeSide(self, self.handoff, decode, kv) for _ in range(2)]
+        self.decodes = [DecodeSide(self, self.handoff, decode, kv, decode_scheduler) for _ in "01"]
         self.sides: list[Side] = [self.prefill, *self.decodes]
         self.choices: list[Choice] = []
         self.seen: Counter[str] = Counter()
@@ -218,10 +230,7 @@ class BlockWorld:
             self.seen["attempts while blocks are quarantined"] += bool(side.quarantined())
         choice.key = StreamKey(SESSION, 100 * choice.number + choice.num_attempts)
         choice.decode = decode
-        transfer = None
-        if not local:
-            transfer_id = bytes([choice.number])
-            transfer = TransferKey(transfer_id, choice.num_attempts, b"p", bytes([decode]))
+        transfer, handoff = (None, None) if local else self.handoff_of(choice, decode)
         choice.num_attempts += 1
         self._of_key[choice.key] = choice
         stop = StopRule(choice.max_tokens, frozenset())
@@ -234,9 +243,14 @@ class BlockWorld:
             self._open(self.prefill, job)
         stream = DecodeStream(
             choice.key, "r", new_sequence(), stop, NEVER, transfer,
-            pb.Handoff() if transfer is not None else None, NEVER, num_input_tokens=len(tokens),
+            handoff, NEVER, num_input_tokens=len(tokens),
         )  # fmt: skip
         self._open(side, stream)
+
+    def handoff_of(self, choice: Choice, decode: int) -> tuple[TransferKey, pb.Handoff]:
+        """That of the choice's next attempt."""
+        transfer_id = bytes([choice.number])
+        return TransferKey(transfer_id, choice.num_attempts, b"p", bytes([decode])), pb.Handoff()
 
     @staticmethod
     def _open(side: Side, work: PrefillJob | DecodeStream) -> None:
