@@ -23,6 +23,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -90,11 +91,10 @@ class Agent:
         serves: bool,
     ) -> None:
         self.name = name
-        self._layout = layout
         self._library = library = _load()
         self._pool = np.frombuffer(memory, dtype=np.uint8, count=layout.num_bytes)
         self._probe = np.zeros(_PROBE_BYTES, dtype=np.uint8)
-        self.address = self._pool.ctypes.data
+        self.area = Area(layout, self._pool.ctypes.data)
         try:
             config = library.nixlAgentConfig()
             config.useProgThread = serves
@@ -174,30 +174,39 @@ class Agent:
         """Does what UCX has to do while nothing is read: letting go of peers takes some."""
         self._agent.getNotifs({}, [self._ucx])
 
-    def runs(
-        self, blocks: BlockRange, source_layout: KvLayout, source_address: int
-    ) -> tuple[Runs, Runs]:
-        """What to read ``blocks`` into and out of, row by row.
 
-        Whole blocks that follow each other on both sides are one run; of a last block in
-        part, each (kv_head, layer, part) has one. Raises LinkError where a pool lacks a block.
-        """
-        mine, theirs = np.array(blocks.blocks), np.array(blocks.source_blocks)
-        if not _has_all(self._layout, mine) or not _has_all(source_layout, theirs):
-            raise LinkError(f"there is no such block: {blocks.source_blocks} into {blocks.blocks}")
-        size, num_bytes = self._layout.block_size, self._layout.block_bytes
-        counts = valid_tokens(blocks.start_token, blocks.end_token, size)
-        num_whole = len(counts) - (counts[-1] < size)
-        at, lengths = _consecutive(mine[:num_whole], theirs[:num_whole])
-        local = [_rows(self.address, mine[at] * num_bytes, lengths * num_bytes)]
-        remote = [_rows(source_address, theirs[at] * num_bytes, lengths * num_bytes)]
-        if num_whole < len(counts):
-            row_bytes = self._layout.strides[3]
-            offsets = np.arange(0, num_bytes, row_bytes)
-            lengths = np.full(len(offsets), counts[-1] * self._layout.strides[4])
-            local.append(_rows(self.address, mine[-1] * num_bytes + offsets, lengths))
-            remote.append(_rows(source_address, theirs[-1] * num_bytes + offsets, lengths))
-        return np.concatenate(local), np.concatenate(remote)
+@dataclass(frozen=True, slots=True)
+class Area:
+    """Where a pool lies, in this process or in a peer's."""
+
+    layout: KvLayout
+    address: int
+
+
+def runs(blocks: BlockRange, into: Area, out_of: Area) -> tuple[Runs, Runs]:
+    """What to read ``blocks`` into and out of, row by row.
+
+    Whole blocks that follow each other on both sides are one run; of a last block in part,
+    each (kv_head, layer, part) has one. Raises IndexError where a pool lacks a block.
+    """
+    mine, theirs = np.array(blocks.blocks), np.array(blocks.source_blocks)
+    if not _has_all(into.layout, mine) or not _has_all(out_of.layout, theirs):
+        raise IndexError(f"no such block: {blocks.source_blocks} into {blocks.blocks}")
+    layout = into.layout
+    counts = valid_tokens(blocks.start_token, blocks.end_token, layout.block_size)
+    num_whole = len(counts) - (counts[-1] < layout.block_size)
+    at, lengths = _consecutive(mine[:num_whole], theirs[:num_whole])
+    offsets, lengths = np.zeros_like(at), lengths * layout.block_bytes
+    if num_whole < len(counts):
+        _, _, _, row_bytes, token_bytes, _ = layout.strides
+        rows = np.arange(0, layout.block_bytes, row_bytes)
+        at = np.concatenate([at, np.full_like(rows, num_whole)])
+        offsets = np.concatenate([offsets, rows])
+        lengths = np.concatenate([lengths, np.full_like(rows, counts[-1] * token_bytes)])
+    return (
+        _rows(into.address, mine[at] * layout.block_bytes + offsets, lengths),
+        _rows(out_of.address, theirs[at] * layout.block_bytes + offsets, lengths),
+    )
 
 
 def _has_all(layout: KvLayout, blocks: npt.NDArray[np.int64]) -> bool:

@@ -75,8 +75,7 @@ class NixlPullLink(PullLink):
         reader: Reader,
         peer: Peer,
         pool: PoolView,
-        source: KvLayout,
-        source_address: int,
+        source: nixl.Area,
         faults: Faults,
         lost: Callable[[str], None],
     ) -> None:
@@ -84,7 +83,6 @@ class NixlPullLink(PullLink):
         self._peer = peer
         self._pool = pool
         self._source = source
-        self._source_address = source_address
         self._faults = faults
         self._lost = lost
         self._loop = asyncio.get_running_loop()
@@ -120,7 +118,7 @@ class NixlPullLink(PullLink):
     def _plan(self, operation: Operation, agent: nixl.Agent) -> tuple[nixl.Runs, nixl.Runs]:
         """In the reader's thread, right before the range is read."""
         self._faults.hit("decode.copy")
-        runs = agent.runs(operation.blocks, self._source, self._source_address)
+        runs = nixl.runs(operation.blocks, agent.area, self._source)
         with self._posting:
             if operation.stopped or self._closed:
                 raise TransferError("the copy was stopped")
@@ -227,8 +225,7 @@ class NixlPull(PullTransport):
             reader=self._reader,
             peer=await self._peer(offered),
             pool=self._pool,
-            source=peer_layout,
-            source_address=offered.pool_address,
+            source=nixl.Area(peer_layout, offered.pool_address),
             faults=self._faults,
             lost=lost,
         )
@@ -284,7 +281,7 @@ class NixlServe(ServeTransport):
         agent = await self._get()
         welcome.nixl.agent_name = agent.name
         welcome.nixl.agent_metadata = agent.metadata
-        welcome.nixl.pool_address = agent.address
+        welcome.nixl.pool_address = agent.area.address
         welcome.nixl.num_bytes = self._num_bytes
         return OneSidedServeLink(NAME)
 
