@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import threading
@@ -157,15 +158,43 @@ async def test_prefill_killed_amid_a_read_fails_the_transfer_and_drains_it(
 
 @needs_nixl
 @pytest.mark.usefixtures("tcp")
-async def test_decode_that_leaves_waits_for_its_reads(ends: contextlib.AsyncExitStack) -> None:
+async def test_link_and_worker_are_not_closed_before_their_reads_have_ended(
+    ends: contextlib.AsyncExitStack,
+) -> None:
     """Letting go of an unfinished read over TCP makes UCX end the peer's process."""
     process, decode, key = await stopped_read(ends)
-    closing = threading.Event()
-    threading.Timer(0.3, lambda: (closing.set(), process.signal(signal.SIGCONT))).start()
-    await decode.close()
-    assert closing.is_set(), "it did not wait"
+    link = decode.receiver._transfers[key].link
+    assert link is not None
+    closing = [asyncio.create_task(link.close()), asyncio.create_task(decode.close())]
+    done, _ = await asyncio.wait(closing, timeout=0.3)
+    assert not done
+    process.signal(signal.SIGCONT)
+    await asyncio.gather(*closing)
     assert decode.drained == [key]
     assert process.process.returncode is None
+
+
+@needs_nixl
+async def test_agent_whose_read_failed_is_read_from_again_by_the_next_link(
+    ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = await prefill_in(ends, NIXL), await decode_in(ends, NIXL)
+    await hand_over(prefill, decode)
+    is_done, failures = nixl.Agent.is_done, [LinkError("failed by the test")]
+
+    def fails_once(agent: nixl.Agent, handle: int) -> bool:
+        if is_done(agent, handle) and failures:
+            raise failures.pop()
+        return is_done(agent, handle)
+
+    monkeypatch.setattr(nixl.Agent, "is_done", fails_once)
+    failing = key_between(prefill, decode, 2)
+    prefill.sender.offer(failing, start_token=0, num_tokens=6)
+    decode.begin(failing, prefill, start_token=0, num_tokens=6, block_ids=[5, 6])
+    prefill.compute(failing, 6, [3, 0])
+    await until(lambda: decode.drained == [failing])
+    assert "failed by the test" in str(decode.failed[failing])
+    await hand_over(prefill, decode, 3)
 
 
 @needs_nixl
@@ -310,10 +339,12 @@ async def test_nixl_that_does_not_work_gives_way_to_gloo_unless_rdma_is_required
     rdma = AUTO.model_copy(update={"network": "rdma", "attach_s": 0.5})
     strict, prefill = await decode_in(ends, rdma), await prefill_in(ends, rdma)
     key = key_between(prefill, strict)
+    prefill.sender.offer(key, start_token=0, num_tokens=6)
     strict.begin(key, prefill, start_token=0, num_tokens=6, block_ids=[5, 6])
-    await until(lambda: strict.drained == [key])
-    assert not strict.ready
-    assert not moved(strict, "gloo")
+    prefill.compute(key, 6, [3, 0])
+    await until(lambda: strict.drained or strict.ready)
+    assert strict.drained == [key]
+    np.testing.assert_array_equal(strict.pool.tokens, strict.pool.before)
 
 
 def moved(decode: Decode, transport: str) -> bool:
