@@ -34,6 +34,8 @@ from kv_transfer.ranges import BlockRange, valid_tokens
 from kv_transfer.transports import ucx
 from kv_transfer.transports.base import LinkError
 
+logger = logging.getLogger(__name__)
+
 PACKAGES = ("nixl_cu12", "nixl_cu13")
 """The builds for CUDA 12 and 13; either works without a GPU."""
 
@@ -131,6 +133,8 @@ class Agent:
             self._agent.invalidateRemoteMD(peer)
         except self._library.nixlNotFoundError:
             return  # it has disconnected, and NIXL forgot it then
+        except Exception as error:
+            logger.warning("%s cannot forget %s: %s", self.name, peer, _named(error))
 
     def probe(self, peer: str, address: int) -> int:
         """Starts reading a few bytes at ``address`` of the peer; returns as ``read`` does."""
@@ -168,11 +172,17 @@ class Agent:
 
     def release(self, handle: int) -> None:
         """Of a read that has ended."""
-        self._agent.releaseXferReq(handle)
+        try:
+            self._agent.releaseXferReq(handle)
+        except Exception as error:
+            logger.warning("%s cannot release a read: %s", self.name, _named(error))
 
     def progress(self) -> None:
         """Does what UCX has to do while nothing is read: letting go of peers takes some."""
-        self._agent.getNotifs({}, [self._ucx])
+        try:
+            self._agent.getNotifs({}, [self._ucx])
+        except Exception as error:
+            logger.warning("%s: %s", self.name, _named(error))
 
 
 @dataclass(frozen=True, slots=True)

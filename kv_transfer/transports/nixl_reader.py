@@ -154,7 +154,7 @@ class Reader:
 
     def _do_jobs(self, pause_s: float) -> bool:
         """Does what was asked for; sleeps until something is, or is to be looked after."""
-        busy = self._reads or self._wishes or self._posts
+        busy = self._is_reading or self._wishes or self._posts
         wait_s = pause_s if busy else _TIDY_S if self._peers else None
         try:
             self._jobs.get(timeout=wait_s)()
