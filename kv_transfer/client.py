@@ -16,6 +16,7 @@ from baton.config import KvTransferConfig, SessionConfig
 from baton.errors import (
     BatonError,
     CancelledError,
+    ConfigurationError,
     DrainingError,
     IncompatiblePeerError,
     InternalError,
@@ -34,7 +35,8 @@ from kv_transfer.memory import KvMemory
 from kv_transfer.peer import PeerSettings, PrefillPeer
 from kv_transfer.ranges import BlockRange
 from kv_transfer.receiver import ReceiverEffect, ReceiverState, ReceiveTransfer
-from kv_transfer.transports.base import Operation, PullLink, PullTransport, Quiescence
+from kv_transfer.transports import nixl_links
+from kv_transfer.transports.base import LinkError, Operation, PullLink, PullTransport, Quiescence
 from kv_transfer.transports.gloo_links import GlooPull
 from kv_transfer.transports.shared_memory import SharedMemoryPull
 from kv_transfer.v1 import transfer_pb2 as pb
@@ -94,6 +96,7 @@ class KvReceiver:
         idle_s: float = IDLE_S,
     ) -> None:
         self._epoch = epoch
+        self._host = host
         self._worker_id = worker_id
         self._metrics = metrics
         self._on_ready = on_ready
@@ -109,6 +112,14 @@ class KvReceiver:
         pool, timeout_s = PoolView(layout, memory.buffer), config.operation_s
         transports: list[PullTransport] = [
             SharedMemoryPull(pool=pool, secret=secret, timeout_s=timeout_s, faults=faults),
+            nixl_links.NixlPull(
+                name=f"{worker_id}/{epoch.hex()}/pull",
+                pool=pool,
+                memory=memory,
+                host=host,
+                config=config,
+                faults=faults,
+            ),
             GlooPull(pool=pool, memory=memory, host=host, timeout_s=timeout_s, faults=faults),
         ]
         identity = handshake.Identity(worker_id, epoch, digest, generation, layout, host_id())
@@ -131,7 +142,15 @@ class KvReceiver:
     # ------------------------------------------------------------------ for the worker
 
     async def start(self) -> None:
-        """Peers are connected to when a transfer first needs them."""
+        """Peers are connected to when a transfer first needs them. Raises ConfigurationError
+        where the transport or the network that the configuration names cannot work here."""
+        config = self._settings.config
+        nixl_links.check(config, self._host)
+        for name in handshake.required_transports(config):
+            try:
+                await self._settings.transports[name].start()
+            except LinkError as error:
+                raise ConfigurationError(f"kv_transfer requires {name}: {error}") from error
 
     async def close(self) -> None:
         """Fails what is under way; returns when nothing here writes the pool any more

@@ -2,7 +2,7 @@
 
 1. Wanted: a transfer waits for it. Connecting is tried with back-off until none does.
 2. Greeting: PeerHello and PeerWelcome, then the transport's link. Under "auto",
-   a link over shared memory that fails is followed by a handshake without it.
+   a link that fails is followed by a handshake without its transport.
 3. Up: messages flow. It ends when either side, the network or the link fails, and
    then counts as wanted anew if transfers wait.
 4. Idle for ``idle_s`` without transfers, or refused for good: gone.
@@ -207,7 +207,7 @@ class PrefillPeer:
         except LinkError as error:
             if stream.over:
                 raise await stream.status() from error
-            if name == shared_memory.NAME and len(self._names) > 1:
+            if name != self._names[-1]:
                 self._names.remove(name)
                 raise _NextTransportError(f"{name} does not work: {error}") from error
             failure = IncompatiblePeerError(f"{self._named()}: {name} does not work: {error}")

@@ -36,6 +36,7 @@ from kv_transfer.memory import KvMemory
 from kv_transfer.ranges import BlockRange, valid_tokens
 from kv_transfer.sender import SenderEffect, SenderState, SendTransfer
 from kv_transfer.servicer import PullServicer
+from kv_transfer.transports import nixl_links
 from kv_transfer.transports.base import ServeTransport
 from kv_transfer.transports.gloo_links import GlooServe
 from kv_transfer.transports.shared_memory import SharedMemoryServe
@@ -93,6 +94,8 @@ class KvSender:
     ) -> None:
         self._identity = handshake.Identity(worker_id, epoch, digest, generation, layout, host_id())
         self._attach_s = config.attach_s
+        self._config = config
+        self._host = host
         self._metrics = metrics
         self._on_freed = on_freed
         self._pool = PoolView(layout, memory.buffer)
@@ -108,6 +111,13 @@ class KvSender:
         timeout_s = config.operation_s
         every: list[ServeTransport] = [
             SharedMemoryServe(memory=memory, layout=layout, secret=secret, timeout_s=timeout_s),
+            nixl_links.NixlServe(
+                name=f"{worker_id}/{epoch.hex()}",
+                memory=memory,
+                layout=layout,
+                host=host,
+                config=config,
+            ),
             GlooServe(memory=memory, layout=layout, host=host, timeout_s=timeout_s),
         ]
         allowed = handshake.allowed_transports(config)
@@ -129,7 +139,8 @@ class KvSender:
 
     async def start(self) -> None:
         """Peers are refused before. Raises ConfigurationError where the transport that the
-        configuration names cannot work here."""
+        configuration names cannot work here, or the network that it names is missing."""
+        nixl_links.check(self._config, self._host)
         await self._servicer.start()
 
     async def close(self) -> None:
