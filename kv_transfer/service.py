@@ -108,7 +108,7 @@ class KvSender:
         timeout_s = config.operation_s
         every: list[ServeTransport] = [
             SharedMemoryServe(memory=memory, layout=layout, secret=secret, timeout_s=timeout_s),
-            GlooServe(memory=memory, layout=layout, host=host, timeout_s=timeout_s),
+            GlooServe(memory=memory, layout=layout, host=host, timeout_s=timeout_s, faults=faults),
         ]
         allowed = handshake.allowed_transports(config)
         self._servicer = PullServicer(

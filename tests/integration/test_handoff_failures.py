@@ -365,7 +365,7 @@ async def test_killed_prefill_fails_its_transfers_at_once(
     await decode.close()
 
 
-@pytest.mark.parametrize("point", ["prefill.commit", "prefill.released"])
+@pytest.mark.parametrize("point", ["prefill.commit", "prefill.release", "prefill.released"])
 async def test_prefill_killed_at_any_point_never_leads_to_ready(
     config: KvTransferConfig, tmp_path: Path, point: str
 ) -> None:
@@ -531,8 +531,8 @@ async def test_late_messages_of_ended_transfers_are_ignored(pair: tuple[Prefill,
 
 @pytest.mark.parametrize(
     "point",
-    ["prefill.offer", "prefill.commit", "prefill.released",
-     "decode.attach", "decode.copy", "decode.release"],
+    ["prefill.offer", "prefill.commit", "prefill.release", "prefill.released",
+     "decode.attach", "decode.copy", "decode.release", "decode.released"],
 )  # fmt: skip
 async def test_fault_at_any_point_fails_the_transfer_and_no_more(
     config: KvTransferConfig, point: str
