@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from kv_transfer.receiver import ReceiverState
 from kv_transfer.service import KvSender
 from kv_transfer.transports.gloo_links import GlooPullLink
 from kv_transfer.v1 import transfer_pb2 as pb
+from tests.support.belongings import kv_memories
 from tests.support.handoff import (
     Decode,
     FaultsAt,
@@ -361,6 +364,31 @@ async def test_killed_prefill_fails_its_transfers_at_once(
     assert isinstance(decode.failed[key], TransferError)
     assert decode.failed[key].retriable
     assert key not in decode.ready
+    await process.close()
+    await decode.close()
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """What only the collector of cyclic garbage would free, stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+async def test_memory_of_a_killed_prefill_is_given_back_at_once() -> None:
+    config = KvTransferConfig(transport="shared_memory")
+    process, decode = await PrefillProcess.start(config), await Decode.start(config)
+    before = kv_memories([os.getpid()])
+    key = await begin_with_process(process, decode)
+    mapped = kv_memories([os.getpid()]) - before
+    assert len(mapped) == 1, "its pool"
+    process.signal(signal.SIGKILL)
+    await until(lambda: decode.drained == [key], within_s=4)
+    assert decode.failed[key].__traceback__, "it keeps the frames it passed"
+    await until(lambda: not mapped & kv_memories([os.getpid()]), within_s=4)
     await process.close()
     await decode.close()
 
