@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -49,6 +50,8 @@ class Course:
     """How it went when something was done to workers."""
 
     answers: list[Answer]
+    salt: str = ""
+    """Of what was asked last."""
     reached: bool = False
     fault_at: float = field(default_factory=time.monotonic)
     answered_at: float = 0.0
@@ -73,7 +76,7 @@ class ChaosCluster:
         self.server = BatonServer(
             folder / "server",
             settings=settings,
-            arguments=("--prefill", "2", "--decode", "2", "--model", str(model)),
+            arguments=("--model", str(model)),
             environment={"TMPDIR": str(self._temporary)},
         )
         self._reached = folder / "reached"
@@ -128,10 +131,10 @@ class ChaosCluster:
         """Kills all others at once when the first token is there, and is whole again
         afterwards. AssertionError as ``run``."""
         self.broken = True
-        before, course = self._wait_whole(), Course([])
+        before, course = self._wait_whole(), Course([], salt=f"all but {survivor}")
         lost = sorted(before.keys() - {survivor})
         had = [self._belongings(worker_id) for worker_id in lost]
-        with asking(self.server.url, MODEL_NAME, asks, salt=f"all but {survivor}") as asked:
+        with asking(self.server.url, MODEL_NAME, asks, salt=course.salt) as asked:
             wait_until(lambda: asked.has_begun, timeout_s=20, what="a token", poll_s=0.005)
             for pid in [self.server.worker_pid(worker_id) for worker_id in lost]:
                 os.kill(pid, signal.SIGKILL)
@@ -158,21 +161,25 @@ class ChaosCluster:
         return course
 
     def _wave(self, case: Case, course: Course) -> None:
-        """Asks everything, with the fault in wait; no longer than until all is answered."""
+        """Asks what the case asks, with the fault in wait; the next time all that can be asked
+        at once, so that every worker has something to do."""
         self._reached.unlink(missing_ok=True)
         plan = {"action": case.action, "worker": case.victim, "hit": case.hit}
         if case.action == "delay":
             plan["seconds"] = case.seconds
         process = os.pidfd_open(self.server.worker_pid(case.victim))
         self._waves += 1
-        salt = "kept" if case.warm and not course.answers else f"{case.name} {self._waves}"
+        asks = [Ask(question, 0.0, True, False) for question in self._asked]
+        if not course.answers:
+            asks = list(case.asks)
+        is_warm = case.warm and not course.answers
+        course.salt = "kept" if is_warm else f"{case.name} {self._waves}"
         point = case.point.replace(".", "__")
         self.server.inject(**{point: {**plan, "reached": str(self._reached)}})
         try:
-            with asking(self.server.url, MODEL_NAME, case.asks, salt=salt) as asked:
-                while not (self._reached.exists() or asked.over):
-                    time.sleep(0.005)
-                course.reached, course.fault_at = self._reached.exists(), time.monotonic()
+            with asking(self.server.url, MODEL_NAME, asks, salt=course.salt) as asked:
+                course.reached = self._wait_reached(asked)
+                course.fault_at = time.monotonic()
                 if course.reached:
                     if case.action != "delay":  # a plan that is taken back counts no further hits
                         self.server.inject()
@@ -183,13 +190,26 @@ class ChaosCluster:
         finally:
             os.close(process)
 
+    def _wait_reached(self, asked: Asking) -> bool:
+        """Whether the fault came. The last of a hand-off is done after the last answer."""
+        gives_up_at = math.inf
+        while not self._reached.exists():
+            if asked.over:
+                gives_up_at = min(gives_up_at, time.monotonic() + STILL_S)
+            if time.monotonic() >= gives_up_at:
+                return False
+            time.sleep(0.005)
+        return True
+
     # ------------------------------------------------------------- what it must be
 
     def _finish(self, course: Course, asked: Asking) -> None:
-        """AssertionError where an answer is not what it was with nothing in its way."""
         answers = asked.answers()
         course.answers += answers
-        course.answered_at = time.monotonic()
+        self._check(answers)
+
+    def _check(self, answers: Sequence[Answer]) -> None:
+        """AssertionError where an answer is not what it was with nothing in its way."""
         faults = [
             f"{answer.ask}: {fault}"
             for answer in answers
@@ -204,10 +224,16 @@ class ChaosCluster:
         replaced: Sequence[str],
         had: Sequence[Belongings],
     ) -> None:
-        """Until every worker is there, ``replaced`` in new processes, no block is held, and
-        nothing is left of ``before``'s processes that are gone."""
+        """Until every worker is there, ``replaced`` in new processes, what was asked is
+        answered from the caches as it was, no block is held, and nothing is left of
+        ``before``'s processes that are gone."""
         self._wait_whole([before[worker_id] for worker_id in replaced])
         course.whole_s = time.monotonic() - course.fault_at
+        asked_now = dict.fromkeys(answer.ask.question for answer in course.answers)
+        again = [Ask(question, 0.0, False, False) for question in asked_now]
+        with asking(self.server.url, MODEL_NAME, again, salt=course.salt) as asked:
+            self._check(asked.answers())
+        course.answered_at = time.monotonic()
         self._wait_at_rest()
         course.rest_s = time.monotonic() - course.answered_at
         now = self._wait_whole()

@@ -38,6 +38,10 @@ SETTINGS: dict[str, dict[str, object]] = {
         "max_num_batched_tokens": 64,
         "max_num_seqs": 16,
     },
+    "pools": {  # what a prefill worker gives back is soon another's
+        "prefill": {"replicas": 2, "engine": {"kv_cache_bytes": 1024 * 1024}},
+        "decode": {"replicas": 2},
+    },
     "kv_transfer": {"operation_s": 0.8, "lease_s": 1.0, "attach_s": 2.0},
     "session": {"report_s": 0.1, "silence_s": 1.5},
     "registry": {"heartbeat_s": 0.3, "poll_s": 0.1, "ttl_s": 2.4},
