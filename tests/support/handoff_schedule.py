@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -197,6 +198,19 @@ def _case(
     )
 
 
+def _by_turns(cases: list[Case]) -> list[Case]:
+    """Workers are replaced by turns: the sooner one dies again, the later it is started."""
+    turns: Counter[tuple[str, str]] = Counter()
+    spread = []
+    for case in cases:
+        of = case.transport, case.role
+        spread.append(
+            replace(case, victim=f"{case.role}-{turns[of] % 2}") if case.is_replaced else case
+        )
+        turns[of] += case.is_replaced
+    return spread
+
+
 def _with_handshakes(cases: list[Case], handshakes: list[Case]) -> list[Case]:
     """Handshakes come behind cases that replace a worker, and are of the new one: it has
     shaken no hands."""
@@ -227,7 +241,7 @@ def cases_of_round(seed: int, number_of_round: int) -> list[Case]:
         for point, course in courses.items()
     ]
     ordered = _with_handshakes(
-        [case for case in cases if case.point not in HANDSHAKE],
+        _by_turns([case for case in cases if case.point not in HANDSHAKE]),
         [case for case in cases if case.point in HANDSHAKE],
     )
     ordered.sort(key=lambda case: TRANSPORTS.index(case.transport))
