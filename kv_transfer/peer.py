@@ -190,7 +190,9 @@ class PrefillPeer:
         settings = self._settings
         try:
             async with asyncio.timeout(settings.config.attach_s):
+                await settings.faults.wait("decode.greet")
                 welcome = await stream.greet(handshake.make_hello(settings.identity, self._names))
+                await settings.faults.wait("decode.link")
                 return await self._connect(stream, welcome)
         except TimeoutError:
             waited = f"did not answer in {settings.config.attach_s:g} s"

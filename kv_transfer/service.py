@@ -118,7 +118,7 @@ class KvSender:
                 host=host,
                 config=config,
             ),
-            GlooServe(memory=memory, layout=layout, host=host, timeout_s=timeout_s),
+            GlooServe(memory=memory, layout=layout, host=host, timeout_s=timeout_s, faults=faults),
         ]
         allowed = handshake.allowed_transports(config)
         self._servicer = PullServicer(

@@ -34,7 +34,7 @@ Context = grpc.aio.ServicerContext[pb.PullRequest, pb.PullResponse]
 
 class PullServicer(TransferServicer):
     """Calls, on the event loop: ``received`` for every message after the greeting,
-    ``held_back`` where a fault point refused to let one out, ``lost`` once per
+    ``held_back`` where a fault point refused to let one through, ``lost`` once per
     connection that had been greeted."""
 
     def __init__(
@@ -91,6 +91,7 @@ class PullServicer(TransferServicer):
         self, request_iterator: object, context: Context
     ) -> None:
         hello = await self._read_hello(context)
+        await self._faults.wait("prefill.greet")
         connection = DecodeConnection(hello, self._faults)
         welcome = handshake.make_welcome(self._identity, verify=self._config.verify)
         link = connection.link = await self._open(hello, welcome, connection, context)
@@ -166,6 +167,12 @@ class PullServicer(TransferServicer):
                 if request.HasField("rendezvous"):
                     value = request.rendezvous
                     connection.rendezvous.received(value.key, value.value)
+                    continue
+                try:
+                    if request.HasField("release"):
+                        await self._faults.wait("prefill.release")
+                except InternalError as error:
+                    self._held_back(TransferKey.from_proto(request.release.key), error)
                 else:
                     self._received(connection, request)
             connection.lose("")
@@ -184,8 +191,9 @@ class PullServicer(TransferServicer):
 
     async def _connect(self, connection: DecodeConnection, link: ServeLink) -> None:
         try:
+            await self._faults.wait("prefill.link")
             await link.connect()
-        except LinkError as error:
+        except (LinkError, InternalError) as error:
             connection.lose(str(error))
 
     async def _let_go(self, link: ServeLink, tasks: list[asyncio.Task[None]]) -> None:

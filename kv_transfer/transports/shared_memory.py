@@ -55,7 +55,7 @@ class SharedMemoryPullLink(PullLink):
         lost: Callable[[str], None],
     ) -> None:
         self._pool = pool
-        self._source = source
+        self._source: PoolView | None = source
         self._connection = connection
         self._executor = executor
         self._faults = faults
@@ -79,6 +79,8 @@ class SharedMemoryPullLink(PullLink):
     async def close(self) -> None:
         self._watch.cancel()
         await asyncio.gather(self._watch, *self._copies, return_exceptions=True)
+        # The peer's memory goes now, though errors and their frames may name this link for long.
+        self._source = None
         self._connection.close()
 
     def _end(self, operation: Operation, copy: asyncio.Future[None]) -> None:
@@ -90,8 +92,11 @@ class SharedMemoryPullLink(PullLink):
         operation.ended(error)
 
     def _copy(self, operation: Operation) -> None:
-        """In the copying thread."""
+        """In the copying thread. No frame but this link may name the source: one that an error
+        keeps would keep the peer's memory."""
         self._faults.hit("decode.copy")
+        if self._source is None:
+            raise TransferError("the link is closed")
         blocks = operation.blocks
         size = self._pool.layout.block_size
         for at, num_tokens in enumerate(valid_tokens(blocks.start_token, blocks.end_token, size)):
