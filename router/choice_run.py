@@ -25,7 +25,6 @@ from baton.errors import (
     DrainingError,
     RoomElsewhereError,
     UnavailableError,
-    WorkerLostError,
 )
 from baton.records import Role
 from baton.telemetry import GatewayMetrics
@@ -348,8 +347,7 @@ class ChoiceRun:
         """Makes ready for another attempt. Raises ``error`` where there will be none."""
         refused, leaves = isinstance(error, REFUSALS), isinstance(error, DrainingError)
         too_small = isinstance(error, ContextLengthError) and self._another_holds(attempt)
-        unheard = attempt.waited_for_room and isinstance(error, WorkerLostError)
-        is_free = unheard and self._num_unheard < self._serving.max_attempts
+        is_free = attempt.lost_unheard and self._num_unheard < self._serving.max_attempts
         if not (refused or leaves or too_small or is_free):
             self._check_attempts_left(error)
         logger.info(
