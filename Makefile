@@ -12,6 +12,8 @@
 #                           fails where kv_aware misses its goal, an answer or the index is wrong
 # make bench-local-prefill  from how many uncached tokens on a prefill worker pays
 # make bench-engine         a colocated worker's steps and prompts beside its matrix products alone
+# make bench-interference   ITL of streams while long prompts arrive: disaggregated, colocated, vLLM
+#                           (20 minutes; ARGS=--no-peers takes 8 and needs no vLLM)
 # make bench-curves         its steps by context and batch, its memory by blocks
 # make bench-quantized      weights in 8 and 4 bits: perplexity, speed, memory
 # make bench-prefix-cache   TTFT of a repeated 1,000-token prompt beside that of its first time
@@ -21,7 +23,7 @@ BIN := .venv/bin
 
 .PHONY: help setup serve test chaos exhaustive check proto clean distclean
 .PHONY: bench-goodput bench-routing bench-local-prefill bench-prefix-cache bench-engine
-.PHONY: bench-curves bench-quantized
+.PHONY: bench-curves bench-quantized bench-interference
 .DEFAULT_GOAL := help
 
 help:
@@ -76,6 +78,9 @@ bench-curves: setup
 
 bench-quantized: setup
 	@exec $(BIN)/python -m benchmarks.engine.quantized $(ARGS)
+
+bench-interference: setup
+	@exec $(BIN)/python -m benchmarks.interference.compare $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
