@@ -11,7 +11,8 @@
 # make bench-routing        cached tokens and TTFT of every routing policy on a trace (25 minutes);
 #                           fails where kv_aware misses its goal, an answer or the index is wrong
 # make bench-local-prefill  from how many uncached tokens on a prefill worker pays
-# make bench-engine         a colocated worker's steps and prompts beside its matrix products alone
+# make bench-engine         a colocated worker's steps and prompts beside its matrix products alone;
+#                           ARGS="--peer vllm --peer llamacpp" beside those too
 # make bench-curves         its steps by context and batch, its memory by blocks
 # make bench-quantized      weights in 8 and 4 bits: perplexity, speed, memory
 # make bench-prefix-cache   TTFT of a repeated 1,000-token prompt beside that of its first time
