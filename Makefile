@@ -11,7 +11,8 @@
 # make bench-routing        cached tokens and TTFT of every routing policy on a trace (25 minutes);
 #                           fails where kv_aware misses its goal, an answer or the index is wrong
 # make bench-local-prefill  from how many uncached tokens on a prefill worker pays
-# make bench-engine         a colocated worker's steps and prompts beside its matrix products alone
+# make bench-engine         a colocated worker's steps and prompts beside its matrix products alone;
+#                           ARGS="--peer vllm --peer llamacpp" beside those too
 # make bench-interference   ITL of streams while long prompts arrive: disaggregated, colocated, vLLM
 #                           (20 minutes; ARGS=--no-peers takes 8 and needs no vLLM)
 # make bench-curves         its steps by context and batch, its memory by blocks

@@ -17,7 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -27,24 +27,12 @@ from baton.checkpoint.checkpoint import open_checkpoint
 from baton.checkpoint.model_config import ModelConfig
 from baton.config import DEFAULT_MODEL
 from baton.errors import ConfigurationError
+from benchmarks.engine.results import Bound
 
 CHUNK = 512
 """Tokens that go through at once, by default: the engine's."""
 _COPIED_BYTES = 256 * 1024 * 1024
 """Beyond every cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """Times are medians, in ms."""
-
-    threads: int
-    decode_ms: dict[str, float]
-    """By rows: one step."""
-    prompt_tokens: int
-    prompt_ms: float
-    copy_gb_s: float
-    """Bytes read and as many written, by all threads."""
 
 
 Inputs = dict[int, Tensor]

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import matplotlib as mpl
 
-from benchmarks.engine.bound import Bound
+from benchmarks.engine.results import Bound
 from benchmarks.measured import Measured
 from benchmarks.page import KeptResults, markdown_table
 

@@ -1,21 +1,21 @@
-"""What the engine took beside the bound of the same run, as a table of ratios."""
+"""What the engine took beside the bound of the same run and beside peers, as tables of ratios."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
 
-from benchmarks.engine.bound import Bound
-from benchmarks.measured import Measured
-from benchmarks.page import KeptResults, markdown_table
+from benchmarks.engine.results import Results
+from benchmarks.page import markdown_table
 
 BATON = "baton"
 DECODE_GOAL = 1.5
 """A decode step's time over that of its matrix products, at most."""
 PROMPT_GOAL = 0.7
 """The matrix products' time over a prompt's TTFT, at least."""
+OUTSIDE_GOAL_MS = 1.0
+"""Of a decode step, besides the model, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,63 +36,35 @@ PEER_GOALS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    name: str
-    start_s: float
-    pss_mb: float
-    """After the last measurement."""
+class _Ratio:
+    """A figure of Baton's over a peer's. At most one of ``least`` and ``most`` is its goal."""
 
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One round of one server: so many streams at once, or a prompt alone (0 streams)."""
-
-    server: str
-    streams: int
-    prompt_tokens: int
-    ms: float
-    """A decode step's time, or the prompt's TTFT."""
-
-
-@dataclass(frozen=True, slots=True)
-class Results(KeptResults):
-    measured: Measured
-    context_tokens: int
-    answer_tokens: int
-    bounds: tuple[Bound, ...]
-    """One of each round."""
-    servers: tuple[Server, ...]
-    samples: tuple[Sample, ...]
-
-    def server(self, name: str) -> Server:
-        return next(server for server in self.servers if server.name == name)
+    what: str
+    own: float
+    other: float
+    digits: int = 0
+    """After the point, of the two figures."""
+    least: float | None = None
+    most: float | None = None
 
     @property
-    def loads(self) -> list[int]:
-        return sorted({sample.streams for sample in self.samples if sample.streams})
+    def value(self) -> float:
+        """As it is shown, so that nobody reads that 1.50 misses 1.5."""
+        return round(self.own / self.other, 2)
 
-    def ms(self, server: str, streams: int) -> float:
-        """The median over rounds; of 0 streams the TTFT."""
-        return statistics.median(
-            s.ms for s in self.samples if s.server == server and s.streams == streams
-        )
+    @property
+    def missed(self) -> bool:
+        too_low = self.least is not None and self.value < self.least
+        return too_low or (self.most is not None and self.value > self.most)
 
-    def bound_ms(self, streams: int) -> float:
-        if streams == 0:
-            return statistics.median(bound.prompt_ms for bound in self.bounds)
-        return statistics.median(bound.decode_ms[str(streams)] for bound in self.bounds)
-
-    @classmethod
-    def _from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(
-            **{
-                **data,
-                "measured": Measured(**data["measured"]),
-                "bounds": tuple(Bound(**each) for each in data["bounds"]),
-                "servers": tuple(Server(**each) for each in data["servers"]),
-                "samples": tuple(Sample(**each) for each in data["samples"]),
-            }
-        )
+    @property
+    def cells(self) -> Sequence[str]:
+        goal = said = ""
+        if self.least is not None or self.most is not None:
+            goal = f"≥ {self.least:g}" if self.least is not None else f"≤ {self.most:g}"
+            said = "missed" if self.missed else "reached"
+        figures = (f"{each:,.{self.digits}f}" for each in (self.own, self.other))
+        return (self.what, *figures, f"{self.value:.2f}", goal, said)
 
 
 def section(results: Results) -> str:
@@ -109,18 +81,19 @@ def section(results: Results) -> str:
         f"{len(results.bounds)} rounds in which all take turns. Memory was copied at "
         f"{copied:.0f} GB/s (read and written)."
     )
+    if results.kv_tokens is not None:
+        setting += f" Every server has room for the KV of {results.kv_tokens:,} tokens."
     parts = [setting, table(results), servers_table(results), sentences(results)]
-    names = {server.name for server in results.servers}
-    parts += [
-        beside_peer(results, peer, goals)
-        for peer, goals in PEER_GOALS.items()
-        if {peer, goals.own} <= names
-    ]
+    if results.outsides:
+        parts.append(outside(results))
+    for peer, goals in PEER_GOALS.items():
+        if {peer, goals.own} <= set(results.names):
+            parts.append(beside_peer(results, peer, goals))
     return "\n\n".join(parts)
 
 
 def table(results: Results) -> str:
-    names = [server.name for server in results.servers]
+    names = results.names
     heads = [head for name in names for head in (f"{name} ms", f"{name} / bound")]
     lines: list[Sequence[str]] = [("", "bound ms", *heads)]
     for streams in (*results.loads, 0):
@@ -136,9 +109,11 @@ def servers_table(results: Results) -> str:
     lines: list[Sequence[str]] = [
         ("", "start s", "memory MB (PSS)", *(f"tokens/s at {n}" for n in results.loads))
     ]
-    for server in results.servers:
-        rates = [f"{n * 1000 / results.ms(server.name, n):.0f}" for n in results.loads]
-        lines.append((server.name, f"{server.start_s:.1f}", f"{server.pss_mb:,.0f}", *rates))
+    for name in results.names:
+        server = results.server(name)
+        rates = [f"{results.tokens_per_s(name, n):.0f}" for n in results.loads]
+        said = f"{name} ({server.version})" if server.version else name
+        lines.append((said, f"{server.start_s:.1f}", f"{server.pss_mb:,.0f}", *rates))
     return markdown_table(lines)
 
 
@@ -158,29 +133,46 @@ def sentences(results: Results) -> str:
     return " ".join(parts)
 
 
+def outside(results: Results) -> str:
+    """What a step costs besides the model, for each way to draw tokens."""
+    rows = results.outsides[0].rows
+    parts = []
+    for sampling in dict.fromkeys(each.sampling for each in results.outsides):
+        own = [each for each in results.outsides if each.sampling == sampling]
+        ms = statistics.median(each.outside_ms for each in own)
+        draw_ms = statistics.median(each.draw_ms for each in own)
+        said = "reached" if ms <= OUTSIDE_GOAL_MS else "missed"
+        parts.append(f"{ms:.2f} ms {sampling} ({draw_ms:.2f} of them for the draw: {said})")
+    return (
+        f"Besides the model (scheduling, tables, sampling, token events) a step at {rows} takes "
+        f"{'; '.join(parts)}. The goal is {OUTSIDE_GOAL_MS:g} ms."
+    )
+
+
 def beside_peer(results: Results, peer: str, goals: _Goals) -> str:
-    """Baton's figures over the peer's, and whether each reaches its goal."""
+    """Baton's figures over the peer's as a table, and which goals are missed."""
+    ratios = _ratios(results, peer, goals)
+    heads = ("", goals.own, peer, "ratio", "goal", "")
+    missed = [ratio.what for ratio in ratios if ratio.missed]
+    said = f"Missed beside *{peer}*: {', '.join(missed)}." if missed else "No goal is missed."
+    return f"{markdown_table([heads, *(ratio.cells for ratio in ratios)])}\n\n{said}"
+
+
+def _ratios(results: Results, peer: str, goals: _Goals) -> list[_Ratio]:
     own, other = results.server(goals.own), results.server(peer)
-    parts = [
-        _ratio(
-            f"tokens/s at {streams}", results.ms(peer, streams) / results.ms(own.name, streams),
+    rates = [
+        _Ratio(
+            f"tokens/s at {streams}",
+            results.tokens_per_s(own.name, streams),
+            results.tokens_per_s(peer, streams),
             least=goals.rates.get(streams),
         )
         for streams in results.loads
-    ]  # fmt: skip
-    ttft = results.ms(own.name, 0) / results.ms(peer, 0)
-    parts.append(_ratio("a prompt's TTFT", ttft, most=goals.ttft))
-    parts.append(_ratio("start", own.start_s / other.start_s, most=goals.start))
-    parts.append(_ratio("memory", own.pss_mb / other.pss_mb, most=goals.memory))
-    return f"*{own.name}* over *{peer}*: {'; '.join(parts)}."
-
-
-def _ratio(
-    what: str, value: float, *, least: float | None = None, most: float | None = None
-) -> str:
-    goal, said = "", ""
-    if least is not None:
-        goal, said = f"at least {least:g}", "reached" if value >= least else "missed"
-    elif most is not None:
-        goal, said = f"at most {most:g}", "reached" if value <= most else "missed"
-    return f"{what} **{value:.2f}**" + (f" (goal {goal}: {said})" if goal else "")
+    ]
+    ttfts = results.ms(own.name, 0), results.ms(peer, 0)
+    return [
+        *rates,
+        _Ratio("a prompt's TTFT (ms)", *ttfts, most=goals.ttft),
+        _Ratio("start (s)", own.start_s, other.start_s, digits=1, most=goals.start),
+        _Ratio("memory (MB)", own.pss_mb, other.pss_mb, most=goals.memory),
+    ]

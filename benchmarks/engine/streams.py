@@ -159,8 +159,7 @@ def replay(recorder: Recorder, stream: ChatStream) -> None:
 def _streamed(stream: ChatStream, times: Sequence[float]) -> Streamed:
     if not times or stream.num_prompt_tokens is None:
         raise RequestFailed("malformed", "the answer has no token, or no usage")
-    told = stream.counted_by != "usage" or len(times) >= _LEAST_TOLD * stream.num_tokens
-    if len(times) > stream.num_tokens or not told:
+    if not _LEAST_TOLD * stream.num_tokens <= len(times) <= stream.num_tokens:
         detail = f"{len(times)} tokens came, {stream.num_tokens} are in the usage"
         raise RequestFailed("miscount", detail)
     return Streamed(stream.began_at, tuple(times), stream.num_prompt_tokens, stream.num_tokens)

@@ -22,8 +22,13 @@ _LEAST_TEMPERATURE = 1e-30
 """Above float32's subnormal numbers; any one this low leaves the maximum alone."""
 
 _NUM_CANDIDATES = 256
-"""Tokens sorted at first; the few rows whose support may reach further are
-sorted whole. Sorting 49,152 tokens takes about 20 times as long as selecting 256."""
+"""Tokens sorted at first; of rows whose support may reach further ``_MORE`` times as many
+are, and then all. Sorting 49,152 tokens takes about 20 times as long as selecting 256."""
+_MORE = 16
+
+_BLOCK = 256
+"""Columns that are summed at once. Running sums of blocks, and of the columns of one of
+them, take a tenth of the time of running sums of all columns."""
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
@@ -40,11 +45,12 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[i
     order of token ids (float64).
     """
     assert logits.shape[0] == len(params) == len(positions)
-    token_ids: list[int] = logits.argmax(dim=-1).tolist()
     drawn = [row for row, param in enumerate(params) if param.temperature > 0]
+    is_greedy = len(drawn) < len(params)
+    token_ids: list[int] = logits.argmax(dim=-1).tolist() if is_greedy else [0] * len(params)
     if drawn:
         uniforms = [uniform(params[row], positions[row]) for row in drawn]
-        rows = logits if len(drawn) == len(params) else logits[drawn]
+        rows = logits[drawn] if is_greedy else logits
         chosen = _draw(rows, [params[row] for row in drawn], uniforms)
         for row, token_id in zip(drawn, chosen, strict=True):
             token_ids[row] = token_id
@@ -86,10 +92,20 @@ def _drop_unlikely(weights: Tensor, params: list[SamplingParams]) -> None:
 
 def _invert(weights: Tensor, target: Tensor) -> Tensor:
     """The first column at which each row's cumulative share exceeds ``target``, [rows]."""
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    missing = -weights.shape[1] % _BLOCK
+    padded = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
+    blocks = padded.view(len(weights), -1, _BLOCK)
+    reached = torch.nn.functional.pad(
+        blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1), (1, 0)
+    )
     # A number of 53 bits below 1 times a total is, rounded, below that total.
-    bound = target[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, bound, right=True)[:, 0]
+    bound = target[:, None] * reached[:, -1:]
+    block = torch.searchsorted(reached[:, 1:].contiguous(), bound, right=True)
+    within = blocks[torch.arange(len(weights)), block[:, 0]].cumsum(dim=-1, dtype=torch.float64)
+    # The block's sum, in another order, may be rounded to a little more than ``within`` reaches.
+    last = torch.nextafter(within[:, -1:], torch.zeros_like(bound))
+    rest = torch.minimum(bound - reached.gather(1, block), last)
+    return (block * _BLOCK + torch.searchsorted(within, rest, right=True))[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +132,15 @@ def _draw_likeliest(logits: Tensor, weights: Tensor, limit: _Limit, target: Tens
     """Token ids drawn within ``limit``, [rows]; all else is [rows] or [rows, vocabulary]."""
     vocab_size = logits.shape[1]
     largest = max((k for k in limit.top_k.tolist() if k < vocab_size), default=0)
-    token_ids, num_certain = _candidates(logits, max(_NUM_CANDIDATES, largest + 1))
-    inside = _inside(weights, token_ids, limit)
-    chosen = _invert_in_id_order(weights, token_ids, inside, target)
-    unsure = (inside.sum(dim=-1) > num_certain).nonzero()[:, 0]
-    if len(unsure):
-        token_ids, _ = _candidates(logits[unsure], vocab_size)
+    num_candidates = max(_NUM_CANDIDATES, largest + 1)
+    chosen = torch.empty(len(logits), dtype=torch.int64)
+    unsure = torch.arange(len(logits))
+    while len(unsure):
+        token_ids, num_certain = _candidates(logits[unsure], num_candidates)
         inside = _inside(weights[unsure], token_ids, limit.of_rows(unsure))
-        drawn = _invert_in_id_order(weights[unsure], token_ids, inside, target[unsure])
-        chosen[unsure] = drawn
+        chosen[unsure] = _invert_in_id_order(weights[unsure], token_ids, inside, target[unsure])
+        unsure = unsure[inside.sum(dim=-1) > num_certain]
+        num_candidates *= _MORE
     return chosen
 
 
@@ -150,7 +166,7 @@ def _inside(weights: Tensor, token_ids: Tensor, limit: _Limit) -> Tensor:
     reached = (weights.gather(1, token_ids) * inside).cumsum(dim=-1, dtype=torch.float64)
     # Where top_k is off, the share is one of the whole vocabulary.
     is_off = limit.top_k == weights.shape[1]
-    whole = weights.cumsum(dim=-1, dtype=torch.float64)[:, -1]
+    whole = weights.sum(dim=-1, dtype=torch.float64)
     total = torch.where(is_off, whole, reached[:, -1])
     before = torch.nn.functional.pad(reached[:, :-1], (1, 0))
     inside &= before < limit.top_p[:, None] * total[:, None]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.engine import curves_report, quantized
-from benchmarks.engine.bound import Bound
 from benchmarks.engine.curves_report import Memory, Step
 from benchmarks.engine.quantized import Sample
+from benchmarks.engine.results import Bound
 from benchmarks.measured import Measured
 
 MEASURED = Measured("2030-01-01 00:00 UTC", "cmd", "abc1234", "A CPU", 2, 0, "3.11.7", 0.1)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.engine import report
-from benchmarks.engine.bound import Bound
-from benchmarks.engine.report import Results, Sample, Server
+from benchmarks.engine.results import Bound, Outside, Results, Sample, Server
 from benchmarks.measured import Measured
 
 MEASURED = Measured("2030-01-01 00:00 UTC", "cmd", "abc1234", "A CPU", 2, 0, "3.11.7", 0.1)
@@ -55,17 +54,82 @@ def test_results_survive_their_file(results: Results, tmp_path: Path) -> None:
     assert Results.read(tmp_path / "r.json") == results
 
 
-def test_ratios_to_a_peer_say_which_goals_are_reached(results: Results) -> None:
-    peers = [Sample("vllm", *each) for each in ((1, 90, 22.5), (32, 90, 31.0), (0, 1055, 800.0))]
-    both = replace(
+def with_peer(results: Results, *starts: Server, step_32_ms: float = 31.0) -> Results:
+    times = ((1, 90, 22.5), (32, 90, step_32_ms), (0, 1055, 800.0))
+    peers = [Sample("vllm", *each) for each in times]
+    return replace(
         results,
-        servers=(*results.servers, Server("vllm", 40.0, 1000.0)),
+        servers=(*results.servers, *starts),
         samples=(*results.samples, *peers),
     )
-    text = report.section(both)
-    assert "*baton* over *vllm*: tokens/s at 1 **1.50** (goal at least 1.5: reached)" in text
-    assert "tokens/s at 32 **1.00** (goal at least 1.3: missed)" in text
-    assert "a prompt's TTFT **0.50** (goal at most 0.75: reached)" in text
-    assert "start **0.10** (goal at most 0.2: reached)" in text
-    assert "memory **0.90** (goal at most 0.5: missed)" in text
+
+
+def test_ratios_to_a_peer_say_which_goals_are_reached(results: Results) -> None:
+    text = report.section(with_peer(results, Server("vllm", 40.0, 1000.0, "9.8")))
+    assert "|  | baton | vllm | ratio | goal |  |" in text
+    assert "| tokens/s at 1 | 67 | 44 | 1.50 | ≥ 1.5 | reached |" in text
+    assert "| tokens/s at 32 | 1,032 | 1,032 | 1.00 | ≥ 1.3 | missed |" in text
+    assert "| a prompt's TTFT (ms) | 400 | 800 | 0.50 | ≤ 0.75 | reached |" in text
+    assert "| start (s) | 4.0 | 40.0 | 0.10 | ≤ 0.2 | reached |" in text
+    assert "| memory (MB) | 900 | 1,000 | 0.90 | ≤ 0.5 | missed |" in text
+    assert "Missed beside *vllm*: tokens/s at 32, memory (MB)." in text
+    assert "| vllm (9.8) | 40.0 |" in text
     assert "vllm" not in report.section(results)
+
+
+def test_a_ratio_that_is_shown_as_its_goal_reaches_it(results: Results) -> None:
+    text = report.section(with_peer(results, Server("vllm", 4 / 0.2049, 4000.0), step_32_ms=40.2))
+    assert "| start (s) | 4.0 | 19.5 | 0.20 | ≤ 0.2 | reached |" in text
+    assert "| tokens/s at 32 | 1,032 | 796 | 1.30 | ≥ 1.3 | reached |" in text
+
+
+def test_starts_and_memory_are_medians_over_the_rounds(results: Results) -> None:
+    starts = [Server("vllm", start_s, 4000.0) for start_s in (90.0, 20.0, 30.0)]
+    text = report.section(with_peer(results, *starts, step_32_ms=62.0))
+    assert "| start (s) | 4.0 | 30.0 | 0.13 | ≤ 0.2 | reached |" in text
+    assert "No goal is missed." in text
+    assert text.count("| vllm | 30.0 | 4,000 |") == 1
+
+
+def test_a_peer_with_4_bits_is_beside_the_baton_with_4_bits(results: Results) -> None:
+    both = replace(
+        results,
+        servers=(*results.servers, Server("baton int4", 4.0, 600.0), Server("llamacpp", 2.0, 300)),
+        samples=(
+            *results.samples,
+            *(Sample("baton int4", *each) for each in ((1, 90, 10.0), (32, 90, 40.0), (0, 90, 4))),
+            *(Sample("llamacpp", *each) for each in ((1, 90, 9.0), (32, 90, 79.0), (0, 90, 8))),
+        ),
+    )
+    text = report.section(both)
+    assert "|  | baton int4 | llamacpp | ratio | goal |  |" in text
+    assert "| tokens/s at 1 | 100 | 111 | 0.90 | ≥ 0.8 | reached |" in text
+    assert "| tokens/s at 32 | 800 | 405 | 1.98 | ≥ 2 | missed |" in text
+    assert "| start (s) | 4.0 | 2.0 | 2.00 |  |  |" in text
+
+
+def test_what_is_outside_the_model_has_a_goal(results: Results) -> None:
+    outsides = [
+        Outside(sampling, 32, 30.0, 29.0, draw_ms, outside_ms)
+        for sampling, draw_ms, outside_ms in (
+            ("greedily", 0.2, 0.9),
+            ("greedily", 0.3, 1.0),
+            ("greedily", 0.4, 1.4),
+            ("at temperature 1", 1.5, 2.0),
+        )
+    ]
+    text = report.section(replace(results, outsides=tuple(outsides)))
+    assert "a step at 32 takes 1.00 ms greedily (0.30 of them for the draw: reached);" in text
+    assert "2.00 ms at temperature 1 (1.50 of them for the draw: missed)" in text
+    assert "Besides the model" not in report.section(results)
+
+
+def test_results_with_peers_survive_their_file(results: Results, tmp_path: Path) -> None:
+    full = replace(
+        with_peer(results, Server("vllm", 40.0, 1000.0, "9.8")),
+        outsides=(Outside("greedily", 32, 30.0, 29.0, 0.2, 1.0),),
+        kv_tokens=46_603,
+    )
+    full.write(tmp_path / "r.json")
+    assert Results.read(tmp_path / "r.json") == full
+    assert "room for the KV of 46,603 tokens" in report.section(full)

@@ -93,3 +93,24 @@ def test_a_step_is_timed_while_all_streams_decode() -> None:
 def test_streams_that_did_not_overlap_have_no_step() -> None:
     with pytest.raises(ValueError, match="longer answers"):
         decode_step_ms([Streamed(0, (1.0, 2.0), 5, 2), Streamed(0, (3.0, 4.0), 5, 2)])
+
+
+def test_tokens_that_a_server_holds_back_until_they_are_text_count_too() -> None:
+    # Ten tokens in eight times: the others came with one that has text.
+    held = Streamed(0.0, tuple(0.1 * n for n in range(1, 9)), 5, 10)
+    assert decode_step_ms([held]) == pytest.approx(100.0 * 8 / 10)
+
+
+@pytest.mark.parametrize(("num_told", "whole"), [(2, False), (4, True), (5, True), (6, False)])
+async def test_an_answer_with_far_fewer_or_more_tokens_than_told_is_none(
+    num_told: int, whole: bool
+) -> None:
+    usage = event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 5}})
+    pieces = [HEAD, *[token("a")] * (num_told - 1), token("b", "length") + usage]
+    async with serving([*pieces, event("[DONE]") + END]) as url:
+        if whole:
+            (stream,) = await stream_all(url, [{}])
+            assert len(stream.token_times) == num_told
+        else:
+            with pytest.raises(RequestFailed, match="miscount"):
+                await stream_all(url, [{}])

@@ -215,3 +215,43 @@ def test_greedy_and_drawn_rows_share_a_batch() -> None:
     mixed = draw(logits, [greedy, drawn, greedy], [4, 4, 4])
     assert [mixed[0], mixed[2]] == logits[[0, 2]].argmax(-1).tolist()
     assert [mixed[1]] == draw(logits[1:2], [drawn], [4])
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 5000])
+@pytest.mark.parametrize("share_of_zeros", [0.0, 0.5, 0.99])
+def test_blocks_invert_to_the_column_that_running_sums_invert_to(
+    size: int, share_of_zeros: float
+) -> None:
+    generator = torch.Generator().manual_seed(size)
+    weights = torch.randint(1, 100, (64, size), generator=generator).float()  # sums are exact
+    weights[torch.rand(weights.shape, generator=generator) < share_of_zeros] = 0.0
+    weights[:, size // 2] = 1.0
+    target = torch.rand(64, generator=generator, dtype=torch.float64)
+    target[0], target[1] = 0.0, 1.0 - 2.0**-53
+    reached = weights.double().cumsum(dim=-1)
+    expected = torch.searchsorted(reached, target[:, None] * reached[:, -1:], right=True)[:, 0]
+    chosen = draw_module._invert(weights, target)
+    assert chosen.tolist() == expected.tolist()
+    assert bool((weights.gather(1, chosen[:, None]) > 0).all())
+
+
+def test_rounded_sums_never_lead_out_of_a_block_or_to_an_impossible_token() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(256, 700, generator=generator) ** 20
+    weights[:, 500:] = 0.0
+    weights[:, 200:300] = 0.0
+    target = torch.full((256,), 1.0 - 2.0**-53, dtype=torch.float64)
+    chosen = draw_module._invert(weights, target)
+    assert bool((chosen < 500).all())
+    assert bool((weights.gather(1, chosen[:, None]) > 0).all())
+
+
+def test_a_support_of_thousands_is_exact_before_all_tokens_are_sorted() -> None:
+    logits = shuffled(0.0, 1.0, 20_000)
+    params = SamplingParams(seed=4, temperature=1.0, top_p=0.2)
+    inside = support(logits, params)
+    assert 256 < len(inside) < 256 * 16
+    drawn = draw(logits.expand(500, -1), [params] * 500, list(range(500)))
+    assert set(drawn) <= inside
+    below = {token for token in drawn if logits[token] < logits[list(inside)].median()}
+    assert below, "nothing of the support's lower half was drawn"
