@@ -26,6 +26,7 @@ from pathlib import Path
 from baton.errors import BatonError, ConfigurationError
 from benchmarks import page
 from benchmarks.chat_stream import RequestFailed
+from benchmarks.engine import servers
 from benchmarks.interference import plot, report
 from benchmarks.interference.client import Client, Load, Observed
 from benchmarks.interference.pinning import this_thread_on
@@ -138,6 +139,7 @@ def run(given: argparse.Namespace, load: Load, measured: Measured, folder: Path)
         prompt_tokens=experiment.prompt_tokens,
         arrivals_s=tuple(round(arrival.at_s, 3) for arrival in phase.arrivals),
         num_rounds=given.rounds,
+        vllm_version=servers.version("vllm") if given.peers else "",
         tried=tried,
         systems=compared,
         rounds=tuple(rounds),

@@ -32,6 +32,8 @@ def section(results: Results, plot: str) -> str:
 
 def _setting(results: Results) -> str:
     load = results.load
+    version = results.vllm_version
+    vllm = f" *vllm* is version {version}, its build for CPUs." if version else ""
     return (
         f"{results.measured.sentence} {load.num_streams} streams decode, each answered with "
         f"{load.stream_tokens} tokens at a time, while prompts of up to {results.prompt_tokens:,} "
@@ -45,7 +47,7 @@ def _setting(results: Results) -> str:
         f"up as overdue. *Tokens/s* are those of {load.num_saturating} streams that decode at "
         "once, without prompts. Memory is the processes' proportional set sizes, with KV. Figures "
         f"are medians of {results.num_rounds} rounds, in each of which every system is started "
-        "afresh."
+        f"afresh.{vllm}"
     )
 
 

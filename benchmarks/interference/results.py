@@ -135,6 +135,8 @@ class Results(KeptResults):
     arrivals_s: tuple[float, ...]
     """Of the first round."""
     num_rounds: int
+    vllm_version: str
+    """Empty where it was left out."""
     tried: tuple[Tried, ...]
     """Empty where the chunk size was given."""
     systems: tuple[System, ...]

@@ -67,7 +67,7 @@ def results() -> Results:
         for system in compared
     ]
     tried = (Tried(64, 14.0, 60.0, 1.1), Tried(512, 12.0, 200.0, 0.9))
-    return Results(MEASURED, LOAD, 1530, (0.1, 5.0), 3, tried, compared, tuple(rounds))
+    return Results(MEASURED, LOAD, 1530, (0.1, 5.0), 3, "1.2.3", tried, compared, tuple(rounds))
 
 
 # --------------------------------------------------------------------------- figures
@@ -152,7 +152,9 @@ def test_a_missed_goal_is_said(results: Results, change: dict[str, object], line
 def test_without_peers_nothing_is_said_of_them(results: Results) -> None:
     own = systems(64, 128, peers=False)
     rounds = tuple(r for r in results.rounds if r.system in {DISAGGREGATED, COLOCATED})
-    text = report.section(replace(results, systems=own, rounds=rounds, tried=()), "a.svg")
+    text = report.section(
+        replace(results, systems=own, rounds=rounds, tried=(), vllm_version=""), "a.svg"
+    )
     assert "vllm" not in text
     assert "chunk size" not in text
 
@@ -162,6 +164,7 @@ def test_the_section_says_where_it_ran_and_what_it_costs(results: Results) -> No
     assert (
         "| prefill worker (1 thread), gateway, controller, Redis, client | decode worker |" in text
     )
+    assert "*vllm* is version 1.2.3" in text
     assert "tokens/s at 8 streams 500 against 533" in text
     assert "| 64 (taken) | 14.0 | 60.0 | 1.10 |" in text
     assert "| 512 | 12.0 | 200.0 | 0.90 |" in text
