@@ -14,7 +14,7 @@
 # make bench-engine         a colocated worker's steps and prompts beside its matrix products alone;
 #                           ARGS="--peer vllm --peer llamacpp" beside those too
 # make bench-interference   ITL of streams while long prompts arrive: disaggregated, colocated, vLLM
-#                           (20 minutes; ARGS=--no-peers takes 8 and needs no vLLM)
+#                           (25 minutes; ARGS=--no-peers takes 9 and needs no vLLM)
 # make bench-curves         its steps by context and batch, its memory by blocks
 # make bench-quantized      weights in 8 and 4 bits: perplexity, speed, memory
 # make bench-prefix-cache   TTFT of a repeated 1,000-token prompt beside that of its first time

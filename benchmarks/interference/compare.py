@@ -4,8 +4,8 @@ In rounds, each system is started afresh on the same two cores, warmed up, and g
 load: tokens/s of some streams alone, then streams that decode while long prompts arrive.
 
     bash benchmarks/peers/setup.sh vllm                   # once
-    python -m benchmarks.interference.compare             # some 20 minutes
-    python -m benchmarks.interference.compare --no-peers  # Baton alone, some 8
+    python -m benchmarks.interference.compare             # some 25 minutes
+    python -m benchmarks.interference.compare --no-peers  # Baton alone, some 9
     python -m benchmarks.interference.compare --report    # results into docs/, runs nothing
 """
 
@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=3, metavar="N", help="figures are medians over them")
     add("--no-peers", dest="peers", action="store_false", help="Baton alone")
     add(
-        "--chunks", type=int, nargs="+", default=[32, 64, 128, 256, 512], metavar="N",
+        "--chunks", type=int, nargs="+", default=[32, 64, 128, 256], metavar="N",
         help="of colocated Baton; of several, the best is found first",
     )  # fmt: skip
     add("--small-steps", type=int, default=128, metavar="N", help="of vLLM")
