@@ -15,6 +15,8 @@
 # make bench-local-prefill  from how many uncached tokens on a prefill worker pays
 # make bench-engine         a colocated worker's steps and prompts beside its matrix products alone;
 #                           ARGS="--peer vllm --peer llamacpp" beside those too
+# make bench-interference   ITL of streams while long prompts arrive: disaggregated, colocated, vLLM
+#                           (25 minutes; ARGS=--no-peers takes 9 and needs no vLLM)
 # make bench-curves         its steps by context and batch, its memory by blocks
 # make bench-quantized      weights in 8 and 4 bits: perplexity, speed, memory
 # make bench-handoff        the hand-off beside memcpy and bare gloo, and in an answer's time
@@ -25,7 +27,7 @@ BIN := .venv/bin
 
 .PHONY: help setup serve test chaos chaos-handoff exhaustive check proto clean distclean
 .PHONY: bench-goodput bench-routing bench-local-prefill bench-prefix-cache bench-engine
-.PHONY: bench-curves bench-quantized bench-handoff
+.PHONY: bench-curves bench-quantized bench-handoff bench-interference
 .DEFAULT_GOAL := help
 
 help:
@@ -86,6 +88,9 @@ bench-curves: setup
 
 bench-quantized: setup
 	@exec $(BIN)/python -m benchmarks.engine.quantized $(ARGS)
+
+bench-interference: setup
+	@exec $(BIN)/python -m benchmarks.interference.compare $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
