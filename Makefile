@@ -4,6 +4,7 @@
 # make setup    the set-up alone; PYTHON=python3.12 chooses the interpreter
 # make chaos    outages that take minutes; ARGS="-s" shows what they cost
 # make exhaustive  the cases that make test leaves out: minutes
+# make test-gpu the tests that need a GPU, in .venv or in PYTHON
 # make check    what needs no running: style, types, import contracts, stubs, settings' page, chart
 # make proto    generate the gRPC stubs anew from proto/
 # make bench-goodput        goodput of disaggregated and colocated serving, by offered rate
@@ -14,6 +15,8 @@
 # make bench-engine         a colocated worker's steps and prompts beside its matrix products alone
 # make bench-curves         its steps by context and batch, its memory by blocks
 # make bench-quantized      weights in 8 and 4 bits: perplexity, speed, memory
+# make bench-gpu            one engine on one GPU beside what it does at best; needs torch with CUDA and
+#                           triton, in .venv or in PYTHON
 # make bench-prefix-cache   TTFT of a repeated 1,000-token prompt beside that of its first time
 # make clean    remove what the tools left; make distclean removes .venv too
 
@@ -21,7 +24,7 @@ BIN := .venv/bin
 
 .PHONY: help setup serve test chaos exhaustive check proto clean distclean
 .PHONY: bench-goodput bench-routing bench-local-prefill bench-prefix-cache bench-engine
-.PHONY: bench-curves bench-quantized
+.PHONY: bench-curves bench-quantized bench-gpu test-gpu
 .DEFAULT_GOAL := help
 
 help:
@@ -76,6 +79,15 @@ bench-curves: setup
 
 bench-quantized: setup
 	@exec $(BIN)/python -m benchmarks.engine.quantized $(ARGS)
+
+# These two need no set-up of ours: a machine with a GPU has a torch for it.
+GPU_PYTHON = $(or $(PYTHON),$(wildcard $(BIN)/python),python3)
+
+bench-gpu:
+	@exec $(GPU_PYTHON) -m benchmarks.gpu.bench $(ARGS)
+
+test-gpu:
+	@exec $(GPU_PYTHON) -m pytest tests/gpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

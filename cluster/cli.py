@@ -27,9 +27,9 @@ class Dtype(StrEnum):
 
 
 class Device(StrEnum):
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class Quantization(StrEnum):

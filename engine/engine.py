@@ -70,7 +70,8 @@ class Engine:
         self._followers = followers
         groups = followers.groups if followers is not None else RankGroups()
         with torch.inference_mode():
-            weights = weights or load_weights(checkpoint, dtype)
+            device = gpu.device if gpu is not None else None
+            weights = weights or load_weights(checkpoint, dtype, device)
             if gpu is not None:
                 weights = gpu.weights(weights)
             self._model = Decoder(config, weights, groups, quantization)

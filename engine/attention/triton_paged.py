@@ -117,10 +117,12 @@ class TritonPagedAttention:
         return step
 
     def num_splits(self, num_spans: int, longest: int) -> int:
-        """Programs that share one context, the longest having so many tokens."""
+        """Programs that share one context, the longest having so many tokens: a power of two,
+        since each number is a kernel of its own, which is compiled when it is first wanted."""
         programs = num_spans * self.num_kv_heads
         wanted = -(-_PROGRAMS_PER_PROCESSOR * self.num_processors // programs)
-        return max(1, min(wanted, -(-longest // _LEAST_SPLIT), _MOST_SPLITS))
+        splits = max(1, min(wanted, -(-longest // _LEAST_SPLIT), _MOST_SPLITS))
+        return 1 << (splits.bit_length() - 1)
 
     def write(self, layer: int, key_value: Tensor, slots: Tensor) -> None:
         """[tokens, 2, KV heads, head_dim], a token's own elements side by side, to ``slots``."""

@@ -24,7 +24,8 @@ from engine.gpu.graphs import DecodeGraphs
 from engine.gpu.transfers import to_device
 from engine.models.decoder import Decoder
 from engine.sampling.on_device import PendingSample, begin_sample
-from engine.sequence import Sampled, Scheduled
+from engine.sampling.params import SamplingParams
+from engine.sequence import Sampled, Scheduled, Sequence
 
 
 class GpuSteps:
@@ -53,7 +54,17 @@ class GpuSteps:
         )
         self._graphs = DecodeGraphs(self._decode_rows, most=max_num_seqs)
         if self._device.type == "cuda":
+            self.warm_up()
             self._graphs.record()
+
+    def warm_up(self) -> None:
+        """Computes a short prompt that nobody asked for, in the scratch block: the kernels of
+        chunks are compiled, which takes seconds, before somebody does."""
+        length = 2 * self._layout.block_size + 1
+        seq = Sequence(None, [0] * length, length, SamplingParams(seed=0), b"")
+        seq.block_table = [self._layout.scratch_block] * self._layout.num_blocks_for(length)
+        batch = build_batch([Scheduled(seq, length)], self._layout)
+        self.logits(batch, batch.sampled_rows)
 
     def begin(self, scheduled: SequenceOf[Scheduled]) -> PendingStep:
         """Of at least one sequence; each holds the blocks it needs."""

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tiny_engine import prompt
 
 from baton.kv_layout import KvDtype, KvLayout
 from engine.attention.reference import ReferenceAttention
 from engine.batch import Batch, build_batch
-from engine.sequence import Scheduled
+from engine.sampling.params import SamplingParams
+from engine.sequence import Scheduled, Sequence
 
 LAYER = 1
 
@@ -107,7 +107,8 @@ def make_case(
     free = torch.randperm(layout.num_blocks, generator=random).tolist()
     scheduled = []
     for (before, new), count in zip(spans, counts, strict=True):
-        seq = prompt([0] * (before + new))
+        length = before + new
+        seq = Sequence(None, [0] * length, length, SamplingParams(seed=0), b"")
         seq.num_computed_tokens = before
         seq.block_table = [free.pop() for _ in range(count)]
         scheduled.append(Scheduled(seq, new))

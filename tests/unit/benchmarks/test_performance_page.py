@@ -10,11 +10,12 @@ import pytest
 
 from benchmarks import goodput, local_prefill, page, prefix_cache
 from benchmarks.engine import compare, curves, quantized
+from benchmarks.gpu import bench
 from benchmarks.routing import replay
 
 SECTIONS = [
     (module.SECTION, module.KEPT, module.section)
-    for module in (goodput, replay, local_prefill, prefix_cache, compare, curves, quantized)
+    for module in (goodput, replay, local_prefill, prefix_cache, compare, curves, quantized, bench)
 ]
 MOST_BYTES = 100 * 1024
 

@@ -77,6 +77,16 @@ def test_a_prompt_that_is_cached_to_its_end_leaves_its_blocks_alone() -> None:
     assert torch.equal(engine.kv.tensor[shared], before[shared])
 
 
+def test_warming_up_touches_the_scratch_block_alone() -> None:
+    engine = engine_as_on_gpu(num_blocks=8)
+    before = engine.kv.tensor.clone()
+    with torch.inference_mode():
+        engine._gpu.warm_up()  # type: ignore[union-attr]
+    scratch = engine.kv.layout.scratch_block
+    assert torch.equal(engine.kv.tensor[:scratch], before[:scratch])
+    assert not torch.equal(engine.kv.tensor[scratch], before[scratch])
+
+
 def test_more_sequences_than_the_graphs_take_are_computed_all_the_same() -> None:
     own, engine = tiny_engine(), engine_as_on_gpu()
     expected = [generate(own, prompt(tokens(9, seed=n)), 4) for n in range(6)]
