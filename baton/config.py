@@ -79,8 +79,8 @@ class EngineConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """Where weights and KV lie and steps are computed. `cuda`: one NVIDIA GPU, in workers that
     prefill and decode by themselves, since no transport reads a GPU's memory yet; it needs the
-    package triton, and was never run on a GPU. `auto`: a GPU where there is one and all of this
-    worker is built for it, else the CPU."""
+    package triton, on Ray the pool's `num_gpus`, and was never run on a GPU. `auto`: a GPU where
+    there is one and all of this worker is built for it, else the CPU."""
     gpu_attention: Literal["auto", "triton", "flashinfer"] = "auto"
     """What a GPU computes the attention of prompts with: FlashInfer, or our own Triton kernels.
     `auto`: FlashInfer where it is installed and takes the model's heads. Decoding is always

@@ -117,7 +117,8 @@ class RMSNorm:
             x = x.contiguous() if delta is None else x
             return native.add_rms_norm(x, delta, self._weight, self._eps, self._dtype)
         if x.is_cuda and self._weight.dim() == 1 and x.dim() == 2:
-            return _fused().add_rms_norm(x, delta, self._weight, self._eps, self._dtype)
+            normed: Tensor = _fused().add_rms_norm(x, delta, self._weight, self._eps, self._dtype)
+            return normed
         if delta is not None:
             x += delta
         # At 512 tokens half as long as F.rms_norm.
@@ -176,6 +177,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if native is not None and gate_up.is_contiguous():
         return native.swiglu(gate_up)
     if gate_up.is_cuda:
-        return _fused().swiglu(gate_up)
+        product: Tensor = _fused().swiglu(gate_up)
+        return product
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

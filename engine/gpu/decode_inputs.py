@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from baton.kv_layout import KvLayout
@@ -38,6 +40,8 @@ class DecodeInputs:
         self.block_table = torch.full(shape, layout.scratch_block, dtype=torch.int32, device=device)
         staging = torch.zeros(_NUMBERS, max_num_seqs, dtype=torch.int32)
         self._staging = staging.pin_memory() if device.type == "cuda" else staging
+        self._clear()
+        numbers.copy_(self._staging)
         # Of each row: the block table that it shows, by identity, and how much of it. A list
         # that is kept here is no other sequence's, and its beginning never changes: a sequence
         # that loses its blocks gets another list.
@@ -53,9 +57,8 @@ class DecodeInputs:
         rows = self._rows_of(sequences)
         self._show_blocks(sequences, rows)
         size = self._layout.block_size
-        host = self._staging.numpy()
         scratch = self._layout.scratch_block
-        host[:] = [[0], [0], [scratch * size], [1]]
+        host = self._clear()
         positions = [seq.num_computed_tokens for seq in sequences]
         blocks = [
             scratch if position < seq.num_shared_tokens else seq.block_table[position // size]
@@ -69,6 +72,12 @@ class DecodeInputs:
         host[3, rows] = [at + 1 for at in positions]
         self._numbers.copy_(self._staging, non_blocking=True)
         return rows
+
+    def _clear(self) -> npt.NDArray[np.int32]:
+        """The host's numbers, as of rows that no sequence has."""
+        host: npt.NDArray[np.int32] = self._staging.numpy()
+        host[:] = [[0], [0], [self._layout.scratch_block * self._layout.block_size], [1]]
+        return host
 
     def _rows_of(self, sequences: SequenceOf[Sequence]) -> list[int]:
         num = len(sequences)

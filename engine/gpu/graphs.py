@@ -9,9 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# Its stubs have no types for streams.
+_cuda: Any = torch.cuda
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +67,7 @@ class DecodeGraphs:
 
     def _warm_up(self, size: int) -> None:
         """On a stream of its own, as recording wants it."""
-        stream = torch.cuda.Stream()
+        stream: Any = _cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):

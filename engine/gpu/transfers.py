@@ -14,4 +14,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if device.type == "cpu":
         return tensor
+    if tensor.numel() == 0:  # has no memory to lock
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -10,6 +10,7 @@ them, are read once the tokens are known: a second wait.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from engine.sampling.params import SamplingParams
 from engine.sampling.processors import apply_all
 from engine.sampling.sampler import processors_of
 from engine.sequence import Sampled, Sequence
+
+# Its stubs have no types for events.
+_cuda: Any = torch.cuda
 
 
 def begin_sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> PendingSample:
@@ -134,11 +138,11 @@ class _ToHost:
 
     def __init__(self, numbers: Tensor) -> None:
         self._host = numbers
-        self._event: torch.cuda.Event | None = None
+        self._event: Any = None
         if numbers.is_cuda:
             self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._host.copy_(numbers, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = _cuda.Event()
             self._event.record()
 
     def wait(self) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny_engine import TINY, generate, model_config, prompt, tiny_engine, tokens
+from support.tiny_engine import generate, prompt, tiny_engine, tokens
 from support.triton_cases import triton_or_skip
 
 from engine.engine import Engine, Scheduled
@@ -121,24 +121,12 @@ def test_scored_logits_are_the_cpu_engines() -> None:
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-4)
 
 
-def test_only_new_blocks_are_copied() -> None:
-    """Of a table that is shown already: 40 tokens in blocks of 16, then one more each step."""
-    from engine.gpu.decode_inputs import DecodeInputs
-
-    layout = model_config(TINY).kv_layout(num_blocks=20, block_size=16, dtype="float32")
-    inputs = DecodeInputs(layout, torch.device("cpu"), max_num_seqs=2, max_blocks=8)
-    seq = prompt(tokens(40))
-    seq.num_computed_tokens, seq.block_table = 39, [7, 3, 9]
-    assert inputs.fill([seq]) == [0]
-    assert inputs.block_table[0, :4].tolist() == [7, 3, 9, 20]
-    assert inputs.slots[:2].tolist() == [9 * 16 + 7, 20 * 16]
-    assert inputs.contexts.tolist() == [40, 1]
-    inputs.block_table[0, :3] = -1  # would be there again if the whole table was copied
-    seq.block_table += [5]
-    seq.token_ids += tokens(9)
-    seq.num_computed_tokens = 48
-    inputs.fill([seq])
-    assert inputs.block_table[0, :4].tolist() == [-1, -1, -1, 5]
-    seq.block_table = [4, 3, 9, 5]  # it lost its blocks, and took others
-    inputs.fill([seq])
-    assert inputs.block_table[0, :4].tolist() == [4, 3, 9, 5]
+def test_tokens_come_back_in_the_order_scheduled() -> None:
+    engine = engine_as_on_gpu()
+    seqs = [prompt(tokens(9, seed=n)) for n in range(3)]
+    step(engine, *seqs)
+    step(engine, *seqs)
+    for seq in seqs:
+        assert engine.kv.ensure_blocks(seq, seq.num_tokens)
+    order = [seqs[2], seqs[0], seqs[1]]  # each keeps its row
+    assert [drawn.seq for drawn in engine.step([Scheduled(seq, 1) for seq in order])] == order
