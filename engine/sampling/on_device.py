@@ -130,7 +130,7 @@ class DeviceDraw:
             chosen[rows] = invert_in_id_order(own, token_ids, inside, self._target[rows])
             unsure[rows] = inside.sum(dim=-1) > num_certain
         is_random = self._temperature[:, 0] > 0
-        return torch.where(is_random, chosen, greedy), unsure & is_random
+        return torch.where(is_random, chosen, greedy), unsure
 
 
 class _ToHost:
