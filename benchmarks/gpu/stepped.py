@@ -26,7 +26,8 @@ _DOMAIN = HashDomain(key=b"k" * 32, weights_revision="random", kv_dtype="bfloat1
 
 class GpuEngine:
     """``name`` is one of SHAPES. There is KV for ``num_tokens`` tokens, and a graph of decodes
-    for up to ``max_num_seqs`` sequences of at most ``max_model_len``."""
+    for up to ``max_num_seqs`` sequences of at most ``max_model_len``. ``device`` is by default
+    torch's GPU."""
 
     def __init__(
         self,
@@ -36,11 +37,12 @@ class GpuEngine:
         max_num_seqs: int,
         max_model_len: int,
         attention: GpuAttention = "auto",
+        device: torch.device | None = None,
     ) -> None:
         opened = checkpoint(name)
         self.config = opened.config
         layout = layout_of(self.config, num_tokens)
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = device or torch.device("cuda", torch.cuda.current_device())
         gpu = GpuPlan(device, attention, max_num_seqs, max_model_len)
         self._engine = Engine(
             opened,

@@ -43,7 +43,7 @@ def triton_or_skip(module: str, *, interpreted: bool) -> ModuleType:
 
 
 def _mend(interpreter: Any) -> None:
-    """Makes triton 3.5's interpreter do what the compiler does, in two places.
+    """Makes the interpreter of triton 3.5 and 3.6 do what the compiler does, in two places.
 
     Loop bounds are made by int() of arrays of one element, which numpy allows for arrays without
     dimensions only, from 2.4 on. A product takes the bits of bfloat16 for whole numbers.
@@ -55,8 +55,8 @@ def _mend(interpreter: Any) -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     create_dot = builder.create_dot
 
-    def patched(tensor: Any) -> None:
-        patch_tensor(tensor)
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     def widened(operand: Any) -> Any:

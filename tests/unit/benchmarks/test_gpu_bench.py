@@ -94,6 +94,24 @@ def test_it_needs_neither_ray_nor_redis_nor_fastapi_nor_pydantic() -> None:
     assert {"ray", "redis", "fastapi", "pydantic"}.isdisjoint(done.stdout.split())
 
 
+def test_steps_and_prompts_are_those_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, in Triton's interpreter: what is timed runs, and leaves no blocks behind."""
+    triton_or_skip("engine.attention.triton_paged", interpreted=True)
+    from benchmarks.gpu.stepped import GpuEngine
+
+    tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    tiny |= {"vocab_size": 99, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setitem(shapes.SHAPES, "tiny", shapes.SHAPES["1B"] | tiny)
+    engine = GpuEngine(
+        "tiny", num_tokens=128, max_num_seqs=2, max_model_len=64, device=torch.device("cpu")
+    )
+    assert engine.decode_ms(2, 20, steps=2) > 0
+    assert engine.prefill_ms(40, repeats=1) > 0
+    counts = engine._engine.kv.pool.counts()
+    assert counts.referenced == 0
+    assert counts.free + counts.cached == 8
+
+
 def test_the_error_that_it_tells_is_that_of_rounding() -> None:
     triton_or_skip("engine.attention.triton_paged", interpreted=True)
     from benchmarks.gpu.kernels import relative_error
