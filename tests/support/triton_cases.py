@@ -1,6 +1,6 @@
-"""Triton's kernels beside their references, on a GPU or in Triton's interpreter on the CPU.
+"""Cases of attention for Triton's kernels, on a GPU or in Triton's interpreter on the CPU.
 
-Which of the two is decided when triton is first imported; ``triton_or_skip`` does that.
+Which of the two is decided when triton is first imported: ``interpreted_or_skip`` does that.
 """
 
 from __future__ import annotations
@@ -25,20 +25,18 @@ from engine.sequence import Scheduled, Sequence
 LAYER = 1
 
 
-def triton_or_skip(module: str, *, interpreted: bool) -> ModuleType:
-    """One of our modules that need triton; skips the importing file where it cannot run."""
+def interpreted_or_skip(module: str) -> ModuleType:
+    """One of our modules that need triton, for its interpreter; skips whoever asks where it cannot
+    run."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs the package triton (pip install triton)", allow_module_level=True)
-    if interpreted == torch.cuda.is_available():
-        reason = "a GPU is here: tests/gpu shows it" if interpreted else "needs a GPU"
-        pytest.skip(reason, allow_module_level=True)
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: tests/gpu shows it", allow_module_level=True)
     with pytest.MonkeyPatch.context() as patch:
-        if interpreted:
-            patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("triton.language")
-        if interpreted:
-            importlib.import_module("triton.experimental.gluon")  # else it comes with a launch
-            _mend(importlib.import_module("triton.runtime.interpreter"))
+        importlib.import_module("triton.experimental.gluon")  # else it comes with a launch
+        _mend(importlib.import_module("triton.runtime.interpreter"))
         return importlib.import_module(module)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.triton_cases import triton_or_skip
+from support.triton_cases import interpreted_or_skip
 
 from benchmarks.gpu import bench, report, shapes
 from benchmarks.measured import Measured
@@ -96,7 +96,7 @@ def test_it_needs_neither_ray_nor_redis_nor_fastapi_nor_pydantic() -> None:
 
 def test_steps_and_prompts_are_those_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, in Triton's interpreter: what is timed runs, and leaves no blocks behind."""
-    triton_or_skip("engine.attention.triton_paged", interpreted=True)
+    interpreted_or_skip("engine.attention.triton_paged")
     from benchmarks.gpu.stepped import GpuEngine
 
     tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
@@ -113,7 +113,7 @@ def test_steps_and_prompts_are_those_of_a_worker(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_error_that_it_tells_is_that_of_rounding() -> None:
-    triton_or_skip("engine.attention.triton_paged", interpreted=True)
+    interpreted_or_skip("engine.attention.triton_paged")
     from benchmarks.gpu.kernels import relative_error
 
     assert 1e-4 < relative_error("cpu") < 8e-3

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from support import flashinfer_standin
-from support.triton_cases import LAYER, make_case, triton_or_skip
+from support.triton_cases import LAYER, interpreted_or_skip, make_case
 
 from baton.kv_layout import KvLayout
 
-triton_paged = triton_or_skip("engine.attention.triton_paged", interpreted=True)
-flashinfer_paged = triton_or_skip("engine.attention.flashinfer_paged", interpreted=True)
+triton_paged = interpreted_or_skip("engine.attention.triton_paged")
+flashinfer_paged = interpreted_or_skip("engine.attention.flashinfer_paged")
 
 
 @pytest.mark.parametrize("window", [None, 9, 30])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.triton_cases import triton_or_skip
+from support.triton_cases import interpreted_or_skip
 
 from engine.layers import RMSNorm, Rotary
 from engine.layers import swiglu as swiglu_of_layers
 
-fused = triton_or_skip("engine.gpu.fused", interpreted=True)
+fused = interpreted_or_skip("engine.gpu.fused")
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

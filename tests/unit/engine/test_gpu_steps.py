@@ -8,14 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 from support.tiny_engine import generate, prompt, tiny_engine, tokens
-from support.triton_cases import triton_or_skip
+from support.triton_cases import interpreted_or_skip
 
 from engine.engine import Engine, Scheduled
 from engine.sampling.params import SamplingParams
 from engine.sequence import Sequence
 
-triton_or_skip("engine.attention.triton_paged", interpreted=True)
-gpu_plan = triton_or_skip("engine.gpu.plan", interpreted=True)
+interpreted_or_skip("engine.attention.triton_paged")
+gpu_plan = interpreted_or_skip("engine.gpu.plan")
 
 
 def engine_as_on_gpu(**sizes: int) -> Engine:

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from support.tiny_engine import generate, prompt, tokens
 from support.tiny_models import write_tiny_llama
-from support.triton_cases import triton_or_skip
+from support.triton_cases import interpreted_or_skip
 
 from baton.config import parse_config
 from engine.gpu.plan import GpuPlan
 from engine.setup import plan_engine
 from engine.worker_parts import WorkerParts
 
-triton_or_skip("engine.attention.triton_paged", interpreted=True)
+interpreted_or_skip("engine.attention.triton_paged")
 
 
 async def test_the_pool_lies_on_the_gpu_and_what_hand_offs_have_is_left_alone(

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.triton_cases import LAYER, Case, make_case, triton_or_skip
+from support.triton_cases import LAYER, Case, interpreted_or_skip, make_case
 
 from baton.errors import ConfigurationError
 from baton.kv_layout import KvLayout
 
-triton_paged = triton_or_skip("engine.attention.triton_paged", interpreted=True)
+triton_paged = interpreted_or_skip("engine.attention.triton_paged")
 
 
 def attend(case: Case, num_processors: int = 8) -> torch.Tensor:
