@@ -6,6 +6,7 @@
 # make chaos-handoff  200 seeded kills, stops and delays of workers in the midst of hand-offs (15 minutes);
 #                  each names the command that repeats it; CHAOS_SEED=1 draws others; ARGS="-s" shows each
 # make exhaustive  the cases that make test leaves out: minutes
+# make test-gpu the tests that need a GPU, in .venv or in PYTHON
 # make check    what needs no running: style, types, import contracts, stubs, settings' page, chart
 # make proto    generate the gRPC stubs anew from proto/
 # make bench-goodput        goodput of disaggregated and colocated serving, by offered rate
@@ -20,6 +21,8 @@
 # make bench-curves         its steps by context and batch, its memory by blocks
 # make bench-quantized      weights in 8 and 4 bits: perplexity, speed, memory
 # make bench-handoff        the hand-off beside memcpy and bare gloo, and in an answer's time
+# make bench-gpu            one engine on one GPU beside what it does at best; needs torch with CUDA and
+#                           triton, in .venv or in PYTHON
 # make bench-prefix-cache   TTFT of a repeated 1,000-token prompt beside that of its first time
 # make clean    remove what the tools left; make distclean removes .venv too
 
@@ -27,7 +30,7 @@ BIN := .venv/bin
 
 .PHONY: help setup serve test chaos chaos-handoff exhaustive check proto clean distclean
 .PHONY: bench-goodput bench-routing bench-local-prefill bench-prefix-cache bench-engine
-.PHONY: bench-curves bench-quantized bench-handoff bench-interference
+.PHONY: bench-curves bench-quantized bench-handoff bench-interference bench-gpu test-gpu
 .DEFAULT_GOAL := help
 
 help:
@@ -91,6 +94,15 @@ bench-quantized: setup
 
 bench-interference: setup
 	@exec $(BIN)/python -m benchmarks.interference.compare $(ARGS)
+
+# These two need no set-up of ours: a machine with a GPU has a torch for it.
+GPU_PYTHON = $(or $(PYTHON),$(wildcard $(BIN)/python),python3)
+
+bench-gpu:
+	@exec $(GPU_PYTHON) -m benchmarks.gpu.bench $(ARGS)
+
+test-gpu:
+	@exec $(GPU_PYTHON) -m pytest tests/gpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -76,8 +76,17 @@ class ControllerConfig(_Section):
 
 
 class EngineConfig(_Section):
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """Where weights and KV lie and steps are computed. `cuda`: one NVIDIA GPU, in workers that
+    prefill and decode by themselves, since no transport reads a GPU's memory yet; it needs the
+    package triton, on Ray the pool's `num_gpus`, and was never run on a GPU. `auto`: a GPU where
+    there is one and all of this worker is built for it, else the CPU."""
+    gpu_attention: Literal["auto", "triton", "flashinfer"] = "auto"
+    """What a GPU computes the attention of prompts with: FlashInfer, or our own Triton kernels.
+    `auto`: FlashInfer where it is installed and takes the model's heads. Decoding is always
+    Triton's."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """``auto``: bfloat16 where the CPU computes in it, else float32. Equal in all pools."""
+    """``auto``: bfloat16 where the device computes in it, else float32. Equal in all pools."""
     load_format: Literal["auto", "dummy"] = "auto"
     """`dummy`: random weights of the model's shapes, for measurements; its folder then
     needs no weights. Not to be set for a pool."""
@@ -338,6 +347,18 @@ class BatonConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _gpus_hand_nothing_over(self) -> BatonConfig:
+        for name, pool in self.pools.items():
+            device = _overridden(self.engine, pool.engine).device
+            if device == "cuda" and pool.replicas and self.num_replicas("prefill"):
+                raise ValueError(
+                    f"engine.device is cuda in pool {name}, and there is a prefill pool: no "
+                    "transport reads a GPU's memory yet, so nothing could be handed over; start "
+                    "without prefill workers (--prefill 0), or set engine.device: cpu"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _fence_after_some_beats(self) -> BatonConfig:
         beat_s = max(self.registry.heartbeat_s, self.registry.poll_s)
         if self.cluster.fence_s < 2 * beat_s:
@@ -366,9 +387,12 @@ class BatonConfig(_Section):
             known = ", ".join(self.pools)
             raise ConfigurationError(f"there is no pool {name!r}; there are: {known}")
         pool = self.pools[name]
+        engine = _overridden(self.engine, pool.engine)
+        if engine.device == "auto" and self.num_replicas("prefill"):
+            engine = _overridden(engine, {"device": "cpu"})  # no KV leaves or enters a GPU yet
         return self.model_copy(
             update={
-                "engine": _overridden(self.engine, pool.engine),
+                "engine": engine,
                 "worker": _overridden(self.worker, pool.worker),
                 "pools": {name: pool},
             }

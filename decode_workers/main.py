@@ -37,8 +37,9 @@ async def serve(
     plan = await asyncio.to_thread(
         plan_engine, config, secret=secret, parallel=config.own_parallelism
     )
+    layout = plan.handed_over_layout
     memory = await asyncio.to_thread(
-        KvMemory, plan.layout.num_bytes, sealed=plan.parallel.num_ranks == 1
+        KvMemory, layout.num_bytes, sealed=plan.parallel.num_ranks == 1
     )
     parts = await WorkerParts.build(
         config,
@@ -70,7 +71,7 @@ async def serve(
         epoch=parts.identity.epoch,
         digest=plan.digest,
         generation=config.generation,
-        layout=plan.layout,
+        layout=layout,
         memory=memory,
         secret=secret,
         config=config.kv_transfer,

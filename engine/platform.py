@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from baton.errors import ConfigurationError
+from engine.gpu.device import CPU, preferred_gpu_dtype
 
 # Instructions that multiply bfloat16 natively: x86 AVX-512 and AMX, ARM NEON and SVE.
 # Without one, every bfloat16 product is emulated and slower than float32.
@@ -23,15 +24,17 @@ _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S{4} \S+ \S+ (\d+)")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def resolve_dtype(name: str) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
     """The dtype of weights and KV for the setting ``engine.dtype``.
 
-    ``auto`` is bfloat16 where the CPU multiplies in it, else float32.
+    ``auto`` is bfloat16 where the device multiplies in it, else float32.
 
     Raises:
         ConfigurationError: another name than auto, bfloat16 or float32.
     """
     if name == "auto":
+        if device.type == "cuda":
+            return preferred_gpu_dtype()
         return _preferred_dtype(torch.cpu.get_capabilities())
     if name not in _DTYPES:
         raise ConfigurationError(

@@ -91,7 +91,7 @@ class KvCache:
         return self._block_hash(seq, index) if is_full and not is_shared else None
 
     def ensure_blocks(self, seq: Sequence, num_tokens: int) -> bool:
-        """Gives the sequence room for its first ``num_tokens`` tokens, in zeroed blocks.
+        """Gives the sequence room for its first ``num_tokens`` tokens, on a CPU in zeroed blocks.
 
         Returns False, and changes nothing, if the pool cannot.
         """
@@ -102,9 +102,11 @@ class KvCache:
         if block_ids is None:
             return False
         # Attention reads a last block whole, with weight 0 behind its last token: what an
-        # earlier holder left there must be finite, since 0 × NaN is NaN.
-        for block_id in block_ids:
-            self.tensor[block_id].zero_()
+        # earlier holder left there must be finite, since 0 × NaN is NaN. A GPU's kernels do not
+        # read behind it.
+        if self.tensor.device.type == "cpu":
+            for block_id in block_ids:
+                self.tensor[block_id].zero_()
         seq.block_table += block_ids
         return True
 

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import goodput, local_prefill, page, prefix_cache
 from benchmarks.engine import compare, curves, quantized
+from benchmarks.gpu import bench
 from benchmarks.handoff import run as handoff
 from benchmarks.interference import compare as interference
 from benchmarks.routing import replay
@@ -18,7 +19,7 @@ SECTIONS = [
     (module.SECTION, module.KEPT, module.section)
     for module in (
         *(goodput, interference, replay, local_prefill, prefix_cache),
-        *(compare, curves, quantized, handoff),
+        *(compare, curves, quantized, handoff, bench),
     )
 ]
 MOST_BYTES = 100 * 1024
