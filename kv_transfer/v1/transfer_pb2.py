@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import session_pb2 as baton_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkv_transfer/v1/transfer.proto\x12\x0ekv_transfer.v1\x1a\x16\x62\x61ton/v1/session.proto\"`\n\x0bTransferKey\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x15\n\rprefill_epoch\x18\x03 \x01(\x0c\x12\x14\n\x0c\x64\x65\x63ode_epoch\x18\x04 \x01(\x0c\"\xa2\x01\n\x06Layout\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0f\n\x07strides\x18\x07 \x03(\x04\x12\x14\n\x0cnum_kv_parts\x18\x08 \x01(\r\"(\n\nRendezvous\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\"\xc5\x02\n\x0bPullRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.kv_transfer.v1.PeerHelloH\x00\x12(\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x16.kv_transfer.v1.AttachH\x00\x12&\n\x05\x66\x65tch\x18\x03 \x01(\x0b\x32\x15.kv_transfer.v1.FetchH\x00\x12&\n\x05renew\x18\x04 \x01(\x0b\x32\x15.kv_transfer.v1.RenewH\x00\x12*\n\x07release\x18\x05 \x01(\x0b\x32\x17.kv_transfer.v1.ReleaseH\x00\x12*\n\x07\x61\x62\x61ndon\x18\x06 \x01(\x0b\x32\x17.kv_transfer.v1.AbandonH\x00\x12\x30\n\nrendezvous\x18\x07 \x01(\x0b\x32\x1a.kv_transfer.v1.RendezvousH\x00\x42\x06\n\x04\x62ody\"\x90\x01\n\tPeerHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12\x0f\n\x07host_id\x18\x06 \x01(\t\x12\x12\n\ntransports\x18\x07 \x03(\t\"Y\n\x06\x41ttach\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"Y\n\x05\x46\x65tch\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x11\n\tend_token\x18\x03 \x01(\r\"C\n\x05Renew\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"F\n\x07Release\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"3\n\x07\x41\x62\x61ndon\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\"\xa4\x02\n\x0cPullResponse\x12.\n\x07welcome\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.PeerWelcomeH\x00\x12&\n\x05ready\x18\x02 \x01(\x0b\x32\x15.kv_transfer.v1.ReadyH\x00\x12(\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x16.kv_transfer.v1.CommitH\x00\x12,\n\x08released\x18\x04 \x01(\x0b\x32\x18.kv_transfer.v1.ReleasedH\x00\x12*\n\x07\x61\x62orted\x18\x05 \x01(\x0b\x32\x17.kv_transfer.v1.AbortedH\x00\x12\x30\n\nrendezvous\x18\x06 \x01(\x0b\x32\x1a.kv_transfer.v1.RendezvousH\x00\x42\x06\n\x04\x62ody\"\xeb\x01\n\x0bPeerWelcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x0c\x12&\n\x06layout\x18\x04 \x01(\x0b\x32\x16.kv_transfer.v1.Layout\x12\x35\n\rshared_memory\x18\x05 \x01(\x0b\x32\x1c.kv_transfer.v1.SharedMemoryH\x00\x12$\n\x04gloo\x18\x06 \x01(\x0b\x32\x14.kv_transfer.v1.GlooH\x00\x12\x0e\n\x06verify\x18\x07 \x01(\x08\x42\x0b\n\ttransport\"6\n\x0cSharedMemory\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"\x1a\n\x04Gloo\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"\x7f\n\x05Ready\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x11\n\tend_token\x18\x03 \x01(\r\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x11\n\tchecksums\x18\x05 \x03(\r\"\xa7\x01\n\x06\x43ommit\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12/\n\x0e\x66irst_logprobs\x18\x05 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\"@\n\x08Released\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\n\n\x02ok\x18\x02 \x01(\x08\"^\n\x07\x41\x62orted\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x12\n\nerror_code\x18\x02 \x01(\t\x12\x15\n\rerror_message\x18\x03 \x01(\t2Q\n\x08Transfer\x12\x45\n\x04Pull\x12\x1b.kv_transfer.v1.PullRequest\x1a\x1c.kv_transfer.v1.PullResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkv_transfer/v1/transfer.proto\x12\x0ekv_transfer.v1\x1a\x16\x62\x61ton/v1/session.proto\"d\n\x0bTransferKey\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0csource_epoch\x18\x03 \x01(\x0c\x12\x19\n\x11\x64\x65stination_epoch\x18\x04 \x01(\x0c\"\xa2\x01\n\x06Layout\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0f\n\x07strides\x18\x07 \x03(\x04\x12\x14\n\x0cnum_kv_parts\x18\x08 \x01(\r\"(\n\nRendezvous\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\"\xc5\x02\n\x0bPullRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.kv_transfer.v1.PeerHelloH\x00\x12(\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x16.kv_transfer.v1.AttachH\x00\x12&\n\x05\x66\x65tch\x18\x03 \x01(\x0b\x32\x15.kv_transfer.v1.FetchH\x00\x12&\n\x05renew\x18\x04 \x01(\x0b\x32\x15.kv_transfer.v1.RenewH\x00\x12*\n\x07release\x18\x05 \x01(\x0b\x32\x17.kv_transfer.v1.ReleaseH\x00\x12*\n\x07\x61\x62\x61ndon\x18\x06 \x01(\x0b\x32\x17.kv_transfer.v1.AbandonH\x00\x12\x30\n\nrendezvous\x18\x07 \x01(\x0b\x32\x1a.kv_transfer.v1.RendezvousH\x00\x42\x06\n\x04\x62ody\"\x90\x01\n\tPeerHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12\x0f\n\x07host_id\x18\x06 \x01(\t\x12\x12\n\ntransports\x18\x07 \x03(\t\"Y\n\x06\x41ttach\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"Y\n\x05\x46\x65tch\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x11\n\tend_token\x18\x03 \x01(\r\"C\n\x05Renew\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"F\n\x07Release\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"3\n\x07\x41\x62\x61ndon\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\"\xa4\x02\n\x0cPullResponse\x12.\n\x07welcome\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.PeerWelcomeH\x00\x12&\n\x05ready\x18\x02 \x01(\x0b\x32\x15.kv_transfer.v1.ReadyH\x00\x12(\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x16.kv_transfer.v1.CommitH\x00\x12,\n\x08released\x18\x04 \x01(\x0b\x32\x18.kv_transfer.v1.ReleasedH\x00\x12*\n\x07\x61\x62orted\x18\x05 \x01(\x0b\x32\x17.kv_transfer.v1.AbortedH\x00\x12\x30\n\nrendezvous\x18\x06 \x01(\x0b\x32\x1a.kv_transfer.v1.RendezvousH\x00\x42\x06\n\x04\x62ody\"\xeb\x01\n\x0bPeerWelcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x0c\x12&\n\x06layout\x18\x04 \x01(\x0b\x32\x16.kv_transfer.v1.Layout\x12\x35\n\rshared_memory\x18\x05 \x01(\x0b\x32\x1c.kv_transfer.v1.SharedMemoryH\x00\x12$\n\x04gloo\x18\x06 \x01(\x0b\x32\x14.kv_transfer.v1.GlooH\x00\x12\x0e\n\x06verify\x18\x07 \x01(\x08\x42\x0b\n\ttransport\"6\n\x0cSharedMemory\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"\x1a\n\x04Gloo\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"\x7f\n\x05Ready\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x11\n\tend_token\x18\x03 \x01(\r\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x11\n\tchecksums\x18\x05 \x03(\r\"\xa7\x01\n\x06\x43ommit\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12/\n\x0e\x66irst_logprobs\x18\x05 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\"@\n\x08Released\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\n\n\x02ok\x18\x02 \x01(\x08\"^\n\x07\x41\x62orted\x12(\n\x03key\x18\x01 \x01(\x0b\x32\x1b.kv_transfer.v1.TransferKey\x12\x12\n\nerror_code\x18\x02 \x01(\t\x12\x15\n\rerror_message\x18\x03 \x01(\t2Q\n\x08Transfer\x12\x45\n\x04Pull\x12\x1b.kv_transfer.v1.PullRequest\x1a\x1c.kv_transfer.v1.PullResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,41 +33,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kv_transfer.v1.transfer_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRANSFERKEY']._serialized_start=73
-  _globals['_TRANSFERKEY']._serialized_end=169
-  _globals['_LAYOUT']._serialized_start=172
-  _globals['_LAYOUT']._serialized_end=334
-  _globals['_RENDEZVOUS']._serialized_start=336
-  _globals['_RENDEZVOUS']._serialized_end=376
-  _globals['_PULLREQUEST']._serialized_start=379
-  _globals['_PULLREQUEST']._serialized_end=704
-  _globals['_PEERHELLO']._serialized_start=707
-  _globals['_PEERHELLO']._serialized_end=851
-  _globals['_ATTACH']._serialized_start=853
-  _globals['_ATTACH']._serialized_end=942
-  _globals['_FETCH']._serialized_start=944
-  _globals['_FETCH']._serialized_end=1033
-  _globals['_RENEW']._serialized_start=1035
-  _globals['_RENEW']._serialized_end=1102
-  _globals['_RELEASE']._serialized_start=1104
-  _globals['_RELEASE']._serialized_end=1174
-  _globals['_ABANDON']._serialized_start=1176
-  _globals['_ABANDON']._serialized_end=1227
-  _globals['_PULLRESPONSE']._serialized_start=1230
-  _globals['_PULLRESPONSE']._serialized_end=1522
-  _globals['_PEERWELCOME']._serialized_start=1525
-  _globals['_PEERWELCOME']._serialized_end=1760
-  _globals['_SHAREDMEMORY']._serialized_start=1762
-  _globals['_SHAREDMEMORY']._serialized_end=1816
-  _globals['_GLOO']._serialized_start=1818
-  _globals['_GLOO']._serialized_end=1844
-  _globals['_READY']._serialized_start=1846
-  _globals['_READY']._serialized_end=1973
-  _globals['_COMMIT']._serialized_start=1976
-  _globals['_COMMIT']._serialized_end=2143
-  _globals['_RELEASED']._serialized_start=2145
-  _globals['_RELEASED']._serialized_end=2209
-  _globals['_ABORTED']._serialized_start=2211
-  _globals['_ABORTED']._serialized_end=2305
-  _globals['_TRANSFER']._serialized_start=2307
-  _globals['_TRANSFER']._serialized_end=2388
+  _globals['_TRANSFERKEY']._serialized_end=173
+  _globals['_LAYOUT']._serialized_start=176
+  _globals['_LAYOUT']._serialized_end=338
+  _globals['_RENDEZVOUS']._serialized_start=340
+  _globals['_RENDEZVOUS']._serialized_end=380
+  _globals['_PULLREQUEST']._serialized_start=383
+  _globals['_PULLREQUEST']._serialized_end=708
+  _globals['_PEERHELLO']._serialized_start=711
+  _globals['_PEERHELLO']._serialized_end=855
+  _globals['_ATTACH']._serialized_start=857
+  _globals['_ATTACH']._serialized_end=946
+  _globals['_FETCH']._serialized_start=948
+  _globals['_FETCH']._serialized_end=1037
+  _globals['_RENEW']._serialized_start=1039
+  _globals['_RENEW']._serialized_end=1106
+  _globals['_RELEASE']._serialized_start=1108
+  _globals['_RELEASE']._serialized_end=1178
+  _globals['_ABANDON']._serialized_start=1180
+  _globals['_ABANDON']._serialized_end=1231
+  _globals['_PULLRESPONSE']._serialized_start=1234
+  _globals['_PULLRESPONSE']._serialized_end=1526
+  _globals['_PEERWELCOME']._serialized_start=1529
+  _globals['_PEERWELCOME']._serialized_end=1764
+  _globals['_SHAREDMEMORY']._serialized_start=1766
+  _globals['_SHAREDMEMORY']._serialized_end=1820
+  _globals['_GLOO']._serialized_start=1822
+  _globals['_GLOO']._serialized_end=1848
+  _globals['_READY']._serialized_start=1850
+  _globals['_READY']._serialized_end=1977
+  _globals['_COMMIT']._serialized_start=1980
+  _globals['_COMMIT']._serialized_end=2147
+  _globals['_RELEASED']._serialized_start=2149
+  _globals['_RELEASED']._serialized_end=2213
+  _globals['_ABORTED']._serialized_start=2215
+  _globals['_ABORTED']._serialized_end=2309
+  _globals['_TRANSFER']._serialized_start=2311
+  _globals['_TRANSFER']._serialized_end=2392
 # @@protoc_insertion_point(module_scope)
