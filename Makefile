@@ -3,6 +3,8 @@
 #               are passed on, ARGS="-n 0" runs them in one
 # make setup    the set-up alone; PYTHON=python3.12 chooses the interpreter
 # make chaos    outages that take minutes; ARGS="-s" shows what they cost
+# make chaos-handoff  200 seeded kills, stops and delays of workers in the midst of hand-offs (15 minutes);
+#                  each names the command that repeats it; CHAOS_SEED=1 draws others; ARGS="-s" shows each
 # make exhaustive  the cases that make test leaves out: minutes
 # make check    what needs no running: style, types, import contracts, stubs, settings' page, chart
 # make proto    generate the gRPC stubs anew from proto/
@@ -21,7 +23,7 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup serve test chaos exhaustive check proto clean distclean
+.PHONY: help setup serve test chaos chaos-handoff exhaustive check proto clean distclean
 .PHONY: bench-goodput bench-routing bench-local-prefill bench-prefix-cache bench-engine
 .PHONY: bench-curves bench-quantized bench-handoff
 .DEFAULT_GOAL := help
@@ -40,6 +42,9 @@ test: check
 
 chaos: setup
 	@exec $(BIN)/python -m pytest -m chaos $(ARGS)
+
+chaos-handoff: setup
+	@exec $(BIN)/python -m pytest -m "" tests/e2e/test_handoff_faults.py $(ARGS)
 
 exhaustive: setup
 	@exec $(BIN)/python -m pytest -m exhaustive $(ARGS)

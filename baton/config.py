@@ -167,7 +167,13 @@ class PoolConfig(_Section):
 
 
 class KvTransferConfig(_Section):
-    transport: Literal["auto", "shared_memory", "gloo"] = "auto"
+    transport: Literal["auto", "shared_memory", "nixl", "gloo"] = "auto"
+    """How bytes move: `shared_memory` on one host; between hosts `nixl` (RDMA or TCP; needs the
+    package nixl-cu12) or `gloo` (TCP). `auto` takes for each pair of workers the first of these
+    that works for both."""
+    network: Literal["any", "rdma"] = "any"
+    """What `nixl` may use between hosts. `rdma`: a worker without RDMA refuses to start, and no
+    byte of a hand-off goes over TCP."""
     verify: bool = False
     """Checksum every block at the sender and again after the copy."""
     lease_s: float = Field(10.0, gt=0)
@@ -178,6 +184,12 @@ class KvTransferConfig(_Section):
     """How long either side waits for the other to turn up for a transfer."""
     operation_s: float = Field(5.0, gt=0)
     """Bound on one transport operation (gloo's own timeout)."""
+
+    @model_validator(mode="after")
+    def _network_is_kept(self) -> KvTransferConfig:
+        if self.network == "rdma" and self.transport == "gloo":
+            raise ValueError("network is rdma, and transport gloo is TCP; set transport to nixl")
+        return self
 
 
 class SessionConfig(_Section):

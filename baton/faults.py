@@ -7,8 +7,10 @@ the process runs::
     {"decode.receiving": {"action": "delay", "seconds": 1.5, "worker": "decode-0"}}
 
 Actions: ``delay`` (seconds), ``stop`` (SIGSTOP to itself), ``kill`` (SIGKILL to
-itself), ``fail`` (raise InternalError). ``worker`` limits it to one worker id;
-``reached`` names a file that is made when the point is hit, before the action.
+itself), ``fail`` (raise InternalError). ``worker`` limits it to one worker id,
+``hit`` to one hit: the so manyth of that plan in a process, from 1 on; without
+it every hit acts. ``reached`` names a file that is made when the point is hit,
+before the action.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import asyncio
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,22 +32,38 @@ POINTS = frozenset(
         "gateway.admitted",  # a request holds its place, nothing is opened yet
         "decode.open",  # decode has read an Open, nothing is reserved
         "decode.reserved",  # blocks are reserved, the gateway does not know
+        "prefill.greet",  # prefill has read PeerHello, nothing is answered
+        "prefill.link",  # before prefill's end of a link is built: gloo's rendezvous
         "prefill.proceed",  # prefill may start
         "prefill.chunk",  # before each prefill step
         "prefill.offer",  # a chunk is announced
         "prefill.commit",  # before the commit record is sent
+        "prefill.send",  # before each range is sent, where prefill sends by itself
+        "prefill.release",  # prefill has read Release, the lease is not judged
         "prefill.released",  # before Release is acknowledged
+        "prefill.freed",  # the hand-off is over, its blocks are not given back
+        "decode.greet",  # before PeerHello is sent
+        "decode.link",  # decode has read PeerWelcome, nothing is mapped or connected
         "decode.attach",  # before the transfer is attached
         "decode.copy",  # before each range is copied
         "decode.release",  # every byte is copied, Release not sent
+        "decode.released",  # decode has read the acknowledgement, its lease is not judged
+        "decode.adopt",  # the blocks are good, the batch does not have them
         "decode.step",  # before each decode step
-        # Where a prefill worker pulls what decode lends, the six of a hand-off:
+        # Where a prefill worker pulls what decode lends, those of a hand-off that are of both:
+        "lend.greet",
+        "lend.link",
         "lend.offer",
         "lend.commit",
+        "lend.send",
+        "lend.release",
         "lend.released",
+        "pull.greet",
+        "pull.link",
         "pull.attach",
         "pull.copy",
         "pull.release",
+        "pull.released",
     }
 )
 
@@ -63,6 +82,8 @@ class Faults:
         self._path = path
         self._worker_id = worker_id
         self._names = names or {}
+        self._counting = threading.Lock()
+        self._hits: dict[str, tuple[dict[str, Any], int]] = {}
 
     @classmethod
     def from_environment(cls, worker_id: str) -> Faults:
@@ -83,7 +104,17 @@ class Faults:
         plan: dict[str, Any] | None = json.loads(self._path.read_text() or "{}").get(point)
         if plan is None or plan.get("worker", self._worker_id) != self._worker_id:
             return None
+        if "hit" in plan and self._count(point, plan) != plan["hit"]:
+            return None
         return plan
+
+    def _count(self, point: str, plan: dict[str, Any]) -> int:
+        """Of the hits under this plan, the present one's number."""
+        with self._counting:
+            before, number = self._hits.get(point, (plan, 0))
+            number = number + 1 if before == plan else 1
+            self._hits[point] = plan, number
+            return number
 
     def _act(self, point: str, plan: dict[str, Any]) -> float:
         """Seconds still to wait, after everything that is not a delay."""

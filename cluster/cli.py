@@ -40,6 +40,7 @@ class Backend(StrEnum):
 class Transport(StrEnum):
     auto = "auto"
     shared_memory = "shared_memory"
+    nixl = "nixl"
     gloo = "gloo"
 
 

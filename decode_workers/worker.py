@@ -110,6 +110,7 @@ class DecodeWorker:
         first_logprobs: TokenLogprobs | None = None,
     ) -> None:
         """READY: the input's KV is here and nobody writes it any more."""
+        self._faults.hit("decode.adopt")
         stream = self._transfers.pop(transfer, None)
         if stream is None:
             self.drained(transfer)

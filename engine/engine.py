@@ -21,11 +21,12 @@ from engine.models.decoder import Decoder
 from engine.native.kernels import Choice, use_kernels
 from engine.parallel.followers import Followers
 from engine.parallel.group import RankGroups
-from engine.platform import release_free_memory
+from engine.platform import let_go_of_file_pages, release_free_memory
 from engine.quantized import Quantization
 from engine.sampling.sampler import sample
 from engine.sequence import Sampled, Scheduled
 from engine.weights.load import load_weights
+from engine.weights.tensor_shapes import EMBEDDING
 
 __all__ = ["Engine", "Sampled", "Scheduled"]
 
@@ -70,6 +71,8 @@ class Engine:
             weights = weights or load_weights(checkpoint, dtype)
             self._model = Decoder(config, weights, groups, quantization)
             self._attention = attention_of(config, layout, self.kv.tensor, groups)
+        # Of the weights that were laid out anew; the embedding is read where it lies.
+        let_go_of_file_pages(weights[EMBEDDING])
         release_free_memory()
         if followers is not None:
             followers.wait_ready()

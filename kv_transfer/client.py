@@ -1,7 +1,7 @@
 """Hand-off on a decode worker: pulls the KV of finished prefills into blocks set aside for it.
 
 A prefill worker has one too, for what decode workers lend it: there *decode* here is the prefill
-worker, the destination, and *prefill* who lends (docs/adr/0016-prefill-pulls.md).
+worker, the destination, and *prefill* who lends (docs/adr/0017-prefill-pulls.md).
 
 Everything runs on the event loop; bytes are copied in threads. What a transfer
 may do next is decided by its machine (``receiver.py``), the streams are
@@ -21,6 +21,7 @@ from baton.config import KvTransferConfig, SessionConfig
 from baton.errors import (
     BatonError,
     CancelledError,
+    ConfigurationError,
     DrainingError,
     IncompatiblePeerError,
     InternalError,
@@ -39,7 +40,8 @@ from kv_transfer.memory import KvMemory
 from kv_transfer.peer import PeerSettings, PrefillPeer
 from kv_transfer.ranges import BlockRange
 from kv_transfer.receiver import ReceiverEffect, ReceiverState, ReceiveTransfer
-from kv_transfer.transports.base import Operation, PullLink, PullTransport, Quiescence
+from kv_transfer.transports import nixl_links
+from kv_transfer.transports.base import LinkError, Operation, PullLink, PullTransport, Quiescence
 from kv_transfer.transports.gloo_links import GlooPull
 from kv_transfer.transports.shared_memory import SharedMemoryPull
 from kv_transfer.v1 import transfer_pb2 as pb
@@ -102,6 +104,7 @@ class KvReceiver:
         idle_s: float = IDLE_S,
     ) -> None:
         self._epoch = epoch
+        self._host = host
         self._worker_id = worker_id
         self._metrics = metrics
         self._outcomes = outcomes or metrics.handoffs
@@ -118,6 +121,14 @@ class KvReceiver:
         pool, timeout_s = PoolView(layout, memory.buffer), config.operation_s
         transports: list[PullTransport] = [
             SharedMemoryPull(pool=pool, secret=secret, timeout_s=timeout_s, faults=faults),
+            nixl_links.NixlPull(
+                name=f"{worker_id}/{epoch.hex()}/pull",
+                pool=pool,
+                memory=memory,
+                host=host,
+                config=config,
+                faults=faults,
+            ),
             GlooPull(pool=pool, memory=memory, host=host, timeout_s=timeout_s, faults=faults),
         ]
         identity = handshake.Identity(worker_id, epoch, digest, generation, layout, host_id())
@@ -140,7 +151,15 @@ class KvReceiver:
     # ------------------------------------------------------------------ for the worker
 
     async def start(self) -> None:
-        """Peers are connected to when a transfer first needs them."""
+        """Peers are connected to when a transfer first needs them. Raises ConfigurationError
+        where the transport or the network that the configuration names cannot work here."""
+        config = self._settings.config
+        nixl_links.check(config, self._host)
+        for name in handshake.required_transports(config):
+            try:
+                await self._settings.transports[name].start()
+            except LinkError as error:
+                raise ConfigurationError(f"kv_transfer requires {name}: {error}") from error
 
     async def close(self) -> None:
         """Fails what is under way; returns when nothing here writes the pool any more

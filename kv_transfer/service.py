@@ -1,7 +1,7 @@
 """Hand-off on a prefill worker: offers transfers to the decode workers that pull them.
 
 A decode worker has one too, for what it lends: there *prefill* here is the decode worker, the
-source, and *decode* the prefill worker that pulls (docs/adr/0016-prefill-pulls.md).
+source, and *decode* the prefill worker that pulls (docs/adr/0017-prefill-pulls.md).
 
 Everything runs on the event loop; bytes are checksummed and sent in threads.
 What a transfer may do next is decided by its machine (``sender.py``), the streams
@@ -39,6 +39,7 @@ from kv_transfer.memory import KvMemory
 from kv_transfer.ranges import BlockRange, valid_tokens
 from kv_transfer.sender import SenderEffect, SenderState, SendTransfer
 from kv_transfer.servicer import PullServicer
+from kv_transfer.transports import nixl_links
 from kv_transfer.transports.base import ServeTransport
 from kv_transfer.transports.gloo_links import GlooServe
 from kv_transfer.transports.shared_memory import SharedMemoryServe
@@ -100,6 +101,8 @@ class KvSender:
     ) -> None:
         self._identity = handshake.Identity(worker_id, epoch, digest, generation, layout, host_id())
         self._attach_s = config.attach_s
+        self._config = config
+        self._host = host
         self._metrics = metrics
         self._on_freed = on_freed
         self._on_wanted = on_wanted
@@ -116,7 +119,14 @@ class KvSender:
         timeout_s = config.operation_s
         every: list[ServeTransport] = [
             SharedMemoryServe(memory=memory, layout=layout, secret=secret, timeout_s=timeout_s),
-            GlooServe(memory=memory, layout=layout, host=host, timeout_s=timeout_s),
+            nixl_links.NixlServe(
+                name=f"{worker_id}/{epoch.hex()}",
+                memory=memory,
+                layout=layout,
+                host=host,
+                config=config,
+            ),
+            GlooServe(memory=memory, layout=layout, host=host, timeout_s=timeout_s, faults=faults),
         ]
         allowed = handshake.allowed_transports(config)
         self._servicer = PullServicer(
@@ -137,7 +147,8 @@ class KvSender:
 
     async def start(self) -> None:
         """Peers are refused before. Raises ConfigurationError where the transport that the
-        configuration names cannot work here."""
+        configuration names cannot work here, or the network that it names is missing."""
+        nixl_links.check(self._config, self._host)
         await self._servicer.start()
 
     async def close(self) -> None:

@@ -117,6 +117,7 @@ class PrefillWorker:
 
     def freed(self, transfer: TransferKey, outcome: str) -> None:
         """The hand-off is over: nobody reads the job's blocks any more."""
+        self._faults.hit("prefill.freed")
         job = self._offers.pop(transfer, None)
         if job is None:
             return

@@ -258,6 +258,12 @@ class Attempt:
         if side.end is None:
             self._fail(InternalError("a worker finished a choice without a token"))
             return
+        if finish_reason == "length" and side.end < self._message.max_tokens:
+            of = f"of {self._message.max_tokens} tokens"
+            self._fail(
+                InternalError(f"a worker ended a choice for its length after {side.end} {of}")
+            )
+            return
         self._end = (finish_reason, side.end)
         if side is self._prefill:
             self._decode.is_open = False

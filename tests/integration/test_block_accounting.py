@@ -139,13 +139,19 @@ def random_walks(num_walks: int, **mutants: Any) -> Counter[str]:
 
 
 def test_random_schedules_see_all_that_they_are_about() -> None:
-    seen = random_walks(40)
+    seen = random_walks(150)
     wanted = (
         *("answers", "hand-offs", "preemptions", "prefix hits", "late writes"),
         *("attempts while blocks are quarantined", "failed: transfer_failed"),
         *("failed: deadline_exceeded", "failed: draining", "pulls", "late pulls"),
     )
     assert min(seen[what] for what in wanted) >= 10, seen
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+def test_thousands_of_schedules() -> None:
+    random_walks(4000)
 
 
 class FreesWhatMayBeWritten(KvCache):

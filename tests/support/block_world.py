@@ -48,6 +48,7 @@ PREFILL_BLOCKS, DECODE_BLOCKS = 10, 8
 MOST_TOKENS = 24
 """Of prompt and answer: less than the smallest pool holds."""
 LIMITS = {"max_num_batched_tokens": 7, "max_num_seqs": 4}
+WATERMARK_BLOCKS = 1
 NEVER = 1e18
 SETTLES_WITHIN = 100
 """Rounds of every worker; under 20 do where nobody waits for ever."""
@@ -81,12 +82,14 @@ class Choice:
 class Side:
     """One worker and what is around it; its subclasses make the worker."""
 
-    def __init__(self, role: str, num_blocks: int, world: BlockWorld, kv_class: type[KvCache]):
+    def __init__(
+        self, role: str, num_blocks: int, world: BlockWorld, kv: type[KvCache], loop: Any = None
+    ):
         layout = KvLayout(num_blocks, 1, 1, BLOCK_SIZE, 2, "float32")
-        self.kv = kv_class(layout, memoryview(bytearray(layout.num_bytes)), DOMAIN)
+        self.kv = kv(layout, memoryview(bytearray(layout.num_bytes)), DOMAIN)
         self.kv.pool.watch()
         self.engine = KnowingEngine(self.kv)
-        self.inbox = Inbox(Now())  # type: ignore[arg-type]
+        self.inbox = Inbox(loop or Now())
         self.registry = CollectorRegistry()
         self.metrics = WorkerMetrics(self.registry, worker_id="w", role=role)
         self.outbox = Outbox(self.inbox, self.metrics)
@@ -164,11 +167,12 @@ class PrefillSide(Side):
         worker_class: type[PrefillWorker],
         kv: type[KvCache],
         pulls: type[Pulls],
+        scheduler_class: type[PrefillScheduler],
     ):
         super().__init__("prefill", PREFILL_BLOCKS, world, kv)
         self.handoff = PretendHandoff(self.engine.slots, self.inbox)
         self.puller = PretendPulls(self.engine.slots, self.inbox)
-        scheduler = PrefillScheduler(
+        scheduler = scheduler_class(
             self.kv, **LIMITS, moving_pays=lambda num_tokens: num_tokens > 0
         )
         self.pulls = pulls(
@@ -199,13 +203,14 @@ class DecodeSide(Side):
         worker_class: type[DecodeWorker],
         kv: type[KvCache],
         lends: type[Lends],
+        scheduler: type[DecodeScheduler],
     ):
         super().__init__("decode", DECODE_BLOCKS, world, kv)
         self.receiver = prefill.handoff.receiver(self.engine.slots, self.inbox)
         self.lender = prefill.puller.lender(epoch, self.engine.slots, self.inbox)
         self.worker = self.receiver.decode = worker_class(
             **self.common,
-            scheduler=DecodeScheduler(self.kv, **LIMITS, watermark_blocks=1),
+            scheduler=scheduler(self.kv, **LIMITS, watermark_blocks=WATERMARK_BLOCKS),
             receiver=self.receiver,  # type: ignore[arg-type]
             lender=self.lender,  # type: ignore[arg-type]
             transfer_config=KvTransferConfig(),
@@ -239,16 +244,16 @@ class BlockWorld:
         decode: type[DecodeWorker] = DecodeWorker,
         pulls: type[Pulls] = Pulls,
         lends: type[Lends] = Lends,
+        prefill_scheduler: type[PrefillScheduler] = PrefillScheduler,
+        decode_scheduler: type[DecodeScheduler] = DecodeScheduler,
     ) -> None:
-        self.prefill = PrefillSide(self, prefill, kv, pulls)
+        self.prefill = PrefillSide(self, prefill, kv, pulls, prefill_scheduler)
         self.decodes = [
-            DecodeSide(self, self.prefill, bytes([number]), decode, kv, lends)
+            DecodeSide(self, self.prefill, bytes([number]), decode, kv, lends, decode_scheduler)
             for number in range(2)
         ]
-        self.handoffs = [
-            self.prefill.handoff,
-            *(side.lender for side in self.decodes),
-        ]
+        self.handoff = self.prefill.handoff
+        self.handoffs = [self.handoff, *(side.lender for side in self.decodes)]
         self.sides: list[Side] = [self.prefill, *self.decodes]
         self.choices: list[Choice] = []
         self.seen: Counter[str] = Counter()
@@ -275,10 +280,7 @@ class BlockWorld:
             self.seen["attempts while blocks are quarantined"] += bool(side.quarantined())
         choice.key = StreamKey(SESSION, 100 * choice.number + choice.num_attempts)
         choice.decode = decode
-        transfer = None
-        if not local:
-            transfer_id = bytes([choice.number])
-            transfer = TransferKey(transfer_id, choice.num_attempts, b"p", bytes([decode]))
+        transfer, handoff = (None, None) if local else self.handoff_of(choice, decode)
         choice.num_attempts += 1
         self._of_key[choice.key] = choice
         stop = StopRule(choice.max_tokens, frozenset())
@@ -292,9 +294,14 @@ class BlockWorld:
             self._open(self.prefill, job)
         stream = DecodeStream(
             choice.key, "r", new_sequence(), stop, NEVER, transfer,
-            pb.Handoff() if transfer is not None else None, NEVER, num_input_tokens=len(tokens),
+            handoff, NEVER, num_input_tokens=len(tokens),
         )  # fmt: skip
         self._open(side, stream)
+
+    def handoff_of(self, choice: Choice, decode: int) -> tuple[TransferKey, pb.Handoff]:
+        """That of the choice's next attempt."""
+        transfer_id = bytes([choice.number])
+        return TransferKey(transfer_id, choice.num_attempts, b"p", bytes([decode])), pb.Handoff()
 
     @staticmethod
     def _open(side: Side, work: PrefillJob | DecodeStream) -> None:

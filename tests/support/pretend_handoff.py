@@ -82,6 +82,7 @@ class PretendHandoff:
     # ------------------------------------------------------------- as a KvSender
 
     def offer(self, key: TransferKey, *, start_token: int, num_tokens: int) -> None:
+        assert key in self.transfers, "prefill began before decode had reserved"
         transfer = self.transfers[key]
         assert not transfer.offered
         assert (start_token, num_tokens) == (transfer.start_token, transfer.num_tokens)
