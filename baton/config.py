@@ -231,6 +231,9 @@ class RoutingConfig(_Section):
     first token: it holds less of the input, or others wait there. Up to four times as many are
     allowed where every prefill worker lacks at least twice what the decode worker does. 0: none,
     while there is a prefill worker."""
+    prefill_pulls: bool = True
+    """A prefill worker fetches what the request's decode worker holds of an input and it does
+    not (the last answer, say), where it finds that quicker than to compute it."""
 
 
 class RegistryConfig(_Section):

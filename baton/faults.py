@@ -21,6 +21,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,38 @@ POINTS = frozenset(
         "decode.released",  # decode has read the acknowledgement, its lease is not judged
         "decode.adopt",  # the blocks are good, the batch does not have them
         "decode.step",  # before each decode step
+        # Where a prefill worker pulls what decode lends, those of a hand-off that are of both:
+        "lend.greet",
+        "lend.link",
+        "lend.offer",
+        "lend.commit",
+        "lend.send",
+        "lend.release",
+        "lend.released",
+        "pull.greet",
+        "pull.link",
+        "pull.attach",
+        "pull.copy",
+        "pull.release",
+        "pull.released",
     }
 )
+
+
+def _parts(prefix: str) -> list[str]:
+    points = (point.partition(".") for point in POINTS)
+    return [name for room, _, name in points if room == prefix]
 
 
 class Faults:
     """One process's fault points; made once, by its composition root."""
 
-    def __init__(self, path: Path | None, worker_id: str) -> None:
+    def __init__(
+        self, path: Path | None, worker_id: str, *, names: Mapping[str, str] | None = None
+    ) -> None:
         self._path = path
         self._worker_id = worker_id
+        self._names = names or {}
         self._counting = threading.Lock()
         self._hits: dict[str, tuple[dict[str, Any], int]] = {}
 
@@ -66,6 +89,12 @@ class Faults:
     def from_environment(cls, worker_id: str) -> Faults:
         path = os.environ.get("BATON_FAULTS_FILE")
         return cls(Path(path) if path else None, worker_id)
+
+    def named(self, old: str, new: str) -> Faults:
+        """The same plan for code that acts in another part here: its points ``old.*`` are
+        ``new.*``."""
+        names = {f"{old}.{one}": f"{new}.{one}" for one in _parts(new)}
+        return Faults(self._path, self._worker_id, names=names)
 
     def _planned(self, point: str) -> dict[str, Any] | None:
         if point not in POINTS:
@@ -101,10 +130,12 @@ class Faults:
 
     def hit(self, point: str) -> None:
         """For threads. Costs an attribute look-up where no faults are planned."""
+        point = self._names.get(point, point)
         if self._path is not None and (plan := self._planned(point)) is not None:
             time.sleep(self._act(point, plan))
 
     async def wait(self, point: str) -> None:
         """For coroutines; a delay leaves the event loop running."""
+        point = self._names.get(point, point)
         if self._path is not None and (plan := self._planned(point)) is not None:
             await asyncio.sleep(self._act(point, plan))

@@ -15,7 +15,7 @@ from decode_workers.service import DecodeService
 from decode_workers.worker import DecodeWorker
 from engine.setup import plan_engine
 from engine.worker_parts import WorkerParts
-from kv_transfer.client import KvReceiver
+from kv_transfer.ends import HandoffEnds
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
 
@@ -66,7 +66,13 @@ async def serve(
     def on_drained(transfer: TransferKey) -> None:
         parts.inbox.post(worker.drained, transfer)
 
-    receiver = KvReceiver(
+    def on_freed(lend: TransferKey, outcome: str) -> None:
+        parts.inbox.post(worker.lends.over, lend)
+
+    def on_wanted(lend: TransferKey, start_token: int) -> None:
+        parts.inbox.post(worker.lends.asked, lend, start_token)
+
+    ends = HandoffEnds(
         worker_id=worker_id,
         epoch=parts.identity.epoch,
         digest=plan.digest,
@@ -78,11 +84,10 @@ async def serve(
         session=config.session,
         metrics=parts.metrics,
         faults=parts.faults,
-        on_ready=on_ready,
-        on_failed=on_failed,
-        on_drained=on_drained,
         host=host,
     )
+    receiver = ends.receiver(on_ready=on_ready, on_failed=on_failed, on_drained=on_drained)
+    lender = ends.lender(on_freed=on_freed, on_wanted=on_wanted)
     worker = DecodeWorker(
         engine=parts.engine,
         scheduler=DecodeScheduler(
@@ -92,6 +97,7 @@ async def serve(
             watermark_blocks=max(1, plan.layout.num_blocks // 100),
         ),
         receiver=receiver,
+        lender=lender,
         inbox=parts.inbox,
         outbox=parts.outbox,
         metrics=parts.metrics,
@@ -100,11 +106,14 @@ async def serve(
         transfer_config=config.kv_transfer,
     )
     server = parts.session_server(DecodeService(worker, parts), secret=secret)
+    lender.register(server)
+    await lender.start()
     await receiver.start()
     try:
         await parts.host(worker, redis_url=redis_url).run(server, advertise_host=host, stop=stop)
     finally:
         await receiver.close()
+        await lender.close()
         await parts.close()
 
 

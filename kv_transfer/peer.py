@@ -234,4 +234,4 @@ class PrefillPeer:
         return name
 
     def _named(self) -> str:
-        return f"prefill worker {self.worker_id} at {self.address}"
+        return f"worker {self.worker_id} at {self.address}"

@@ -79,7 +79,7 @@ class PullServicer(TransferServicer):
         """Ends every stream and returns when no transport touches the pool any more."""
         self._started = False
         for connection in self._connections:
-            connection.lose("the prefill worker is going away")
+            connection.lose(f"{self._identity.worker_id} is going away")
         if self._streams:
             await asyncio.wait(self._streams)
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -121,7 +121,8 @@ class PullServicer(TransferServicer):
     async def _read_hello(self, context: Context) -> pb.PeerHello:
         """Refuses, before anything else is done, a peer that this worker must not serve."""
         if not self._started:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the prefill worker is not serving")
+            not_yet = f"{self._identity.worker_id} is not serving"
+            await context.abort(grpc.StatusCode.UNAVAILABLE, not_yet)
         first: object = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.attach_s):

@@ -166,6 +166,11 @@ class Attempt:
         num_computed = max(account.num_computed_tokens for account in accounts)
         return max(0, len(self._message.prompt_token_ids) - num_computed)
 
+    def num_pulled_tokens(self) -> int:
+        """Input tokens that prefill fetched from decode, so far as its account has come."""
+        account = None if self._prefill is None else self._prefill.account
+        return 0 if account is None else account.num_received_tokens
+
     # ------------------------------------------------------ called by the sides
 
     def reserved(self, side: _Side, num_held_tokens: int) -> None:

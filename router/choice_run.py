@@ -75,6 +75,8 @@ class Serving:
     """How long a new choice waits for a decode worker when there is none."""
     wait_for_recovery_s: float
     """The same for a choice whose worker was lost: its replacement has to start."""
+    prefill_pulls: bool
+    """Prefill workers may fetch what decode workers hold."""
 
 
 class ChoiceRun:
@@ -227,6 +229,7 @@ class ChoiceRun:
     def _message(self, pairing: Pairing) -> pb.Open:
         choice, handoff = self._choice, None
         if pairing.prefill is not None:
+            pulls, lender = self._serving.prefill_pulls, pairing.decode.record.address
             handoff = pb.Handoff(
                 transfer_id=secrets.token_bytes(TRANSFER_ID_BYTES),
                 prefill_epoch=pairing.prefill.epoch,
@@ -234,6 +237,7 @@ class ChoiceRun:
                 prefill_worker_id=pairing.prefill.record.worker_id,
                 decode_worker_id=pairing.decode.record.worker_id,
                 prefill_transfer_address=pairing.prefill.record.address,
+                decode_transfer_address=lender if pulls else "",
             )
         return pb.Open(
             stream_id=next(self._serving.stream_ids),
@@ -328,6 +332,7 @@ class ChoiceRun:
         if attempt is None:
             return
         attempt.close()
+        self._timeline.pulled(attempt.num_pulled_tokens())
         self._tokens.forget_ahead()
         if self._num_cached_tokens is None and attempt.has_tokens:
             self._num_cached_tokens = attempt.num_cached_tokens()

@@ -278,7 +278,7 @@ class DecodeSide:
             own.receiver.begin(
                 key,
                 address=own.serving.address,
-                prefill_worker_id=WORKER_ID,
+                source_worker_id=WORKER_ID,
                 start_token=0,
                 num_tokens=load.tokens,
                 block_ids=ids,

@@ -125,21 +125,33 @@ class KvCache:
         seq.num_computed_tokens = num_tokens
         self.publish(seq)
 
+    def adopt_prefix(self, seq: Sequence, num_tokens: int) -> None:
+        """The same for whole blocks of an input that is computed on from there. They are
+        shared from now on, so of an input that ends with them the last token is left to
+        compute, into the scratch block."""
+        assert num_tokens % self.layout.block_size == 0
+        self.adopt(seq, num_tokens)
+        seq.num_shared_tokens = num_tokens
+        seq.num_computed_tokens = min(num_tokens, seq.num_tokens - 1)
+
     def free(self, seq: Sequence) -> None:
         """Returns every block; the sequence can be computed again from its tokens."""
         self.pool.release(reversed(seq.block_table))
         self._forget_blocks(seq)
 
-    def quarantine(self, seq: Sequence) -> list[int]:
-        """Like ``free``, for a sequence whose own blocks somebody may still write.
+    def quarantine(self, seq: Sequence, num_tokens: int | None = None) -> list[int]:
+        """Like ``free``, for a sequence whose own blocks somebody may still write: all of
+        them, or those of its first ``num_tokens`` tokens, which end a block.
 
         Returns those blocks, which only ``pool.end_quarantine`` frees. Blocks shared
         with the prefix cache are never written, so they are just released.
         """
-        num_shared = seq.num_shared_tokens // self.layout.block_size
-        shared, own = seq.block_table[:num_shared], seq.block_table[num_shared:]
+        size, table = self.layout.block_size, seq.block_table
+        num_shared = seq.num_shared_tokens // size
+        end = len(table) if num_tokens is None else num_tokens // size
+        own = table[num_shared:end]
         self.pool.quarantine(own)
-        self.pool.release(reversed(shared))
+        self.pool.release(reversed([*table[:num_shared], *table[end:]]))
         self._forget_blocks(seq)
         return own
 

@@ -3,6 +3,8 @@
 isort:skip_file
 The hand-off's control channel: one stream per (decode, prefill) pair of
 workers. The decode side is the client; bytes travel over a transport.
+A prefill worker that pulls what a decode worker lends it has a stream of its
+own to that one, on which the two have exchanged their parts.
 """
 
 import baton.v1.session_pb2
@@ -27,21 +29,21 @@ class TransferKey(google.protobuf.message.Message):
 
     TRANSFER_ID_FIELD_NUMBER: builtins.int
     ATTEMPT_FIELD_NUMBER: builtins.int
-    PREFILL_EPOCH_FIELD_NUMBER: builtins.int
-    DECODE_EPOCH_FIELD_NUMBER: builtins.int
+    SOURCE_EPOCH_FIELD_NUMBER: builtins.int
+    DESTINATION_EPOCH_FIELD_NUMBER: builtins.int
     transfer_id: builtins.bytes
     attempt: builtins.int
-    prefill_epoch: builtins.bytes
-    decode_epoch: builtins.bytes
+    source_epoch: builtins.bytes
+    destination_epoch: builtins.bytes
     def __init__(
         self,
         *,
         transfer_id: builtins.bytes = ...,
         attempt: builtins.int = ...,
-        prefill_epoch: builtins.bytes = ...,
-        decode_epoch: builtins.bytes = ...,
+        source_epoch: builtins.bytes = ...,
+        destination_epoch: builtins.bytes = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["attempt", b"attempt", "decode_epoch", b"decode_epoch", "prefill_epoch", b"prefill_epoch", "transfer_id", b"transfer_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["attempt", b"attempt", "destination_epoch", b"destination_epoch", "source_epoch", b"source_epoch", "transfer_id", b"transfer_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___TransferKey: typing_extensions.TypeAlias = TransferKey

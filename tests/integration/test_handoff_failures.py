@@ -251,7 +251,7 @@ async def test_attach_that_nobody_offers_for_fails(config: KvTransferConfig) -> 
     decode = await Decode.start(config)
     key = begin(prefill, decode)
     await until(lambda: decode.drained == [key])
-    assert "did not offer" in str(decode.failed[key])
+    assert "was not offered" in str(decode.failed[key])
     assert not prefill.sender._parked
     await decode.close()
     await prefill.close()

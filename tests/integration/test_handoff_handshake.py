@@ -133,7 +133,7 @@ async def test_transfer_of_another_decode_process_is_refused(
     ends: contextlib.AsyncExitStack,
 ) -> None:
     prefill, decode = await prefill_in(ends, AUTO), await decode_in(ends, AUTO)
-    key = replace(key_between(prefill, decode), decode_epoch=b"old")
+    key = replace(key_between(prefill, decode), destination_epoch=b"old")
     decode.begin(key, prefill, start_token=0, num_tokens=6, block_ids=[1, 2])
     assert not decode.failed, "callbacks come later"
     await until(lambda: decode.drained == [key])
@@ -146,7 +146,7 @@ async def test_refused_peer_is_asked_again_by_the_next_transfer(
     """Nothing is remembered of a refusal: the peer may have been replaced."""
     prefill = await prefill_in(ends, AUTO)
     decode = await decode_in(ends, AUTO)
-    stale = replace(key_between(prefill, decode), prefill_epoch=b"old")
+    stale = replace(key_between(prefill, decode), source_epoch=b"old")
     decode.begin(stale, prefill, start_token=0, num_tokens=6, block_ids=[1, 2])
     await until(lambda: decode.drained == [stale])
     assert "restarted: its epoch differs" in decode.failed[stale].message
@@ -262,11 +262,11 @@ async def test_silent_peer_holds_up_no_other(ends: contextlib.AsyncExitStack) ->
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         decode = await decode_in(ends, AUTO)
         prefill = await prefill_in(ends, AUTO)
-        stuck = replace(key_between(prefill, decode, 2), prefill_epoch=b"silent")
+        stuck = replace(key_between(prefill, decode, 2), source_epoch=b"silent")
         decode.receiver.begin(
             stuck,
             address=f"127.0.0.1:{silent.getsockname()[1]}",
-            prefill_worker_id="prefill-1",
+            source_worker_id="prefill-1",
             start_token=0,
             num_tokens=6,
             block_ids=[5, 6],

@@ -77,7 +77,7 @@ class Room:
         assert all(choice.num_attempts == 1 for choice in self.world.choices)
 
     def act(self, dice: random.Random) -> None:
-        what, moves = dice.random(), self.world.handoff.next_moves()
+        what, moves = dice.random(), self.world.next_moves()
         if what < 0.3 and len(self.world.unfinished) < MOST_AT_ONCE:
             num_input, num_tokens = dice.randint(5, 19), dice.randint(2, 12)
             self.arrive(
@@ -90,12 +90,12 @@ class Room:
 
     def finish(self) -> Counter[str]:
         for _ in range(ENDS_WITHIN):
-            for move in self.world.handoff.next_moves():
+            for move in self.world.next_moves():
                 move()
             for side in self.world.sides:
                 side.round()
             self.check()
-            quiet = not (self.world.unfinished or self.world.handoff.next_moves())
+            quiet = not (self.world.unfinished or self.world.next_moves())
             if quiet and all(side.worker.idle for side in self.world.sides):
                 break
         assert not self.world.unfinished, "a deadlock: somebody waits for ever"
@@ -126,10 +126,10 @@ class RoomMachine(RuleBasedStateMachine):
     def work(self, side: int) -> None:
         self.room.world.sides[side].round()
 
-    @precondition(lambda self: self.room.world.handoff.next_moves())
+    @precondition(lambda self: self.room.world.next_moves())
     @rule(index=st.integers(0, 2**16))
     def move(self, index: int) -> None:
-        moves = self.room.world.handoff.next_moves()
+        moves = self.room.world.next_moves()
         moves[index % len(moves)]()
 
     @invariant()
