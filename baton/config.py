@@ -76,8 +76,17 @@ class ControllerConfig(_Section):
 
 
 class EngineConfig(_Section):
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """Where weights and KV lie and steps are computed. `cuda`: one NVIDIA GPU, in workers that
+    prefill and decode by themselves, since no transport reads a GPU's memory yet; it needs the
+    package triton, on Ray the pool's `num_gpus`, and was never run on a GPU. `auto`: a GPU where
+    there is one and all of this worker is built for it, else the CPU."""
+    gpu_attention: Literal["auto", "triton", "flashinfer"] = "auto"
+    """What a GPU computes the attention of prompts with: FlashInfer, or our own Triton kernels.
+    `auto`: FlashInfer where it is installed and takes the model's heads. Decoding is always
+    Triton's."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """``auto``: bfloat16 where the CPU computes in it, else float32. Equal in all pools."""
+    """``auto``: bfloat16 where the device computes in it, else float32. Equal in all pools."""
     load_format: Literal["auto", "dummy"] = "auto"
     """`dummy`: random weights of the model's shapes, for measurements; its folder then
     needs no weights. Not to be set for a pool."""
@@ -167,7 +176,13 @@ class PoolConfig(_Section):
 
 
 class KvTransferConfig(_Section):
-    transport: Literal["auto", "shared_memory", "gloo"] = "auto"
+    transport: Literal["auto", "shared_memory", "nixl", "gloo"] = "auto"
+    """How bytes move: `shared_memory` on one host; between hosts `nixl` (RDMA or TCP; needs the
+    package nixl-cu12) or `gloo` (TCP). `auto` takes for each pair of workers the first of these
+    that works for both."""
+    network: Literal["any", "rdma"] = "any"
+    """What `nixl` may use between hosts. `rdma`: a worker without RDMA refuses to start, and no
+    byte of a hand-off goes over TCP."""
     verify: bool = False
     """Checksum every block at the sender and again after the copy."""
     lease_s: float = Field(10.0, gt=0)
@@ -178,6 +193,12 @@ class KvTransferConfig(_Section):
     """How long either side waits for the other to turn up for a transfer."""
     operation_s: float = Field(5.0, gt=0)
     """Bound on one transport operation (gloo's own timeout)."""
+
+    @model_validator(mode="after")
+    def _network_is_kept(self) -> KvTransferConfig:
+        if self.network == "rdma" and self.transport == "gloo":
+            raise ValueError("network is rdma, and transport gloo is TCP; set transport to nixl")
+        return self
 
 
 class SessionConfig(_Section):
@@ -210,6 +231,9 @@ class RoutingConfig(_Section):
     first token: it holds less of the input, or others wait there. Up to four times as many are
     allowed where every prefill worker lacks at least twice what the decode worker does. 0: none,
     while there is a prefill worker."""
+    prefill_pulls: bool = True
+    """A prefill worker fetches what the request's decode worker holds of an input and it does
+    not (the last answer, say), where it finds that quicker than to compute it."""
 
 
 class RegistryConfig(_Section):
@@ -326,6 +350,18 @@ class BatonConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _gpus_hand_nothing_over(self) -> BatonConfig:
+        for name, pool in self.pools.items():
+            device = _overridden(self.engine, pool.engine).device
+            if device == "cuda" and pool.replicas and self.num_replicas("prefill"):
+                raise ValueError(
+                    f"engine.device is cuda in pool {name}, and there is a prefill pool: no "
+                    "transport reads a GPU's memory yet, so nothing could be handed over; start "
+                    "without prefill workers (--prefill 0), or set engine.device: cpu"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _fence_after_some_beats(self) -> BatonConfig:
         beat_s = max(self.registry.heartbeat_s, self.registry.poll_s)
         if self.cluster.fence_s < 2 * beat_s:
@@ -354,9 +390,12 @@ class BatonConfig(_Section):
             known = ", ".join(self.pools)
             raise ConfigurationError(f"there is no pool {name!r}; there are: {known}")
         pool = self.pools[name]
+        engine = _overridden(self.engine, pool.engine)
+        if engine.device == "auto" and self.num_replicas("prefill"):
+            engine = _overridden(engine, {"device": "cpu"})  # no KV leaves or enters a GPU yet
         return self.model_copy(
             update={
-                "engine": _overridden(self.engine, pool.engine),
+                "engine": engine,
                 "worker": _overridden(self.worker, pool.worker),
                 "pools": {name: pool},
             }

@@ -25,7 +25,7 @@ class WorkerRecord(BaseModel):
     protocol_version: int
     generation: str
     address: str
-    """Of the Session service; on a prefill worker the Transfer service too."""
+    """Of the Session service, and of the Transfer service."""
     metrics_address: str
     model: str
     digest: str

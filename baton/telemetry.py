@@ -134,12 +134,13 @@ class WorkerMetrics:
             (transport, direction): handoff_bytes.labels(
                 **labels, transport=transport, direction=direction
             )
-            for transport in ("shared_memory", "gloo")
+            for transport in ("shared_memory", "nixl", "gloo")
             for direction in ("sent", "received")
         }
         self.handoff_seconds = Histogram(
             "baton_kv_handoff_seconds",
-            "On decode, from a transfer's commit record to its blocks being usable",
+            "From a transfer's commit record to its blocks being usable: hand-offs on decode, "
+            "pulls on prefill",
             names,
             buckets=_LATENCY_BUCKETS_S,
             registry=registry,
@@ -151,6 +152,16 @@ class WorkerMetrics:
             registry=registry,
         )
         self.handoffs: Callable[[str], Counter] = lambda outcome: handoffs.labels(
+            **labels, outcome=outcome
+        )
+        pulls = Counter(
+            "baton_kv_pulls",
+            "On prefill, pulls of what decode workers lend that ended: ready, connecting (a pair's "
+            "first), late (computing would have been done), cancelled, or an error code",
+            [*names, "outcome"],
+            registry=registry,
+        )
+        self.pulls: Callable[[str], Counter] = lambda outcome: pulls.labels(
             **labels, outcome=outcome
         )
         prompt_tokens = Counter(

@@ -52,6 +52,8 @@ class AttemptTimes:
     reserved_at: float | None = None
     """When decode had room for it."""
     num_tokens: int = 0
+    num_pulled_tokens: int = 0
+    """Of the input, what prefill fetched from decode, so far as its account has come."""
     error: str | None = None
     """The code of what it ended with, unless it ended well."""
 
@@ -111,6 +113,10 @@ class Timeline:
     def reserved(self, at: float) -> None:
         """The last attempt has its room on decode, since that time."""
         self._attempts[-1].reserved_at = at
+
+    def pulled(self, num_tokens: int) -> None:
+        """So many tokens of the last attempt's input went from decode to prefill."""
+        self._attempts[-1].num_pulled_tokens = num_tokens
 
     def failed(self, error: str) -> None:
         """The last attempt ended with that code; another one is looked for from now on."""
@@ -180,6 +186,7 @@ class Timeline:
                 None if attempt.reserved_at is None else attempt.reserved_at - attempt.opened_at
             ),
             "num_tokens": attempt.num_tokens,
+            "num_pulled_tokens": attempt.num_pulled_tokens,
             "error": attempt.error,
             "candidates": [
                 {"prefill": one.prefill, "decode": one.decode, "cost": round(one.cost, 3)}

@@ -26,6 +26,12 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class Quantization(StrEnum):
     none = "none"
     int8 = "int8"
@@ -40,6 +46,7 @@ class Backend(StrEnum):
 class Transport(StrEnum):
     auto = "auto"
     shared_memory = "shared_memory"
+    nixl = "nixl"
     gloo = "gloo"
 
 
@@ -129,6 +136,10 @@ def serve(
         Quantization | None,
         typer.Option(help="Keep weights in 8 or 4 bits; none by default."),
     ] = None,
+    device: Annotated[
+        Device | None,
+        typer.Option(help="What computes; cpu by default. A GPU needs --prefill 0."),
+    ] = None,
     backend: Annotated[
         Backend | None, typer.Option(help="What runs the workers; ray by default.")
     ] = None,
@@ -173,6 +184,7 @@ def serve(
         "gateway.replicas": gateways,
         "engine.dtype": dtype,
         "engine.quantization": quantization,
+        "engine.device": device,
         "cluster.backend": backend,
         "cluster.ray_address": ray_address,
         "kv_transfer.transport": kv_transport,

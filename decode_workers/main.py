@@ -15,7 +15,7 @@ from decode_workers.service import DecodeService
 from decode_workers.worker import DecodeWorker
 from engine.setup import plan_engine
 from engine.worker_parts import WorkerParts
-from kv_transfer.client import KvReceiver
+from kv_transfer.ends import HandoffEnds
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
 
@@ -37,8 +37,9 @@ async def serve(
     plan = await asyncio.to_thread(
         plan_engine, config, secret=secret, parallel=config.own_parallelism
     )
+    layout = plan.handed_over_layout
     memory = await asyncio.to_thread(
-        KvMemory, plan.layout.num_bytes, sealed=plan.parallel.num_ranks == 1
+        KvMemory, layout.num_bytes, sealed=plan.parallel.num_ranks == 1
     )
     parts = await WorkerParts.build(
         config,
@@ -65,23 +66,28 @@ async def serve(
     def on_drained(transfer: TransferKey) -> None:
         parts.inbox.post(worker.drained, transfer)
 
-    receiver = KvReceiver(
+    def on_freed(lend: TransferKey, outcome: str) -> None:
+        parts.inbox.post(worker.lends.over, lend)
+
+    def on_wanted(lend: TransferKey, start_token: int) -> None:
+        parts.inbox.post(worker.lends.asked, lend, start_token)
+
+    ends = HandoffEnds(
         worker_id=worker_id,
         epoch=parts.identity.epoch,
         digest=plan.digest,
         generation=config.generation,
-        layout=plan.layout,
+        layout=layout,
         memory=memory,
         secret=secret,
         config=config.kv_transfer,
         session=config.session,
         metrics=parts.metrics,
         faults=parts.faults,
-        on_ready=on_ready,
-        on_failed=on_failed,
-        on_drained=on_drained,
         host=host,
     )
+    receiver = ends.receiver(on_ready=on_ready, on_failed=on_failed, on_drained=on_drained)
+    lender = ends.lender(on_freed=on_freed, on_wanted=on_wanted)
     worker = DecodeWorker(
         engine=parts.engine,
         scheduler=DecodeScheduler(
@@ -91,6 +97,7 @@ async def serve(
             watermark_blocks=max(1, plan.layout.num_blocks // 100),
         ),
         receiver=receiver,
+        lender=lender,
         inbox=parts.inbox,
         outbox=parts.outbox,
         metrics=parts.metrics,
@@ -99,11 +106,14 @@ async def serve(
         transfer_config=config.kv_transfer,
     )
     server = parts.session_server(DecodeService(worker, parts), secret=secret)
+    lender.register(server)
+    await lender.start()
     await receiver.start()
     try:
         await parts.host(worker, redis_url=redis_url).run(server, advertise_host=host, stop=stop)
     finally:
         await receiver.close()
+        await lender.close()
         await parts.close()
 
 

@@ -1,4 +1,4 @@
-"""The decode loop: reserves, receives, decodes, and prefills locally where it must.
+"""The decode loop: reserves, receives, lends, decodes, and prefills locally where it must.
 
 Everything here runs on the engine thread, between or in its steps. Blocks that a
 failed or cancelled hand-off may still write to are quarantined until the
@@ -26,17 +26,20 @@ from baton.v1 import session_pb2 as pb
 from baton.worker.inbox import Inbox
 from baton.worker.outbox import InputUse, Load, Outbox
 from baton.worker.session_server import StreamKey
+from decode_workers.lends import Lends
 from decode_workers.scheduler import DecodeScheduler, DecodeStream, StreamState
 from engine.engine import Engine
-from engine.sequence import Sampled
+from engine.sequence import Sampled, Sequence
 from kv_transfer.client import KvReceiver
 from kv_transfer.keys import TransferKey
+from kv_transfer.service import KvSender
 
 logger = logging.getLogger(__name__)
 
 
 class DecodeWorker:
-    """Owns all streams of this process. ``receiver`` is called on the event loop only."""
+    """Owns all streams of this process. ``receiver`` and ``lender`` are called on the event
+    loop only."""
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class DecodeWorker:
         engine: Engine,
         scheduler: DecodeScheduler,
         receiver: KvReceiver,
+        lender: KvSender,
         inbox: Inbox,
         outbox: Outbox,
         metrics: WorkerMetrics,
@@ -62,6 +66,7 @@ class DecodeWorker:
         self._reserve_s = transfer_config.reserve_s
         self._streams: dict[StreamKey, DecodeStream] = {}
         self._transfers: dict[TransferKey, DecodeStream] = {}
+        self.lends = Lends(engine.kv, lender, inbox, receiving=self._receiving)
         self._quarantined: dict[TransferKey, list[int]] = {}
         self._num_steps = 0
         self._num_preemptions = 0
@@ -105,6 +110,7 @@ class DecodeWorker:
         first_logprobs: TokenLogprobs | None = None,
     ) -> None:
         """READY: the input's KV is here and nobody writes it any more."""
+        self._faults.hit("decode.adopt")
         stream = self._transfers.pop(transfer, None)
         if stream is None:
             self.drained(transfer)
@@ -138,14 +144,18 @@ class DecodeWorker:
 
     @property
     def idle(self) -> bool:
-        """No stream and no quarantine is left. Read by other threads: a hint."""
-        return not self._streams and not self._quarantined
+        """No stream, no lend and no quarantine is left. Read by other threads: a hint."""
+        return not self._streams and not self.lends and not self._quarantined
 
     def fail_all(self, error: BatonError) -> None:
         """Answers every stream with ``error``."""
         for stream in list(self._streams.values()):
             self._end(stream)
             self._outbox.failed(stream.key, error)
+
+    def _receiving(self, transfer: TransferKey) -> Sequence | None:
+        stream = self._transfers.get(transfer)
+        return None if stream is None else stream.sequence
 
     def _end(self, stream: DecodeStream, *, cancel_transfer: bool = True) -> None:
         """Forgets a stream and gives its blocks back, to quarantine where they must."""
@@ -219,7 +229,7 @@ class DecodeWorker:
             self._receiver.begin,
             stream.transfer,
             address=stream.handoff.prefill_transfer_address,
-            prefill_worker_id=stream.handoff.prefill_worker_id,
+            source_worker_id=stream.handoff.prefill_worker_id,
             start_token=num_held,
             num_tokens=stream.num_input_tokens,
             block_ids=sequence.block_table[num_held // self._engine.kv.layout.block_size :],

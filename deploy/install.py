@@ -22,7 +22,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 
-EXTRAS = {"gateway": "", "worker-cpu": "[worker,ray]", "worker-cuda": "[worker,ray]"}
+EXTRAS = {"gateway": "", "worker-cpu": "[worker,ray]", "worker-cuda": "[worker,ray,nixl]"}
 """Of Baton's package, by kind of image. Which build of torch the worker kinds get is the
 package index's matter: PyPI's brings CUDA along, PIP_EXTRA_INDEX_URL can name another."""
 

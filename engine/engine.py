@@ -1,4 +1,4 @@
-"""One model on one CPU: weights, KV cache and attention, advanced by synchronous steps.
+"""One model on one device: weights, KV cache and attention, advanced by synchronous steps.
 
 Of several ranks that compute a model together this is the first: it alone has sequences,
 blocks and logits (docs/adr/0011-ranks-of-a-worker.md).
@@ -16,16 +16,18 @@ from baton.checkpoint.checkpoint import Checkpoint
 from baton.kv_layout import KvLayout
 from engine.attention.paged_cpu import attention_of
 from engine.batch import Batch, build_batch
+from engine.gpu.plan import GpuPlan
 from engine.kv_cache.kv_cache import KvCache
 from engine.models.decoder import Decoder
 from engine.native.kernels import Choice, use_kernels
 from engine.parallel.followers import Followers
 from engine.parallel.group import RankGroups
-from engine.platform import release_free_memory
+from engine.platform import let_go_of_file_pages, release_free_memory
 from engine.quantized import Quantization
 from engine.sampling.sampler import sample
 from engine.sequence import Sampled, Scheduled
 from engine.weights.load import load_weights
+from engine.weights.tensor_shapes import EMBEDDING
 
 __all__ = ["Engine", "Sampled", "Scheduled"]
 
@@ -37,10 +39,11 @@ class Engine:
     Face names, stand in for those of the checkpoint. ``threads`` are torch's compute
     threads for the whole process; 0 leaves them as they are. ``cpu_kernels`` and
     ``quantization`` are as the settings of these names. ``followers`` are the other ranks, if
-    there are any; they write their heads into the same memory. Not thread-safe.
+    there are any; they write their heads into the same memory. With a ``gpu`` everything lies and
+    is computed there, ``memory`` too, and there are no followers. Not thread-safe.
 
     Raises CheckpointError for weights that cannot be loaded, ConfigurationError for kernels
-    that are asked for and cannot be had.
+    that are asked for and cannot be had, or a model that a GPU's do not compute.
     """
 
     def __init__(
@@ -56,10 +59,11 @@ class Engine:
         quantization: Quantization = "none",
         weights: Mapping[str, torch.Tensor] | None = None,
         followers: Followers | None = None,
+        gpu: GpuPlan | None = None,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
-        use_kernels(cpu_kernels)
+        use_kernels("torch" if gpu is not None else cpu_kernels)
         config = checkpoint.config
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
@@ -67,9 +71,16 @@ class Engine:
         self._followers = followers
         groups = followers.groups if followers is not None else RankGroups()
         with torch.inference_mode():
-            weights = weights or load_weights(checkpoint, dtype)
+            device = gpu.device if gpu is not None else None
+            weights = weights or load_weights(checkpoint, dtype, device)
+            if gpu is not None:
+                weights = gpu.weights(weights)
             self._model = Decoder(config, weights, groups, quantization)
-            self._attention = attention_of(config, layout, self.kv.tensor, groups)
+            self._gpu = gpu.steps(self._model, config, self.kv) if gpu is not None else None
+            if gpu is None:
+                self._attention = attention_of(config, layout, self.kv.tensor, groups)
+        if gpu is None:  # the weights were laid out anew; the embedding is read where it lies
+            let_go_of_file_pages(weights[EMBEDDING])
         release_free_memory()
         if followers is not None:
             followers.wait_ready()
@@ -81,16 +92,27 @@ class Engine:
         The caller has called ``kv.ensure_blocks`` for every one. Blocks that become
         full are published. A sequence whose input is then complete gets a sampled
         token appended (its KV is not computed yet); these are returned, in the order
-        scheduled. An exception leaves every sequence as it was.
+        scheduled. An exception leaves every sequence as it was, unless a GPU has failed: then
+        the process has to end.
         """
         if not scheduled:
             return []
+        if self._gpu is not None:
+            pending = self._gpu.begin(scheduled)
+            self._advance(scheduled)  # while the GPU computes
+            return self._append(pending.wait())
         batch = build_batch(scheduled, self.kv.layout)
         logits = self._forward(batch, batch.sampled_rows)
         sampled = sample(logits, batch.sampled)
+        self._advance(scheduled)
+        return self._append(sampled)
+
+    def _advance(self, scheduled: SequenceOf[Scheduled]) -> None:
         for item in scheduled:
             item.seq.num_computed_tokens += item.num_tokens
             self.kv.publish(item.seq)
+
+    def _append(self, sampled: list[Sampled]) -> list[Sampled]:
         for drawn in sampled:
             drawn.seq.token_ids.append(drawn.token_id)
         return sampled
@@ -99,8 +121,8 @@ class Engine:
     def score(self, scheduled: Scheduled) -> torch.Tensor:
         """Logits of the next ``num_tokens`` tokens of one sequence, teacher-forced.
 
-        Float32 [num_tokens, vocabulary]: row i follows from the tokens up to and with
-        the i-th. As in ``step`` the caller has called ``kv.ensure_blocks``, and the
+        Float32 [num_tokens, vocabulary], on the engine's device: row i follows from the tokens up
+        to and with the i-th. As in ``step`` the caller has called ``kv.ensure_blocks``, and the
         tokens' KV is there afterwards; nothing is sampled. For evaluation.
         """
         batch = build_batch([scheduled], self.kv.layout)
@@ -111,6 +133,8 @@ class Engine:
         return logits.clone()  # the next step's take their place
 
     def _forward(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+        if self._gpu is not None:
+            return self._gpu.logits(batch, rows)
         if self._followers is not None:
             self._followers.send(batch, rows)
         attention = self._attention.begin(batch)

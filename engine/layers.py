@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,9 @@ class Linear:
             if out is None:
                 out = torch.empty(len(x), self.panels.num_outputs)
             return self._multiply(x, out, self.panels)
+        if x.is_cuda and x.dtype != torch.float32:
+            product = torch.mm(x, self._weight.t(), out_dtype=torch.float32)
+            return product if self._bias is None else product.add_(self._bias)
         product = self(x)
         if product.dtype == torch.float32:
             return product
@@ -76,6 +80,13 @@ class Linear:
         assert self._native is not None
         self._native.multiply(x, panels.weight, out, panels.bias)
         return out
+
+
+def _fused() -> ModuleType:
+    """What a GPU computes between products; it needs triton, which a CPU does without."""
+    from engine.gpu import fused
+
+    return fused
 
 
 def _can_pack(weight: Tensor) -> bool:
@@ -107,6 +118,9 @@ class RMSNorm:
         if native is not None and self.weight.dim() == 1 and x.dim() == 2:
             x = x.contiguous() if delta is None else x
             return native.add_rms_norm(x, delta, self.weight, self._eps, self._dtype)
+        if x.is_cuda and self.weight.dim() == 1 and x.dim() == 2:
+            normed: Tensor = _fused().add_rms_norm(x, delta, self.weight, self._eps, self._dtype)
+            return normed
         if delta is not None:
             x += delta
         # At 512 tokens half as long as F.rms_norm.
@@ -162,7 +176,7 @@ class Angles:
     def __init__(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> None:
         self.cos, self.sin = cos, sin
         self._native = kernels()
-        if self._native is None:
+        if self._native is None and not cos.is_cuda:
             # [tokens, 1, 2, head_dim / 2]: over heads, and the half of the head.
             self._both_cos = torch.stack([cos, cos], dim=1)[:, None].to(dtype)
             self._signed_sin = torch.stack([-sin, sin], dim=1)[:, None].to(dtype)
@@ -171,6 +185,9 @@ class Angles:
         """Rotates ``heads`` ([tokens, heads, head_dim]) in place."""
         if self._native is not None:
             self._native.rotate_(heads, self.cos, self.sin)
+            return
+        if heads.is_cuda:
+            _fused().rotate_(heads, self.cos, self.sin)
             return
         halves = heads.view(*heads.shape[:2], 2, -1)
         swapped = halves.flip(2)
@@ -182,5 +199,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     native = kernels()
     if native is not None and gate_up.is_contiguous():
         return native.swiglu(gate_up)
+    if gate_up.is_cuda:
+        product: Tensor = _fused().swiglu(gate_up)
+        return product
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

@@ -10,11 +10,14 @@ import torch
 
 from baton.block_hash import HashDomain, block_key
 from baton.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from baton.checkpoint.model_config import ModelConfig
 from baton.config import BatonConfig
 from baton.errors import ConfigurationError
 from baton.kv_layout import KvDtype, KvLayout
 from baton.parallelism import Parallelism, check_parallelism
 from baton.protocol import PROTOCOL_VERSION
+from engine.gpu.device import obstacle, resolve_device
+from engine.gpu.plan import GpuPlan
 from engine.native.kernels import Choice, Chosen
 from engine.parallel.followers import RankTask
 from engine.platform import resolve_dtype
@@ -39,6 +42,14 @@ class EnginePlan:
     cpu_kernels: Choice
     quantization: Quantization
     parallel: Parallelism
+    gpu: GpuPlan | None = None
+    """None: the CPU computes."""
+
+    @property
+    def handed_over_layout(self) -> KvLayout:
+        """Of the memory that others hand KV over to or from. A GPU's is none, but a hand-off has
+        to have some: that of one block, which nobody uses."""
+        return self.layout if self.gpu is None else replace(self.layout, num_blocks=1)
 
     def rank_task(self, config: BatonConfig, cpu_kernels: Chosen) -> RankTask:
         """What every other rank is told. ``cpu_kernels`` are the leader's: all ranks round
@@ -67,7 +78,8 @@ def plan_engine(
     checkpoint = open_checkpoint(config.model, config.engine.load_format)
     model, engine = checkpoint.config, config.engine
     check_parallelism(model, parallel, where=checkpoint.name)
-    dtype = resolve_dtype(engine.dtype)
+    device = _device(config, model, parallel)
+    dtype = resolve_dtype(engine.dtype, device)
     dtype_name = cast(KvDtype, str(dtype).removeprefix("torch."))
     one_block = model.kv_layout(num_blocks=1, block_size=engine.block_size, dtype=dtype_name)
     num_blocks = engine.kv_cache_bytes // one_block.block_bytes - 1
@@ -83,13 +95,15 @@ def plan_engine(
             f"{model.max_position} tokens; lower it"
         )
     layout = replace(one_block, num_blocks=num_blocks)
+    max_model_len = min(limit, num_blocks * engine.block_size)
     return EnginePlan(
         checkpoint=checkpoint,
         dtype=dtype,
         layout=layout,
         digest=layout.digest(
             weights_revision=checkpoint.revision,
-            generation=config.generation,
+            # No KV leaves or enters a GPU yet: others' digests are not to match.
+            generation=config.generation + ("" if device.type == "cpu" else " on a GPU"),
             protocol_version=PROTOCOL_VERSION,
         ),
         domain=HashDomain(
@@ -97,10 +111,22 @@ def plan_engine(
             weights_revision=checkpoint.revision,
             kv_dtype=dtype_name,
         ),
-        max_model_len=min(limit, num_blocks * engine.block_size),
+        max_model_len=max_model_len,
         served_name=config.served_model_name or checkpoint.name,
         threads=engine.threads or max(1, len(os.sched_getaffinity(0)) // parallel.num_ranks),
         cpu_kernels=engine.cpu_kernels,
         quantization=engine.quantization,
         parallel=parallel,
+        gpu=None
+        if device.type == "cpu"
+        else GpuPlan(device, engine.gpu_attention, engine.max_num_seqs, max_model_len),
     )
+
+
+def _device(config: BatonConfig, model: ModelConfig, parallel: Parallelism) -> torch.device:
+    """Raises ConfigurationError where a GPU is asked for and cannot be had or used."""
+    roles = {pool.role for pool in config.pools.values()}
+    hindrance = obstacle(
+        model, parallel, config.engine.quantization, hands_over=roles == {"prefill"}
+    )
+    return resolve_device(config.engine.device, obstacle=hindrance)

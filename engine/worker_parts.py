@@ -109,12 +109,15 @@ class WorkerParts:
         role: Role,
     ) -> WorkerParts:
         """Loads the weights, in a thread. ``memory`` is the KV pool's, kept by the caller;
-        other ranks have mapped ``memory_fd`` when this returns.
+        other ranks have mapped ``memory_fd`` when this returns. On a GPU the pool lies there, and
+        ``memory`` is left alone.
 
-        Raises CheckpointError for weights that cannot be loaded.
+        Raises CheckpointError for weights that cannot be loaded, ConfigurationError where a GPU
+        has too little memory.
         """
         ranks = None
-        cpu_kernels = await asyncio.to_thread(use_kernels, plan.cpu_kernels)
+        choice = plan.cpu_kernels if plan.gpu is None else "torch"
+        cpu_kernels = await asyncio.to_thread(use_kernels, choice)
         if plan.parallel.num_ranks > 1:
             ranks = await asyncio.to_thread(
                 Ranks, plan.rank_task(config, cpu_kernels), worker_id, memory_fd
@@ -125,12 +128,13 @@ class WorkerParts:
                 plan.checkpoint,
                 dtype=plan.dtype,
                 layout=plan.layout,
-                memory=memory,
+                memory=memory if plan.gpu is None else plan.gpu.memory(plan.layout),
                 domain=plan.domain,
                 threads=plan.threads,
                 cpu_kernels=cpu_kernels,
                 quantization=plan.quantization,
                 followers=ranks.followers if ranks is not None else None,
+                gpu=plan.gpu,
             )
         except BaseException:
             if ranks is not None:

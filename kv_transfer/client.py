@@ -1,5 +1,8 @@
 """Hand-off on a decode worker: pulls the KV of finished prefills into blocks set aside for it.
 
+A prefill worker has one too, for what decode workers lend it: there *decode* here is the prefill
+worker, the destination, and *prefill* who lends (docs/adr/0018-prefill-pulls.md).
+
 Everything runs on the event loop; bytes are copied in threads. What a transfer
 may do next is decided by its machine (``receiver.py``), the streams are
 ``peer.py``'s; this file carries out what the machines ask for.
@@ -12,10 +15,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from prometheus_client import Counter
+
 from baton.config import KvTransferConfig, SessionConfig
 from baton.errors import (
     BatonError,
     CancelledError,
+    ConfigurationError,
     DrainingError,
     IncompatiblePeerError,
     InternalError,
@@ -34,7 +40,8 @@ from kv_transfer.memory import KvMemory
 from kv_transfer.peer import PeerSettings, PrefillPeer
 from kv_transfer.ranges import BlockRange
 from kv_transfer.receiver import ReceiverEffect, ReceiverState, ReceiveTransfer
-from kv_transfer.transports.base import Operation, PullLink, PullTransport, Quiescence
+from kv_transfer.transports import nixl_links
+from kv_transfer.transports.base import LinkError, Operation, PullLink, PullTransport, Quiescence
 from kv_transfer.transports.gloo_links import GlooPull
 from kv_transfer.transports.shared_memory import SharedMemoryPull
 from kv_transfer.v1 import transfer_pb2 as pb
@@ -54,8 +61,9 @@ class _Transfer:
     operations: dict[BlockRange, Operation] = field(default_factory=dict)
     timer: asyncio.TimerHandle | None = None
     holds_peer: bool = True
-    is_cancelled: bool = False
-    """By the peer."""
+    patience: asyncio.TimerHandle | None = None
+    outcome: str = ""
+    """What a failure counts as, where it is no error: cancelled (by the peer), late, connecting."""
 
 
 class KvReceiver:
@@ -64,6 +72,7 @@ class KvReceiver:
     Args:
         memory: the worker's pool, laid out as ``layout``; the caller closes it, later.
         host: this process's address, for transports that listen.
+        outcomes: counts the transfers that ended; by default ``metrics.handoffs``.
         on_ready: (key, first_token_id, first_position, num_received_tokens,
             first_logprobs); the blocks are good, and the caller's.
         on_failed: (key, error); the transfer never becomes ready.
@@ -91,11 +100,14 @@ class KvReceiver:
         on_failed: Callable[[TransferKey, BatonError], None],
         on_drained: Callable[[TransferKey], None],
         host: str = "127.0.0.1",
+        outcomes: Callable[[str], Counter] | None = None,
         idle_s: float = IDLE_S,
     ) -> None:
         self._epoch = epoch
+        self._host = host
         self._worker_id = worker_id
         self._metrics = metrics
+        self._outcomes = outcomes or metrics.handoffs
         self._on_ready = on_ready
         self._on_failed = on_failed
         self._on_drained = on_drained
@@ -109,6 +121,14 @@ class KvReceiver:
         pool, timeout_s = PoolView(layout, memory.buffer), config.operation_s
         transports: list[PullTransport] = [
             SharedMemoryPull(pool=pool, secret=secret, timeout_s=timeout_s, faults=faults),
+            nixl_links.NixlPull(
+                name=f"{worker_id}/{epoch.hex()}/pull",
+                pool=pool,
+                memory=memory,
+                host=host,
+                config=config,
+                faults=faults,
+            ),
             GlooPull(pool=pool, memory=memory, host=host, timeout_s=timeout_s, faults=faults),
         ]
         identity = handshake.Identity(worker_id, epoch, digest, generation, layout, host_id())
@@ -131,14 +151,22 @@ class KvReceiver:
     # ------------------------------------------------------------------ for the worker
 
     async def start(self) -> None:
-        """Peers are connected to when a transfer first needs them."""
+        """Peers are connected to when a transfer first needs them. Raises ConfigurationError
+        where the transport or the network that the configuration names cannot work here."""
+        config = self._settings.config
+        nixl_links.check(config, self._host)
+        for name in handshake.required_transports(config):
+            try:
+                await self._settings.transports[name].start()
+            except LinkError as error:
+                raise ConfigurationError(f"kv_transfer requires {name}: {error}") from error
 
     async def close(self) -> None:
         """Fails what is under way; returns when nothing here writes the pool any more
         and every callback was called."""
         self._closing = True
         for transfer in list(self._transfers.values()):
-            error = DrainingError("the decode worker is leaving")
+            error = DrainingError(f"{self._worker_id} is leaving")
             self._apply(transfer, transfer.machine.fail(self._now(), error))
         for peer in [*self._peers.values(), *self._leaving]:
             await peer.close()
@@ -152,42 +180,59 @@ class KvReceiver:
         key: TransferKey,
         *,
         address: str,
-        prefill_worker_id: str,
+        source_worker_id: str,
         start_token: int,
         num_tokens: int,
         block_ids: Sequence[int],
+        within_s: float | None = None,
     ) -> None:
         """Pulls tokens ``[start_token, num_tokens)`` into ``block_ids``, which are the
         caller's again at ``on_ready`` or ``on_drained``.
 
         Args:
             address: ``host:port`` of the prefill worker's Transfer service.
+            within_s: of a pull that nobody needs: it fails where it is not ready by then,
+                and at once where the peer has yet to be connected to, which is begun.
         """
         if key in self._transfers:
             raise InternalError(f"transfer {key} was begun before")
         machine = ReceiveTransfer(
             key, start_token=start_token, num_tokens=num_tokens, sizes=self._sizes
         )
-        peer = self._peer(address, prefill_worker_id, key.prefill_epoch)
+        peer = self._peer(address, source_worker_id, key.source_epoch)
         peer.retain()
         transfer = self._transfers[key] = _Transfer(machine, peer)
         self._num_undrained += 1
         self._apply(transfer, machine.reserve(self._now(), block_ids))
+        if within_s is not None:
+            loop = asyncio.get_running_loop()
+            transfer.patience = loop.call_later(within_s, self._late, transfer, within_s)
         refusal: BatonError | None = None
         if self._closing:
-            refusal = DrainingError("the decode worker is leaving")
-        elif key.decode_epoch != self._epoch:
+            refusal = DrainingError(f"{self._worker_id} is leaving")
+        elif key.destination_epoch != self._epoch:
             refusal = IncompatiblePeerError("epoch differs: the transfer is of another process")
         if refusal is not None:
             asyncio.get_running_loop().call_soon(self._fail, transfer, refusal)
         elif peer.link is not None:
             self._attach(transfer, peer.link)
+        elif within_s is not None:
+            transfer.outcome = "connecting"
+            self.connect(address, source_worker_id, key.source_epoch)
+            refusal = TransferError(f"{source_worker_id} is being connected to")
+            asyncio.get_running_loop().call_soon(self._fail, transfer, refusal)
+
+    def connect(self, address: str, source_worker_id: str, epoch: bytes) -> None:
+        """Connects to a peer, in the background, for a transfer that may come."""
+        peer = self._peer(address, source_worker_id, epoch)
+        peer.retain()
+        asyncio.get_running_loop().call_later(self._sizes.attach_s, peer.release)
 
     def cancel(self, key: TransferKey) -> None:
         """Gives a transfer up, in any state; nothing happens where it is over."""
         transfer = self._transfers.get(key)
         if transfer is not None and transfer.machine.live:
-            self._metrics.handoffs("cancelled").inc()
+            self._outcomes("cancelled").inc()
             self._apply(transfer, transfer.machine.cancel(self._now()))
 
     # ------------------------------------------------------------------- from the peers
@@ -245,7 +290,7 @@ class KvReceiver:
                 if isinstance(error, CancelledError):
                     # Whoever cancelled it there knows, or the request has ended with its
                     # first token; for who waits here the hand-off has just failed.
-                    transfer.is_cancelled = True
+                    transfer.outcome = "cancelled"
                     error = TransferError(f"prefill gave the hand-off up: {error.message}")
                 effects = machine.aborted(now, error)
         self._apply(transfer, effects)
@@ -278,6 +323,10 @@ class KvReceiver:
     def _fail(self, transfer: _Transfer, error: BatonError) -> None:
         self._apply(transfer, transfer.machine.fail(self._now(), error))
 
+    def _late(self, transfer: _Transfer, within_s: float) -> None:
+        transfer.outcome = "late"
+        self._fail(transfer, TransferError(f"it was not here within {within_s:.3g} s"))
+
     def _apply(self, transfer: _Transfer, effects: Sequence[ReceiverEffect]) -> None:
         """Carries effects out, in order, and sets the clock for what comes next."""
         key = transfer.machine.key
@@ -290,10 +339,9 @@ class KvReceiver:
                 case receiver.BecameReady():
                     self._ready(transfer, effect)
                 case receiver.Failed(error):
-                    cancelled = transfer.is_cancelled
-                    level = logging.DEBUG if cancelled else logging.WARNING
+                    level = logging.DEBUG if transfer.outcome else logging.WARNING
                     logger.log(level, "%s: transfer %s: %s", self._worker_id, key, error)
-                    self._metrics.handoffs("cancelled" if cancelled else error.code).inc()
+                    self._outcomes(transfer.outcome or error.code).inc()
                     self._on_failed(key, error)
                 case receiver.Quarantined():
                     logger.warning(
@@ -345,7 +393,7 @@ class KvReceiver:
         assert link is not None
         self._metrics.handoff_seconds.observe(effect.seconds)
         self._metrics.handoff_bytes[link.name, "received"].inc(machine.num_bytes)
-        self._metrics.handoffs("ready").inc()
+        self._outcomes("ready").inc()
         self._forget(transfer)
         self._num_undrained -= 1
         self._settle()
@@ -359,6 +407,8 @@ class KvReceiver:
 
     def _forget(self, transfer: _Transfer) -> None:
         del self._transfers[transfer.machine.key]
+        if transfer.patience is not None:
+            transfer.patience.cancel()
 
     def _tell_drained(self, key: TransferKey) -> None:
         self._num_undrained -= 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from baton.config import KvTransferConfig
 from baton.kv_layout import KvLayout
 from baton.protocol import PROTOCOL_VERSION
-from kv_transfer.transports import gloo_links, shared_memory
+from kv_transfer.transports import gloo_links, nixl_links, shared_memory
 from kv_transfer.v1 import transfer_pb2 as pb
 
 _LAYOUT = ("num_kv_heads", "num_layers", "num_kv_parts", "block_size", "head_dim", "dtype")
@@ -35,9 +35,19 @@ def allowed_transports(config: KvTransferConfig) -> tuple[str, ...]:
     """Of this worker, the best first."""
     if config.transport != "auto":
         return (config.transport,)
-    return (
-        (shared_memory.NAME, gloo_links.NAME) if gloo_links.installed() else (shared_memory.NAME,)
-    )
+    names = [shared_memory.NAME]
+    if nixl_links.installed():
+        names.append(nixl_links.NAME)
+    if gloo_links.installed() and config.network == "any":
+        names.append(gloo_links.NAME)
+    return tuple(names)
+
+
+def required_transports(config: KvTransferConfig) -> tuple[str, ...]:
+    """Those without which this worker must not start."""
+    if config.transport != "auto":
+        return (config.transport,)
+    return (nixl_links.NAME,) if config.network == "rdma" else ()
 
 
 def make_hello(identity: Identity, transports: Sequence[str]) -> pb.PeerHello:

@@ -2,7 +2,7 @@
 
 1. Wanted: a transfer waits for it. Connecting is tried with back-off until none does.
 2. Greeting: PeerHello and PeerWelcome, then the transport's link. Under "auto",
-   a link over shared memory that fails is followed by a handshake without it.
+   a link that fails is followed by a handshake without its transport.
 3. Up: messages flow. It ends when either side, the network or the link fails, and
    then counts as wanted anew if transfers wait.
 4. Idle for ``idle_s`` without transfers, or refused for good: gone.
@@ -190,7 +190,9 @@ class PrefillPeer:
         settings = self._settings
         try:
             async with asyncio.timeout(settings.config.attach_s):
+                await settings.faults.wait("decode.greet")
                 welcome = await stream.greet(handshake.make_hello(settings.identity, self._names))
+                await settings.faults.wait("decode.link")
                 return await self._connect(stream, welcome)
         except TimeoutError:
             waited = f"did not answer in {settings.config.attach_s:g} s"
@@ -207,7 +209,7 @@ class PrefillPeer:
         except LinkError as error:
             if stream.over:
                 raise await stream.status() from error
-            if name == shared_memory.NAME and len(self._names) > 1:
+            if name != self._names[-1]:
                 self._names.remove(name)
                 raise _NextTransportError(f"{name} does not work: {error}") from error
             failure = IncompatiblePeerError(f"{self._named()}: {name} does not work: {error}")
@@ -232,4 +234,4 @@ class PrefillPeer:
         return name
 
     def _named(self) -> str:
-        return f"prefill worker {self.worker_id} at {self.address}"
+        return f"worker {self.worker_id} at {self.address}"

@@ -234,7 +234,7 @@ class ReceiveTransfer:
         counted = len(blocks.source_blocks) == num_blocks
         if not (inside and whole and counted and len(blocks.checksums) in (0, num_blocks)):
             error = TransferError(
-                f"the prefill worker announced {len(blocks.source_blocks)} blocks for tokens "
+                f"the sender announced {len(blocks.source_blocks)} blocks for tokens "
                 f"[{blocks.start_token}, {blocks.end_token}) of {self._num_tokens}"
             )
             return self._end(now, error)
@@ -263,7 +263,7 @@ class ReceiveTransfer:
             return []
         if num_tokens != self._num_tokens:
             error = TransferError(
-                f"prefill computed {num_tokens} input tokens, decode expects {self._num_tokens}"
+                f"the sender has {num_tokens} input tokens, {self._num_tokens} were expected"
             )
             return self._end(now, error)
         self._commit = (first_token_id, first_position, first_logprobs)
@@ -323,7 +323,7 @@ class ReceiveTransfer:
         if self.state is ReceiverState.CANCELLING:
             return self.cannot_stop() if now >= self._quarantine_at else []
         if self.state is ReceiverState.RESERVED and now >= self._attach_until:
-            waited = f"no connection to the prefill worker in {self._sizes.attach_s:g} s"
+            waited = f"no connection to the sender in {self._sizes.attach_s:g} s"
             return self._end(now, TransferError(waited + self._unconnected))
         if not self.attached:
             return []

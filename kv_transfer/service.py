@@ -1,5 +1,8 @@
 """Hand-off on a prefill worker: offers transfers to the decode workers that pull them.
 
+A decode worker has one too, for what it lends: there *prefill* here is the decode worker, the
+source, and *decode* the prefill worker that pulls (docs/adr/0018-prefill-pulls.md).
+
 Everything runs on the event loop; bytes are checksummed and sent in threads.
 What a transfer may do next is decided by its machine (``sender.py``), the streams
 are ``servicer.py``'s; this file carries out what the machines ask for.
@@ -36,6 +39,7 @@ from kv_transfer.memory import KvMemory
 from kv_transfer.ranges import BlockRange, valid_tokens
 from kv_transfer.sender import SenderEffect, SenderState, SendTransfer
 from kv_transfer.servicer import PullServicer
+from kv_transfer.transports import nixl_links
 from kv_transfer.transports.base import ServeTransport
 from kv_transfer.transports.gloo_links import GlooServe
 from kv_transfer.transports.shared_memory import SharedMemoryServe
@@ -73,6 +77,9 @@ class KvSender:
         on_freed: called with (key, outcome) exactly once per offer, never from
             within a call to this object, when nothing here reads the blocks any
             more. Outcomes: released, lease_expired, aborted, abandoned, peer_lost.
+        on_wanted: called with (key, start_token) when a peer attaches to a transfer that
+            was not offered; ``offer`` or ``refuse`` answers it. Without it the peer waits
+            for an offer that is bound to come.
     """
 
     def __init__(
@@ -89,12 +96,16 @@ class KvSender:
         metrics: WorkerMetrics,
         faults: Faults,
         on_freed: Callable[[TransferKey, str], None],
+        on_wanted: Callable[[TransferKey, int], None] | None = None,
         host: str = "127.0.0.1",
     ) -> None:
         self._identity = handshake.Identity(worker_id, epoch, digest, generation, layout, host_id())
         self._attach_s = config.attach_s
+        self._config = config
+        self._host = host
         self._metrics = metrics
         self._on_freed = on_freed
+        self._on_wanted = on_wanted
         self._pool = PoolView(layout, memory.buffer)
         self._sizes = sender.SenderSizes(
             layout.block_size, layout.token_bytes, config.attach_s, config.verify
@@ -108,7 +119,14 @@ class KvSender:
         timeout_s = config.operation_s
         every: list[ServeTransport] = [
             SharedMemoryServe(memory=memory, layout=layout, secret=secret, timeout_s=timeout_s),
-            GlooServe(memory=memory, layout=layout, host=host, timeout_s=timeout_s),
+            nixl_links.NixlServe(
+                name=f"{worker_id}/{epoch.hex()}",
+                memory=memory,
+                layout=layout,
+                host=host,
+                config=config,
+            ),
+            GlooServe(memory=memory, layout=layout, host=host, timeout_s=timeout_s, faults=faults),
         ]
         allowed = handshake.allowed_transports(config)
         self._servicer = PullServicer(
@@ -129,7 +147,8 @@ class KvSender:
 
     async def start(self) -> None:
         """Peers are refused before. Raises ConfigurationError where the transport that the
-        configuration names cannot work here."""
+        configuration names cannot work here, or the network that it names is missing."""
+        nixl_links.check(self._config, self._host)
         await self._servicer.start()
 
     async def close(self) -> None:
@@ -137,7 +156,7 @@ class KvSender:
         and every ``on_freed`` was called."""
         self._closing = True
         for offer in list(self._offers.values()):
-            self._apply(offer, offer.machine.abort(DrainingError("the prefill worker is leaving")))
+            self._apply(offer, offer.machine.abort(self._leaving()))
         await self._servicer.close()
         self._settle()
         await self._nothing_held.wait()
@@ -158,11 +177,16 @@ class KvSender:
         offer = self._offers[key] = _Offer(machine)
         self._num_held += 1
         if self._closing:
-            self._apply(offer, machine.abort(DrainingError("the prefill worker is leaving")))
+            self._apply(offer, machine.abort(self._leaving()))
             return
         parked = self._unpark(key)
         if parked is not None:
             self._attach(offer, parked.connection, parked.start_token, parked.lease_s)
+
+    def refuse(self, key: TransferKey, error: BatonError) -> None:
+        """Nothing will be offered: who has attached is told ``error``."""
+        if (parked := self._unpark(key)) is not None:
+            self._refuse(parked.connection, key, error)
 
     def ready(self, key: TransferKey, end_token: int, block_ids: Sequence[int]) -> None:
         """KV of tokens ``[0, end_token)`` is complete in ``block_ids``, which cover them
@@ -215,7 +239,7 @@ class KvSender:
 
     def _on_attach(self, connection: DecodeConnection, message: pb.Attach) -> None:
         key = TransferKey.from_proto(message.key)
-        if key.prefill_epoch != self._identity.epoch or key.decode_epoch != connection.epoch:
+        if key.source_epoch != self._identity.epoch or key.destination_epoch != connection.epoch:
             error = IncompatiblePeerError("epoch differs: the transfer is of another process")
             self._refuse(connection, key, error)
             return
@@ -225,10 +249,12 @@ class KvSender:
             if not offer.machine.attached:
                 self._attach(offer, connection, message.start_token, lease_s)
         elif self._closing:
-            self._refuse(connection, key, DrainingError("the prefill worker is leaving"))
+            self._refuse(connection, key, self._leaving())
         elif key not in self._parked:
             timer = asyncio.get_running_loop().call_later(self._attach_s, self._park_over, key)
             self._parked[key] = _Parked(connection, message.start_token, lease_s, timer)
+            if self._on_wanted is not None:
+                self._on_wanted(key, message.start_token)
 
     def _on_fetch(self, connection: DecodeConnection, message: pb.Fetch) -> None:
         """Every Fetch is answered, by bytes or by filler: its receives are posted."""
@@ -269,6 +295,9 @@ class KvSender:
 
     # ------------------------------------------------------------------------- helpers
 
+    def _leaving(self) -> DrainingError:
+        return DrainingError(f"{self._identity.worker_id} is leaving")
+
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
@@ -293,7 +322,7 @@ class KvSender:
 
     def _park_over(self, key: TransferKey) -> None:
         parked = self._parked.pop(key)
-        waited = f"prefill did not offer the transfer within {self._attach_s:g} s"
+        waited = f"the transfer was not offered within {self._attach_s:g} s"
         self._refuse(parked.connection, key, TransferError(waited))
 
     def _refuse(self, connection: DecodeConnection, key: TransferKey, error: BatonError) -> None:

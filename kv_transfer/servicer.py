@@ -34,7 +34,7 @@ Context = grpc.aio.ServicerContext[pb.PullRequest, pb.PullResponse]
 
 class PullServicer(TransferServicer):
     """Calls, on the event loop: ``received`` for every message after the greeting,
-    ``held_back`` where a fault point refused to let one out, ``lost`` once per
+    ``held_back`` where a fault point refused to let one through, ``lost`` once per
     connection that had been greeted."""
 
     def __init__(
@@ -61,15 +61,16 @@ class PullServicer(TransferServicer):
         self._started = False
 
     async def start(self) -> None:
-        """Raises ConfigurationError where the one transport that is allowed cannot work."""
+        """Raises ConfigurationError where a transport that is required cannot work."""
+        required = handshake.required_transports(self._config)
         for name, transport in list(self._transports.items()):
-            if name != shared_memory.NAME and self._config.transport == "auto":
+            if name not in (shared_memory.NAME, *required):
                 continue  # made ready when first used: most clusters never do
             try:
                 await transport.start()
             except LinkError as error:
-                if self._config.transport != "auto":
-                    raise ConfigurationError(f"kv_transfer.transport is {name}: {error}") from error
+                if name in required:
+                    raise ConfigurationError(f"kv_transfer requires {name}: {error}") from error
                 logger.warning("%s: no %s here: %s", self._identity.worker_id, name, error)
                 del self._transports[name]
         self._started = True
@@ -78,7 +79,7 @@ class PullServicer(TransferServicer):
         """Ends every stream and returns when no transport touches the pool any more."""
         self._started = False
         for connection in self._connections:
-            connection.lose("the prefill worker is going away")
+            connection.lose(f"{self._identity.worker_id} is going away")
         if self._streams:
             await asyncio.wait(self._streams)
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -90,16 +91,10 @@ class PullServicer(TransferServicer):
         self, request_iterator: object, context: Context
     ) -> None:
         hello = await self._read_hello(context)
+        await self._faults.wait("prefill.greet")
         connection = DecodeConnection(hello, self._faults)
         welcome = handshake.make_welcome(self._identity, verify=self._config.verify)
-        transport = await self._choose(hello, context)
-        try:
-            link = connection.link = await transport.open(
-                welcome, connection.lose, connection.rendezvous
-            )
-        except LinkError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-            return
+        link = connection.link = await self._open(hello, welcome, connection, context)
         stream = asyncio.current_task()
         assert stream is not None
         self._streams.add(stream)
@@ -126,7 +121,8 @@ class PullServicer(TransferServicer):
     async def _read_hello(self, context: Context) -> pb.PeerHello:
         """Refuses, before anything else is done, a peer that this worker must not serve."""
         if not self._started:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the prefill worker is not serving")
+            not_yet = f"{self._identity.worker_id} is not serving"
+            await context.abort(grpc.StatusCode.UNAVAILABLE, not_yet)
         first: object = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.attach_s):
@@ -141,14 +137,29 @@ class PullServicer(TransferServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
         return first.hello
 
-    async def _choose(self, hello: pb.PeerHello, context: Context) -> ServeTransport:
-        allowed = tuple(self._transports)
-        name, reason = handshake.choose_transport(hello, self._identity, allowed)
-        if name is None:
-            logger.warning("refused %s: %s", hello.worker_id, reason)
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
-        assert name is not None
-        return self._transports[name]
+    async def _open(
+        self,
+        hello: pb.PeerHello,
+        welcome: pb.PeerWelcome,
+        connection: DecodeConnection,
+        context: Context,
+    ) -> ServeLink:
+        """A link over the first transport that works for both."""
+        while True:
+            allowed = tuple(self._transports)
+            name, reason = handshake.choose_transport(hello, self._identity, allowed)
+            if name is None:
+                logger.warning("refused %s: %s", hello.worker_id, reason)
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+            assert name is not None
+            try:
+                transport = self._transports[name]
+                return await transport.open(welcome, connection.lose, connection.rendezvous)
+            except LinkError as error:
+                if name == allowed[-1]:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+                logger.warning("%s: no %s here: %s", self._identity.worker_id, name, error)
+                self._transports.pop(name, None)
 
     async def _read(self, connection: DecodeConnection, context: Context) -> None:
         """An empty reason means that the peer closed the stream in order."""
@@ -157,6 +168,12 @@ class PullServicer(TransferServicer):
                 if request.HasField("rendezvous"):
                     value = request.rendezvous
                     connection.rendezvous.received(value.key, value.value)
+                    continue
+                try:
+                    if request.HasField("release"):
+                        await self._faults.wait("prefill.release")
+                except InternalError as error:
+                    self._held_back(TransferKey.from_proto(request.release.key), error)
                 else:
                     self._received(connection, request)
             connection.lose("")
@@ -175,8 +192,9 @@ class PullServicer(TransferServicer):
 
     async def _connect(self, connection: DecodeConnection, link: ServeLink) -> None:
         try:
+            await self._faults.wait("prefill.link")
             await link.connect()
-        except LinkError as error:
+        except (LinkError, InternalError) as error:
             connection.lose(str(error))
 
     async def _let_go(self, link: ServeLink, tasks: list[asyncio.Task[None]]) -> None:

@@ -18,7 +18,12 @@ from kv_transfer.v1 import transfer_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
-FAULT_POINTS = {"attach": "decode.attach", "release": "decode.release"}
+FAULT_POINTS = {
+    "attach": "decode.attach",
+    "release": "decode.release",
+    "released": "decode.released",
+}
+"""Before a message of that kind leaves, or after it was read."""
 
 _STATUS_S = 1.0
 _FINAL = (
@@ -42,7 +47,7 @@ class RefusedError(Exception):
 
 class PullStream:
     """Calls ``received`` for every message after the greeting, and ``held_back`` where
-    a fault point refused to let a message out.
+    a fault point refused to let a message through.
 
     Args:
         named: the peer, for errors and logs.
@@ -126,9 +131,13 @@ class PullStream:
     async def _read(self) -> None:
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
-                if response.HasField("rendezvous"):
+                kind = response.WhichOneof("body")
+                if kind == "rendezvous":
                     self.rendezvous.received(response.rendezvous.key, response.rendezvous.value)
-                else:
+                    continue
+                released = kind == "released"
+                key = TransferKey.from_proto(response.released.key) if released else None
+                if await self._passes(kind, key):
                     self._received(response)
         finally:
             self.rendezvous.close()
@@ -136,14 +145,19 @@ class PullStream:
     async def _write(self) -> None:
         while True:
             key, request = await self._outbox.get()
-            try:
-                if point := FAULT_POINTS.get(request.WhichOneof("body") or ""):
-                    await self._faults.wait(point)
-            except InternalError as error:
-                assert key is not None
-                self._held_back(key, error)
-                continue
-            await self._call.write(request)
+            if await self._passes(request.WhichOneof("body"), key):
+                await self._call.write(request)
+
+    async def _passes(self, kind: str | None, key: TransferKey | None) -> bool:
+        """False where a fault point holds a message of that kind back."""
+        try:
+            if point := FAULT_POINTS.get(kind or ""):
+                await self._faults.wait(point)
+        except InternalError as error:
+            assert key is not None
+            self._held_back(key, error)
+            return False
+        return True
 
     def _send_rendezvous(self, key: str, value: bytes) -> None:
         """In the thread that builds the link."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 
 from baton.config import BatonConfig
+from baton.errors import BatonError
 from baton.worker.address import advertised_host
 from baton.worker.process import run
 from engine.setup import plan_engine
 from engine.worker_parts import WorkerParts
+from kv_transfer.ends import HandoffEnds
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
-from kv_transfer.service import KvSender
+from prefill_workers.pull_costs import PullCosts
+from prefill_workers.pulls import Pulls
 from prefill_workers.scheduler import PrefillScheduler
 from prefill_workers.service import PrefillService
 from prefill_workers.worker import PrefillWorker
@@ -51,7 +55,16 @@ async def serve(
     def on_freed(transfer: TransferKey, outcome: str) -> None:
         parts.inbox.post(worker.freed, transfer, outcome)
 
-    sender = KvSender(
+    def on_pulled(transfer: TransferKey, *first_token: object) -> None:
+        parts.inbox.post(worker.pulled, transfer, time.monotonic())
+
+    def on_pull_failed(transfer: TransferKey, error: BatonError) -> None:
+        parts.inbox.post(pulls.failed, transfer, time.monotonic())
+
+    def on_pull_drained(transfer: TransferKey) -> None:
+        parts.inbox.post(pulls.drained, transfer)
+
+    ends = HandoffEnds(
         worker_id=worker_id,
         epoch=parts.identity.epoch,
         digest=plan.digest,
@@ -60,19 +73,30 @@ async def serve(
         memory=memory,
         secret=secret,
         config=config.kv_transfer,
+        session=config.session,
         metrics=parts.metrics,
         faults=parts.faults,
-        on_freed=on_freed,
         host=host,
     )
+    sender = ends.sender(on_freed=on_freed)
+    puller = ends.puller(on_ready=on_pulled, on_failed=on_pull_failed, on_drained=on_pull_drained)
+    costs = PullCosts(
+        block_size=plan.layout.block_size,
+        token_bytes=plan.layout.token_bytes,
+        step_tokens=config.engine.max_num_batched_tokens,
+    )
+    scheduler = PrefillScheduler(
+        parts.engine.kv,
+        max_num_batched_tokens=config.engine.max_num_batched_tokens,
+        max_num_seqs=config.engine.max_num_seqs,
+        moving_pays=costs.moving_pays,
+    )
+    pulls = Pulls(parts.engine.kv, puller, parts.inbox, scheduler=scheduler, costs=costs)
     worker = PrefillWorker(
         engine=parts.engine,
-        scheduler=PrefillScheduler(
-            parts.engine.kv,
-            max_num_batched_tokens=config.engine.max_num_batched_tokens,
-            max_num_seqs=config.engine.max_num_seqs,
-        ),
+        scheduler=scheduler,
         sender=sender,
+        pulls=pulls,
         inbox=parts.inbox,
         outbox=parts.outbox,
         metrics=parts.metrics,
@@ -82,9 +106,11 @@ async def serve(
     server = parts.session_server(PrefillService(worker, parts), secret=secret)
     sender.register(server)
     await sender.start()
+    await puller.start()
     try:
         await parts.host(worker, redis_url=redis_url).run(server, advertise_host=host, stop=stop)
     finally:
+        await puller.close()
         await sender.close()
         await parts.close()
 

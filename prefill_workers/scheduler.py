@@ -5,7 +5,9 @@ A job is
 1. WAITING for the decode side's reservation; it does not block others;
 2. QUEUED once the gateway says Proceed;
 3. RUNNING from the step that takes all its blocks, so that two half-computed
-   prompts can never wait for each other's room;
+   prompts can never wait for each other's room; before that PULLING, with all its blocks,
+   where decode lends some of what it lacks: QUEUED again, and first among equals, where
+   that comes to nothing;
 4. LEASED when its input is computed and its blocks belong to the hand-off.
 
 Jobs begin to run in order of priority, the lower first, and equal ones in order of arrival:
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -35,8 +38,18 @@ _PRIORITY = attrgetter("priority")
 class JobState(enum.Enum):
     WAITING = enum.auto()
     QUEUED = enum.auto()
+    PULLING = enum.auto()
     RUNNING = enum.auto()
     LEASED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Lender:
+    """A job's decode worker, as one that may be pulled from."""
+
+    worker_id: str
+    address: str
+    """``host:port`` of its Transfer service."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,22 +67,42 @@ class PrefillJob:
     state: JobState = JobState.WAITING
     num_held_tokens: int = 0
     """Leading tokens that decode already holds."""
+    lender: Lender | None = None
+    """None: nothing is pulled, or not any more."""
+    num_pulled_tokens: int = 0
     num_uncached_tokens: int = 0
-    """Of the input, as the prefix cache stood when the job was last looked at: when it
-    came, and when it was queued."""
+    """Of the input, what neither the prefix cache has nor is to be pulled, as it stood when
+    the job was last looked at: when it came, and when it was queued."""
     use: InputUse = field(default_factory=InputUse)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that it has yet to compute, if it is RUNNING or PULLING."""
+        num_tokens = self.sequence.num_tokens
+        if self.state is JobState.PULLING:
+            return num_tokens - min(self.num_held_tokens, num_tokens - 1)
+        return self.sequence.num_remaining
 
 
 class PrefillScheduler:
-    """Owns the order of jobs; the block pool is the cache's."""
+    """Owns the order of jobs; the block pool is the cache's. ``moving_pays`` says whether so
+    many tokens are pulled rather than computed."""
 
-    def __init__(self, kv: KvCache, *, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        kv: KvCache,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        moving_pays: Callable[[int], bool] = lambda num_tokens: False,
+    ) -> None:
         self._kv = kv
+        self._moving_pays = moving_pays
         self._budget = max_num_batched_tokens
         self._max_running = max_num_seqs
         self._waiting: dict[StreamKey, PrefillJob] = {}
         self._queued: OrderedDict[StreamKey, PrefillJob] = OrderedDict()
-        self._running: OrderedDict[StreamKey, PrefillJob] = OrderedDict()
+        self._running: OrderedDict[StreamKey, PrefillJob] = OrderedDict()  # or PULLING
 
     @property
     def num_queued(self) -> int:
@@ -82,8 +115,8 @@ class PrefillScheduler:
     @property
     def num_tokens_to_compute(self) -> int:
         """Input tokens still to compute; of a job that does not run yet, those that were
-        not cached when it was last looked at."""
-        running = sum(job.sequence.num_remaining for job in self._running.values())
+        not cached or to be pulled when it was last looked at."""
+        running = sum(job.num_left for job in self._running.values())
         later = (*self._waiting.values(), *self._queued.values())
         return running + sum(job.num_uncached_tokens for job in later)
 
@@ -101,8 +134,13 @@ class PrefillScheduler:
 
     def _look_up(self, job: PrefillJob) -> None:
         num_tokens = job.sequence.num_tokens
-        num_cached = self._kv.num_cached_prefix(job.sequence)
-        job.num_uncached_tokens = num_tokens - min(num_cached, num_tokens - 1)
+        num_there = self._kv.num_cached_prefix(job.sequence)
+        if self._is_to_pull(job, num_there):
+            num_there = job.num_held_tokens
+        job.num_uncached_tokens = num_tokens - min(num_there, num_tokens - 1)
+
+    def _is_to_pull(self, job: PrefillJob, num_cached: int) -> bool:
+        return job.lender is not None and self._moving_pays(job.num_held_tokens - num_cached)
 
     def remove(self, job: PrefillJob) -> None:
         """Forgets a job in any state; its blocks stay the caller's business."""
@@ -111,14 +149,19 @@ class PrefillScheduler:
 
     def schedule(self) -> tuple[list[Scheduled], list[PrefillJob]]:
         """Chunks for one step within the token budget, and the jobs of which more is cached
-        than before: those that it admits, and those that another has computed a part of."""
-        grown = [job for job in self._running.values() if self._kv.extend_prefix(job.sequence)]
+        than before: those that it admits, and those that another has computed a part of. The
+        pull of those that are PULLING now is to begin."""
+        grown = [job for job in self._computing() if self._kv.extend_prefix(job.sequence)]
         admitted = self._admit()
-        sequences = [job.sequence for job in sorted(self._running.values(), key=_PRIORITY)]
+        sequences = [job.sequence for job in sorted(self._computing(), key=_PRIORITY)]
         return prefill_chunks(sequences, self._budget, self._kv), grown + admitted
 
+    def _computing(self) -> list[PrefillJob]:
+        return [job for job in self._running.values() if job.state is JobState.RUNNING]
+
     def _admit(self) -> list[PrefillJob]:
-        """QUEUED → RUNNING, in order, while blocks for the whole input are to be had."""
+        """QUEUED → RUNNING or PULLING, in order, while blocks for the whole input are to be
+        had."""
         admitted: list[PrefillJob] = []
         while self._queued and len(self._running) < self._max_running:
             job = min(self._queued.values(), key=_PRIORITY)  # of equal ones the oldest
@@ -127,10 +170,24 @@ class PrefillScheduler:
                 self._kv.free(job.sequence)
                 break
             del self._queued[job.key]
-            job.state = JobState.RUNNING
+            is_to_pull = self._is_to_pull(job, job.sequence.num_shared_tokens)
+            job.state = JobState.PULLING if is_to_pull else JobState.RUNNING
             self._running[job.key] = job
             admitted.append(job)
         return admitted
+
+    def pulled(self, job: PrefillJob, num_tokens: int) -> None:
+        """PULLING → RUNNING: what decode holds is here too."""
+        job.num_pulled_tokens = num_tokens
+        job.state = JobState.RUNNING
+
+    def requeue(self, job: PrefillJob) -> None:
+        """PULLING → QUEUED: it will be computed, and comes first among equals. The caller has
+        taken its blocks away."""
+        del self._running[job.key]
+        job.lender = None
+        self.enqueue(job)
+        self._queued.move_to_end(job.key, last=False)
 
     def finish(self, job: PrefillJob) -> None:
         """RUNNING → LEASED: the input is computed."""

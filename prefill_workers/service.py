@@ -10,8 +10,15 @@ from baton.worker.session_server import StreamKey
 from engine.intake import check_open, sequence_from_open, stop_rule
 from engine.worker_parts import WorkerParts
 from kv_transfer.keys import TransferKey
-from prefill_workers.scheduler import PrefillJob
+from prefill_workers.scheduler import Lender, PrefillJob
 from prefill_workers.worker import PrefillWorker
+
+
+def lender_of(handoff: pb.Handoff) -> Lender | None:
+    """None where the gateway says that nothing is to be pulled."""
+    if not handoff.decode_transfer_address:
+        return None
+    return Lender(handoff.decode_worker_id, handoff.decode_transfer_address)
 
 
 class PrefillService:
@@ -47,6 +54,7 @@ class PrefillService:
             transfer=TransferKey(
                 handoff.transfer_id, message.attempt, handoff.prefill_epoch, handoff.decode_epoch
             ),
+            lender=lender_of(handoff),
             deadline=time.monotonic() + message.remaining_ms / 1000,
             priority=message.priority,
         )

@@ -31,6 +31,7 @@ from engine.engine import Engine
 from engine.sequence import Sampled, Scheduled
 from kv_transfer.keys import TransferKey
 from kv_transfer.service import KvSender
+from prefill_workers.pulls import Pulls
 from prefill_workers.scheduler import JobState, PrefillJob, PrefillScheduler
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ _WAITING = (JobState.WAITING, JobState.QUEUED)
 
 
 class PrefillWorker:
-    """Owns all jobs of this process. ``sender`` is called on the event loop only."""
+    """Owns all jobs of this process. ``sender`` is called on the event loop only, and so is
+    what ``pulls`` receives with."""
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class PrefillWorker:
         engine: Engine,
         scheduler: PrefillScheduler,
         sender: KvSender,
+        pulls: Pulls,
         inbox: Inbox,
         outbox: Outbox,
         metrics: WorkerMetrics,
@@ -57,6 +60,7 @@ class PrefillWorker:
         self._engine = engine
         self._scheduler = scheduler
         self._sender = sender
+        self._pulls = pulls
         self._inbox = inbox
         self._outbox = outbox
         self._metrics = metrics
@@ -113,10 +117,11 @@ class PrefillWorker:
 
     def freed(self, transfer: TransferKey, outcome: str) -> None:
         """The hand-off is over: nobody reads the job's blocks any more."""
+        self._faults.hit("prefill.freed")
         job = self._offers.pop(transfer, None)
         if job is None:
             return
-        self._engine.kv.free(job.sequence)
+        self._give_blocks_back(job)
         if self._jobs.pop(job.key, None) is None:
             return  # it was ended before, and has been answered
         self._scheduler.remove(job)
@@ -125,14 +130,20 @@ class PrefillWorker:
         else:
             self._outbox.failed(job.key, TransferError(f"the hand-off ended: {outcome}"))
 
+    def pulled(self, transfer: TransferKey, at: float) -> None:
+        """What decode lent is here, since ``at`` on the monotonic clock."""
+        job = self._pulls.whole(transfer, at)
+        if job is not None:
+            self._announce_cached(job)
+
     def drain(self) -> None:
         """Admits nothing more."""
         self._draining = True
 
     @property
     def idle(self) -> bool:
-        """No job and no offer is left. Read by other threads: a hint, not a promise."""
-        return not self._jobs and not self._offers
+        """No job, no offer and no pull is left. Read by other threads: a hint, no promise."""
+        return not self._jobs and not self._offers and not self._pulls
 
     def fail_all(self, error: BatonError) -> None:
         """Answers every job with ``error``."""
@@ -145,9 +156,14 @@ class PrefillWorker:
         del self._jobs[job.key]
         self._scheduler.remove(job)
         if job.transfer in self._offers:
+            self._pulls.cancel(job)
             self._on_loop(self._sender.abort, job.transfer, error)
         else:
-            self._engine.kv.free(job.sequence)
+            self._give_blocks_back(job)
+
+    def _give_blocks_back(self, job: PrefillJob) -> None:
+        self._pulls.cancel(job)
+        self._engine.kv.free(job.sequence)
 
     def _on_loop(self, method: Callable[..., None], *args: object, **kwargs: object) -> None:
         self._inbox.call(partial(method, *args, **kwargs))
@@ -159,14 +175,19 @@ class PrefillWorker:
         self._expire(time.monotonic())
         chunks, grown = self._scheduler.schedule()
         for job in grown:
-            self._announce_cached(job)
+            if job.state is JobState.PULLING:
+                self._pulls.begin(job)
+            else:
+                self._announce_cached(job)
         if chunks:
             self._outbox.flush()  # what commands had to say does not wait for the step
             self._outbox.set_load(self._load())
             self._faults.hit("prefill.chunk")
             began = time.perf_counter()
             sampled = self._engine.step(chunks)
-            self._metrics.step_seconds.observe(time.perf_counter() - began)
+            took_s = time.perf_counter() - began
+            self._metrics.step_seconds.observe(took_s)
+            self._pulls.costs.computed(sum(chunk.num_tokens for chunk in chunks), took_s)
             self._metrics.steps.inc()
             self._num_steps += 1
             self._announce(chunks)
@@ -187,7 +208,8 @@ class PrefillWorker:
         """Announces what the prefix cache holds of a job, and need not be computed."""
         num_tokens = job.sequence.num_tokens
         num_cached = min(job.sequence.num_cached_tokens, num_tokens - 1)
-        job.use = InputUse(num_cached, num_tokens - num_cached)
+        num_pulled = min(job.num_pulled_tokens, num_tokens - 1 - num_cached)
+        job.use = InputUse(num_cached, num_tokens - num_cached - num_pulled, num_pulled)
         if job.sequence.num_shared_tokens > job.num_held_tokens:
             self._ready(job, job.sequence.num_shared_tokens)
 

@@ -92,6 +92,9 @@ class Attempt:
         self.error: BatonError | None = None
         self.blamed: set[bytes] = set()
         """Epochs of the workers that the next attempt should avoid."""
+        self.lost_unheard = False
+        """It ended with the loss of a worker that had not answered: one that may have been dead
+        before it was asked."""
         self.reserved_at: float | None = None
         """When decode said that it has room, by ``time.perf_counter``."""
         self._message = message
@@ -122,12 +125,7 @@ class Attempt:
     @property
     def waits_for_room(self) -> bool:
         """Decode has not said that it has room, so nobody computes anything yet."""
-        return self.waited_for_room and not self._ended
-
-    @property
-    def waited_for_room(self) -> bool:
-        """The same, also where the attempt has ended."""
-        return self.reserved_at is None and not self.has_tokens
+        return not self._ended and not self._has_answered(self._decode)
 
     @property
     def awaits_account(self) -> bool:
@@ -167,6 +165,11 @@ class Attempt:
         accounts = [side.account for side in self._sides() if side.account is not None]
         num_computed = max(account.num_computed_tokens for account in accounts)
         return max(0, len(self._message.prompt_token_ids) - num_computed)
+
+    def num_pulled_tokens(self) -> int:
+        """Input tokens that prefill fetched from decode, so far as its account has come."""
+        account = None if self._prefill is None else self._prefill.account
+        return 0 if account is None else account.num_received_tokens
 
     # ------------------------------------------------------ called by the sides
 
@@ -248,10 +251,22 @@ class Attempt:
     def _sides(self) -> list[_Side]:
         return [self._decode] if self._prefill is None else [self._decode, self._prefill]
 
+    def _has_answered(self, side: _Side) -> bool:
+        """Decode's answer is that it has room, prefill's a token."""
+        if side is not self._decode:
+            return side.end is not None
+        return self.reserved_at is not None or self.has_tokens
+
     def _finish(self, side: _Side, finish_reason: FinishReason) -> None:
         """A worker says that it has sent the choice's last token."""
         if side.end is None:
             self._fail(InternalError("a worker finished a choice without a token"))
+            return
+        if finish_reason == "length" and side.end < self._message.max_tokens:
+            of = f"of {self._message.max_tokens} tokens"
+            self._fail(
+                InternalError(f"a worker ended a choice for its length after {side.end} {of}")
+            )
             return
         self._end = (finish_reason, side.end)
         if side is self._prefill:
@@ -285,5 +300,7 @@ class Attempt:
             if not isinstance(error, DrainingError):
                 error = DrainingError(f"a worker is leaving: {error.message}")
         self.error = error
+        lost = side if isinstance(error, WorkerLostError) else None
+        self.lost_unheard = lost is not None and not self._has_answered(lost)
         self.blamed = {one.session.epoch for one in blamed}
         self._wake.set()

@@ -25,7 +25,6 @@ from baton.errors import (
     DrainingError,
     RoomElsewhereError,
     UnavailableError,
-    WorkerLostError,
 )
 from baton.records import Role
 from baton.telemetry import GatewayMetrics
@@ -76,6 +75,8 @@ class Serving:
     """How long a new choice waits for a decode worker when there is none."""
     wait_for_recovery_s: float
     """The same for a choice whose worker was lost: its replacement has to start."""
+    prefill_pulls: bool
+    """Prefill workers may fetch what decode workers hold."""
 
 
 class ChoiceRun:
@@ -228,6 +229,7 @@ class ChoiceRun:
     def _message(self, pairing: Pairing) -> pb.Open:
         choice, handoff = self._choice, None
         if pairing.prefill is not None:
+            pulls, lender = self._serving.prefill_pulls, pairing.decode.record.address
             handoff = pb.Handoff(
                 transfer_id=secrets.token_bytes(TRANSFER_ID_BYTES),
                 prefill_epoch=pairing.prefill.epoch,
@@ -235,6 +237,7 @@ class ChoiceRun:
                 prefill_worker_id=pairing.prefill.record.worker_id,
                 decode_worker_id=pairing.decode.record.worker_id,
                 prefill_transfer_address=pairing.prefill.record.address,
+                decode_transfer_address=lender if pulls else "",
             )
         return pb.Open(
             stream_id=next(self._serving.stream_ids),
@@ -329,6 +332,7 @@ class ChoiceRun:
         if attempt is None:
             return
         attempt.close()
+        self._timeline.pulled(attempt.num_pulled_tokens())
         self._tokens.forget_ahead()
         if self._num_cached_tokens is None and attempt.has_tokens:
             self._num_cached_tokens = attempt.num_cached_tokens()
@@ -348,8 +352,7 @@ class ChoiceRun:
         """Makes ready for another attempt. Raises ``error`` where there will be none."""
         refused, leaves = isinstance(error, REFUSALS), isinstance(error, DrainingError)
         too_small = isinstance(error, ContextLengthError) and self._another_holds(attempt)
-        unheard = attempt.waited_for_room and isinstance(error, WorkerLostError)
-        is_free = unheard and self._num_unheard < self._serving.max_attempts
+        is_free = attempt.lost_unheard and self._num_unheard < self._serving.max_attempts
         if not (refused or leaves or too_small or is_free):
             self._check_attempts_left(error)
         logger.info(

@@ -65,6 +65,7 @@ class Orchestrator:
             max_attempts=config.gateway.max_attempts,
             wait_for_worker_s=config.session.silence_s,
             wait_for_recovery_s=config.gateway.recovery_s,
+            prefill_pulls=config.routing.prefill_pulls,
         )
 
     async def generate(self, choice: ChoiceRequest) -> AsyncGenerator[ChoiceOutput, None]:

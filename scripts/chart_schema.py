@@ -29,9 +29,6 @@ SCHEMA = Path(__file__).resolve().parent.parent / "charts" / "baton" / "values.s
 _LEFT_TO_THE_TEMPLATES = ("model", "pools")
 """Refused under `config` in a sentence of their own, which a schema cannot say."""
 
-_SHOWN_THOUGH_REFUSED = {"KvTransferConfig": {"transport": ["nixl"]}}
-"""What the chart renders and today's Baton does not read: the notes after an install say so."""
-
 KUBERNETES = "1.37"
 """Whose types: what an older cluster does not know yet it says by itself."""
 
@@ -102,9 +99,6 @@ def definitions() -> Json:
     for key in _LEFT_TO_THE_TEMPLATES:
         root["properties"][key] = {}
     del sections["PoolConfig"]
-    for name, settings in _SHOWN_THOUGH_REFUSED.items():
-        for setting, values in settings.items():
-            sections[name]["properties"][setting]["enum"] += values
     found: Json = _bare({**sections, BatonConfig.__name__: root})
     return {name: found[name] for name in sorted(found)}
 

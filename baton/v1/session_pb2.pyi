@@ -297,6 +297,7 @@ class Handoff(google.protobuf.message.Message):
     PREFILL_WORKER_ID_FIELD_NUMBER: builtins.int
     DECODE_WORKER_ID_FIELD_NUMBER: builtins.int
     PREFILL_TRANSFER_ADDRESS_FIELD_NUMBER: builtins.int
+    DECODE_TRANSFER_ADDRESS_FIELD_NUMBER: builtins.int
     transfer_id: builtins.bytes
     """16 random bytes"""
     prefill_epoch: builtins.bytes
@@ -305,6 +306,8 @@ class Handoff(google.protobuf.message.Message):
     decode_worker_id: builtins.str
     prefill_transfer_address: builtins.str
     """where decode pulls from"""
+    decode_transfer_address: builtins.str
+    """Where prefill may pull from what decode holds of the input; empty: not at all."""
     def __init__(
         self,
         *,
@@ -314,8 +317,9 @@ class Handoff(google.protobuf.message.Message):
         prefill_worker_id: builtins.str = ...,
         decode_worker_id: builtins.str = ...,
         prefill_transfer_address: builtins.str = ...,
+        decode_transfer_address: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decode_epoch", b"decode_epoch", "decode_worker_id", b"decode_worker_id", "prefill_epoch", b"prefill_epoch", "prefill_transfer_address", b"prefill_transfer_address", "prefill_worker_id", b"prefill_worker_id", "transfer_id", b"transfer_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decode_epoch", b"decode_epoch", "decode_transfer_address", b"decode_transfer_address", "decode_worker_id", b"decode_worker_id", "prefill_epoch", b"prefill_epoch", "prefill_transfer_address", b"prefill_transfer_address", "prefill_worker_id", b"prefill_worker_id", "transfer_id", b"transfer_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Handoff: typing_extensions.TypeAlias = Handoff

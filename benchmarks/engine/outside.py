@@ -105,6 +105,7 @@ class _Worker:
                 watermark_blocks=max(1, plan.layout.num_blocks // 100),
             ),
             receiver=None,  # type: ignore[arg-type]  # nothing is handed over
+            lender=None,  # type: ignore[arg-type]
             inbox=inbox,
             outbox=outbox,
             metrics=metrics,

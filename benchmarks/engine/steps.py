@@ -64,6 +64,10 @@ class SteppedEngine:
 
     def decode_ms(self, rows: int, context: int, *, steps: int) -> float:
         """The median of so many decode steps of ``rows`` sequences."""
+        return statistics.median(self.decode_times_ms(rows, context, steps=steps))
+
+    def decode_times_ms(self, rows: int, context: int, *, steps: int) -> list[float]:
+        """Of so many decode steps of ``rows`` sequences."""
         sequences = [self._received(context) for _ in range(rows)]
         times: list[float] = []
         for number in range(_WARM_UP_STEPS + steps):
@@ -76,7 +80,7 @@ class SteppedEngine:
         for sequence in sequences:
             self._engine.kv.free(sequence)
         gc.collect()
-        return statistics.median(times)
+        return times
 
     def prompt_ms(self, num_tokens: int, *, repeats: int) -> float:
         times: list[float] = []

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import accumulate
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,14 +25,27 @@ _LEAST_TOLD = 0.8
 
 
 @dataclass(slots=True)
-class _Recorder(asyncio.Protocol):
+class Recorder(asyncio.Protocol):
+    """Sends ``request`` and keeps what comes, until the connection ends or ``close``."""
+
     request: bytes
     ended: asyncio.Future[None]
     began_at: float = 0.0
     reads: list[tuple[float, bytes]] = field(default_factory=list)
+    _transport: asyncio.Transport | None = None
+
+    async def wait_ended(self) -> None:
+        """Whoever gives up waiting gives up nothing else."""
+        await asyncio.shield(self.ended)
+
+    def close(self) -> None:
+        """Leaves, whatever is still to come."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
         self.began_at = time.perf_counter()
         transport.write(self.request)
 
@@ -66,11 +79,7 @@ class Streamed:
 
 async def stream_all(url: str, bodies: Sequence[Mapping[str, Any]]) -> list[Streamed]:
     """Asks ``url``'s chat API for all of ``bodies`` at once. Raises RequestFailed, OSError."""
-    loop = asyncio.get_running_loop()
-    host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
-    recorders = [_Recorder(_request(url, body), loop.create_future()) for body in bodies]
-    for recorder in recorders:
-        await loop.create_connection(partial(_itself, recorder), host, port)
+    recorders = [await record(url, body) for body in bodies]
     try:
         async with asyncio.timeout(_LONGEST_S):
             for recorder in recorders:
@@ -80,7 +89,12 @@ async def stream_all(url: str, bodies: Sequence[Mapping[str, Any]]) -> list[Stre
     return [_read(recorder) for recorder in recorders]
 
 
-def _itself(recorder: _Recorder) -> _Recorder:
+async def record(url: str, body: Mapping[str, Any]) -> Recorder:
+    """Asks, and returns once the request is sent: ``ended`` is for waiting. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    recorder = Recorder(_request(url, body), loop.create_future())
+    host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
+    await loop.create_connection(lambda: recorder, host, port)
     return recorder
 
 
@@ -109,9 +123,21 @@ def _request(url: str, body: Mapping[str, Any]) -> bytes:
     return "\r\n".join((*head, "", "")).encode() + data
 
 
-def _read(recorder: _Recorder) -> Streamed:
+def _read(recorder: Recorder) -> Streamed:
     """Raises RequestFailed for what is no whole answer."""
-    stream, times, data = ChatStream(recorder.began_at), [], b""
+    stream = ChatStream(recorder.began_at)
+    replay(recorder, stream)
+    assert stream.ttft_s is not None
+    first = recorder.began_at + stream.ttft_s
+    return _streamed(stream, list(accumulate(stream.gaps_s, initial=first)))
+
+
+def replay(recorder: Recorder, stream: ChatStream) -> None:
+    """Pushes what was recorded into ``stream``, each read at its moment.
+
+    Raises RequestFailed for what is no whole answer; the stream has what came of it.
+    """
+    data = b""
     connection = h11.Connection(h11.CLIENT)
     connection.send(h11.Request(method="POST", target="/", headers=[("Host", "a")]))
     connection.send(h11.EndOfMessage())
@@ -122,13 +148,9 @@ def _read(recorder: _Recorder) -> Streamed:
                 if isinstance(event, h11.Response) and event.status_code != 200:
                     raise RequestFailed("status", str(event.status_code))
                 if isinstance(event, h11.Data):
-                    before = len(stream.gaps_s) + (stream.ttft_s is not None)
                     stream.push(bytes(event.data), now)
-                    after = len(stream.gaps_s) + (stream.ttft_s is not None)
-                    times += [now] * (after - before)
                 if isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
-                    stream.end(now)
-                    return _streamed(stream, times)
+                    return stream.end(now)
     except h11.RemoteProtocolError as error:
         raise RequestFailed("malformed" if data else "cut", str(error)) from None
     raise RequestFailed("cut", "the connection ended within the answer")

@@ -21,6 +21,7 @@ from baton.worker.cache_feed import CacheFeed
 from decode_workers.scheduler import DecodeScheduler, DecodeStream, StreamState
 from engine.kv_cache.kv_cache import KvCache
 from engine.sequence import Scheduled
+from prefill_workers.pull_costs import MIN_BLOCKS
 from prefill_workers.scheduler import PrefillJob, PrefillScheduler
 from router.workers.given_work import GivenWork
 from router.workers.session import WorkerSession
@@ -135,7 +136,12 @@ class SimWorker:
         layout = KvLayout(num_blocks, 1, 1, block_size, 1, "float32")
         self.kv = KvCache(layout, memoryview(bytearray(layout.num_bytes)), domain)
         self.kv.pool.watch()
-        self.prefill = PrefillScheduler(self.kv, max_num_batched_tokens=512, max_num_seqs=64)
+        self.prefill = PrefillScheduler(
+            self.kv,
+            max_num_batched_tokens=512,
+            max_num_seqs=64,
+            moving_pays=lambda num_tokens: num_tokens >= MIN_BLOCKS * block_size,
+        )
         self.decode = DecodeScheduler(
             self.kv,
             max_num_batched_tokens=512,

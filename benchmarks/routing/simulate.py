@@ -83,16 +83,18 @@ def _plans(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         "decode_block_weight": given.decode_block_weight,
         "transfer_weight": given.transfer_weight,
     }
+    pulls = {"prefill_pulls": not given.no_pulls}
     weights = {name: value for name, value in weights.items() if value is not None}
     plans: list[tuple[str, dict[str, Any]]] = [
         (
             f"kv_aware, up to {most} locally",
-            {"policy": "kv_aware", "local_prefill_max_tokens": most, **weights},
+            {"policy": "kv_aware", "local_prefill_max_tokens": most, **weights, **pulls},
         )
         for most in given.local_prefill_max_tokens
     ]
     if not given.only_kv_aware:
-        plans += [(name, {"policy": name}) for name in ("round_robin", "least_loaded", "random")]
+        others = ("round_robin", "least_loaded", "random")
+        plans += [(name, {"policy": name, **pulls}) for name in others]
     return plans
 
 
@@ -114,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--transfer-weight", type=float)
     parser.add_argument("--balance", type=float, default=default.balance)
     parser.add_argument("--disturbance", type=float, default=default.disturbance)
+    parser.add_argument("--no-pulls", action="store_true", help="prefill fetches nothing")
     parser.add_argument("--only-kv-aware", action="store_true")
     return parser
 

@@ -25,7 +25,7 @@ from engine.sampling.params import SamplingParams
 from engine.sequence import Scheduled
 from engine.sequence import Sequence as EngineSequence
 from kv_transfer.keys import TransferKey
-from prefill_workers.scheduler import PrefillJob
+from prefill_workers.scheduler import JobState, Lender, PrefillJob
 from router.routing.input_hashes import BlockNames, InputHashes
 from router.routing.kv_aware import DEFAULT_WEIGHTS, KvAware, Weights
 from router.routing.kv_index import KvIndex
@@ -129,6 +129,7 @@ class Simulation:
             self._policy = KvAware(
                 config, self.index, rng, lambda: self.now, NoPeers(), weights=weights
             )
+        self._pulls = config.prefill_pulls
         self._names = _NAMES if config.policy == "kv_aware" else None
         self._running: dict[Hashable, _Running] = {}
         self._users: Sequence[Sequence[Turn]] = ()
@@ -221,6 +222,7 @@ class Simulation:
         if prefill is not None:
             transfer = TransferKey(b"", key.stream_id, prefill.session.epoch, decode.session.epoch)
             job = PrefillJob(key, "", _sequence(served, key), _STOP, transfer, 0.0)
+            job.lender = Lender(served.decode, "") if self._pulls else None
         stream = DecodeStream(
             key=key,
             request_id="",
@@ -243,11 +245,27 @@ class Simulation:
         prefill, job = run.prefill, run.job
         assert prefill is not None
         assert job is not None
+        job.num_held_tokens = stream.sequence.num_shared_tokens
         proceed = partial(prefill.post, partial(prefill.prefill.enqueue, job))
         self._after(2 * self._speeds.message_s, proceed)
 
     def _begun(self, job: PrefillJob) -> None:
-        self._running[job.key].served.num_cached = job.sequence.num_computed_tokens
+        """Or, from PULLING on, what decode lends is fetched first."""
+        run = self._running[job.key]
+        run.served.num_cached = job.sequence.num_computed_tokens
+        if job.state is not JobState.PULLING:
+            return
+        prefill, num_pulled = run.prefill, job.num_held_tokens - job.sequence.num_shared_tokens
+        assert prefill is not None
+        run.served.num_moved += num_pulled
+
+        def pulled() -> None:
+            prefill.kv.adopt_prefix(job.sequence, job.num_held_tokens)
+            prefill.prefill.pulled(job, num_pulled)
+            run.served.num_cached = job.sequence.num_computed_tokens
+
+        delay_s = num_pulled * self._speeds.transfer_token_s + 2 * self._speeds.message_s
+        self._after(delay_s, partial(prefill.post, pulled))
 
     def _prefilled(self, chunk: Scheduled) -> None:
         """A chunk on a prefill worker; the last one draws the first token."""
@@ -261,7 +279,7 @@ class Simulation:
         num_moved = len(run.served.turn.prompt) - run.stream.sequence.num_shared_tokens
         if len(run.served.turn.answer) == 1:
             num_moved = 0
-        run.served.num_moved = num_moved
+        run.served.num_moved += num_moved
         self._tell(run.prefill.session.computed, chunk.seq.key)
         delay_s = num_moved * self._speeds.transfer_token_s + self._speeds.message_s
         self._after(delay_s, lambda: self._handed_over(run))

@@ -91,7 +91,7 @@ class KvCache:
         return self._block_hash(seq, index) if is_full and not is_shared else None
 
     def ensure_blocks(self, seq: Sequence, num_tokens: int) -> bool:
-        """Gives the sequence room for its first ``num_tokens`` tokens, in zeroed blocks.
+        """Gives the sequence room for its first ``num_tokens`` tokens, on a CPU in zeroed blocks.
 
         Returns False, and changes nothing, if the pool cannot.
         """
@@ -102,9 +102,11 @@ class KvCache:
         if block_ids is None:
             return False
         # Attention reads a last block whole, with weight 0 behind its last token: what an
-        # earlier holder left there must be finite, since 0 × NaN is NaN.
-        for block_id in block_ids:
-            self.tensor[block_id].zero_()
+        # earlier holder left there must be finite, since 0 × NaN is NaN. A GPU's kernels do not
+        # read behind it.
+        if self.tensor.device.type == "cpu":
+            for block_id in block_ids:
+                self.tensor[block_id].zero_()
         seq.block_table += block_ids
         return True
 
@@ -123,21 +125,33 @@ class KvCache:
         seq.num_computed_tokens = num_tokens
         self.publish(seq)
 
+    def adopt_prefix(self, seq: Sequence, num_tokens: int) -> None:
+        """The same for whole blocks of an input that is computed on from there. They are
+        shared from now on, so of an input that ends with them the last token is left to
+        compute, into the scratch block."""
+        assert num_tokens % self.layout.block_size == 0
+        self.adopt(seq, num_tokens)
+        seq.num_shared_tokens = num_tokens
+        seq.num_computed_tokens = min(num_tokens, seq.num_tokens - 1)
+
     def free(self, seq: Sequence) -> None:
         """Returns every block; the sequence can be computed again from its tokens."""
         self.pool.release(reversed(seq.block_table))
         self._forget_blocks(seq)
 
-    def quarantine(self, seq: Sequence) -> list[int]:
-        """Like ``free``, for a sequence whose own blocks somebody may still write.
+    def quarantine(self, seq: Sequence, num_tokens: int | None = None) -> list[int]:
+        """Like ``free``, for a sequence whose own blocks somebody may still write: all of
+        them, or those of its first ``num_tokens`` tokens, which end a block.
 
         Returns those blocks, which only ``pool.end_quarantine`` frees. Blocks shared
         with the prefix cache are never written, so they are just released.
         """
-        num_shared = seq.num_shared_tokens // self.layout.block_size
-        shared, own = seq.block_table[:num_shared], seq.block_table[num_shared:]
+        size, table = self.layout.block_size, seq.block_table
+        num_shared = seq.num_shared_tokens // size
+        end = len(table) if num_tokens is None else num_tokens // size
+        own = table[num_shared:end]
         self.pool.quarantine(own)
-        self.pool.release(reversed(shared))
+        self.pool.release(reversed([*table[:num_shared], *table[end:]]))
         self._forget_blocks(seq)
         return own
 

@@ -92,7 +92,7 @@ class Decoder:
         self._norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
         self._logits = head_of(embedding if tied else weights["lm_head.weight"], groups)
         frequencies, scale = rope_frequencies(config.rope, config.rotary_dim)
-        self._rotary = Rotary(frequencies, embedding.dtype, scale)
+        self._rotary = Rotary(frequencies.to(embedding.device), embedding.dtype, scale)
 
     def forward(
         self,

@@ -66,6 +66,8 @@ class _Head:
         self._logits = torch.empty(0, len(weight))
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return self._linear.in_float32(x)
         if len(self._logits) < len(x):
             self._logits = torch.empty(len(x), self._logits.shape[1])
         return self._linear.in_float32(x, self._logits[: len(x)])

@@ -21,10 +21,10 @@ from engine.native.kernels import kernels
 from engine.sampling.params import SamplingParams
 
 _MASK_64 = (1 << 64) - 1
-_LEAST_TEMPERATURE = 1e-30
+LEAST_TEMPERATURE = 1e-30
 """Above float32's subnormal numbers; any one this low leaves the maximum alone."""
 
-_NUM_CANDIDATES = 256
+NUM_CANDIDATES = 256
 """Tokens sorted at first; of rows whose support may reach further ``_MORE`` times as many
 are, and then all. Sorting 49,152 tokens takes about 20 times as long as selecting 256."""
 _MORE = 16
@@ -82,7 +82,7 @@ def uniform(params: SamplingParams, position: int) -> float:
 
 
 def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
-    temperature = torch.tensor([[max(p.temperature, _LEAST_TEMPERATURE)] for p in params])
+    temperature = torch.tensor([[max(p.temperature, LEAST_TEMPERATURE)] for p in params])
     # Subtracting the maximum first keeps a tiny temperature from overflowing.
     highest = logits.amax(dim=-1, keepdim=True)
     if not bool(highest.isfinite().all()):
@@ -90,8 +90,8 @@ def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -
     weights = (logits - highest).div_(temperature).exp_()
     _drop_unlikely(weights, params)
     target = torch.tensor(uniforms, dtype=torch.float64)
-    chosen = _invert(weights, target)
-    limit = _Limit.of(params, logits.shape[1])
+    chosen = invert(weights, target)
+    limit = Limit.of(params, logits.shape[1])
     cut = limit.rows_in_force(logits.shape[1])
     if len(cut):
         chosen[cut] = _draw_likeliest(logits[cut], weights[cut], limit.of_rows(cut), target[cut])
@@ -108,7 +108,7 @@ def _drop_unlikely(weights: Tensor, params: list[SamplingParams]) -> None:
         weights[rows] = kept.masked_fill_(kept < least, 0.0)
 
 
-def _invert(weights: Tensor, target: Tensor) -> Tensor:
+def invert(weights: Tensor, target: Tensor) -> Tensor:
     """The first column at which each row's cumulative share exceeds ``target``, [rows]."""
     missing = -weights.shape[1] % _BLOCK
     padded = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
@@ -127,42 +127,42 @@ def _invert(weights: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Limit:
+class Limit:
     """top_k (int64, the vocabulary's size where off) and top_p (float64) of each row."""
 
     top_k: Tensor
     top_p: Tensor
 
     @classmethod
-    def of(cls, params: list[SamplingParams], vocab_size: int) -> _Limit:
+    def of(cls, params: list[SamplingParams], vocab_size: int) -> Limit:
         top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
         top_p = [p.top_p for p in params]
         return cls(torch.tensor(top_k), torch.tensor(top_p, dtype=torch.float64))
 
-    def of_rows(self, rows: Tensor) -> _Limit:
-        return _Limit(self.top_k[rows], self.top_p[rows])
+    def of_rows(self, rows: Tensor) -> Limit:
+        return Limit(self.top_k[rows], self.top_p[rows])
 
     def rows_in_force(self, vocab_size: int) -> Tensor:
         return ((self.top_k < vocab_size) | (self.top_p < 1.0)).nonzero()[:, 0]
 
 
-def _draw_likeliest(logits: Tensor, weights: Tensor, limit: _Limit, target: Tensor) -> Tensor:
+def _draw_likeliest(logits: Tensor, weights: Tensor, limit: Limit, target: Tensor) -> Tensor:
     """Token ids drawn within ``limit``, [rows]; all else is [rows] or [rows, vocabulary]."""
     vocab_size = logits.shape[1]
     largest = max((k for k in limit.top_k.tolist() if k < vocab_size), default=0)
-    num_candidates = max(_NUM_CANDIDATES, largest + 1)
+    num_candidates = max(NUM_CANDIDATES, largest + 1)
     chosen = torch.empty(len(logits), dtype=torch.int64)
     unsure = torch.arange(len(logits))
     while len(unsure):
-        token_ids, num_certain = _candidates(logits[unsure], num_candidates)
-        inside = _inside(weights[unsure], token_ids, limit.of_rows(unsure))
-        chosen[unsure] = _invert_in_id_order(weights[unsure], token_ids, inside, target[unsure])
+        token_ids, num_certain = candidates(logits[unsure], num_candidates)
+        inside = supported(weights[unsure], token_ids, limit.of_rows(unsure))
+        chosen[unsure] = invert_in_id_order(weights[unsure], token_ids, inside, target[unsure])
         unsure = unsure[inside.sum(dim=-1) > num_certain]
         num_candidates *= _MORE
     return chosen
 
 
-def _candidates(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+def candidates(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
     """The highest logits of each row in falling order, lower ids first among equals.
 
     Returns their token ids, [rows, num_candidates], and how many of them, [rows],
@@ -171,16 +171,16 @@ def _candidates(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
     num_rows, vocab_size = logits.shape
     if num_candidates >= vocab_size:
         order = logits.sort(dim=-1, descending=True, stable=True).indices
-        return order, torch.full((num_rows,), vocab_size)
+        return order, torch.full((num_rows,), vocab_size, device=logits.device)
     token_ids = logits.topk(num_candidates, dim=-1, sorted=False).indices.sort(dim=-1).values
     values, order = logits.gather(1, token_ids).sort(dim=-1, descending=True, stable=True)
     num_certain = (values > values[:, -1:]).sum(dim=-1)
     return token_ids.gather(1, order), num_certain
 
 
-def _inside(weights: Tensor, token_ids: Tensor, limit: _Limit) -> Tensor:
+def supported(weights: Tensor, token_ids: Tensor, limit: Limit) -> Tensor:
     """Which of ``token_ids`` (likeliest first) belong to the support, bool of its shape."""
-    inside = torch.arange(token_ids.shape[1]) < limit.top_k[:, None]
+    inside = torch.arange(token_ids.shape[1], device=weights.device) < limit.top_k[:, None]
     reached = (weights.gather(1, token_ids) * inside).cumsum(dim=-1, dtype=torch.float64)
     # Where top_k is off, the share is one of the whole vocabulary.
     is_off = limit.top_k == weights.shape[1]
@@ -192,10 +192,10 @@ def _inside(weights: Tensor, token_ids: Tensor, limit: _Limit) -> Tensor:
     return inside
 
 
-def _invert_in_id_order(
+def invert_in_id_order(
     weights: Tensor, token_ids: Tensor, inside: Tensor, target: Tensor
 ) -> Tensor:
-    """Like ``_invert``, over the tokens ``inside`` alone, in order of their ids."""
+    """Like ``invert``, over the tokens ``inside`` alone, in order of their ids."""
     in_order, order = token_ids.sort(dim=-1)
     kept = (weights.gather(1, token_ids) * inside).gather(1, order)
-    return in_order.gather(1, _invert(kept, target)[:, None])[:, 0]
+    return in_order.gather(1, invert(kept, target)[:, None])[:, 0]

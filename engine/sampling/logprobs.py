@@ -38,7 +38,7 @@ class RawLogprobs:
 
     def of_tokens(self, token_ids: Sequence[int]) -> dict[int, TokenLogprobs]:
         """By row; ``token_ids`` are the tokens drawn of all rows."""
-        drawn = torch.tensor([token_ids[row] for row in self._rows])
+        drawn = torch.tensor([token_ids[row] for row in self._rows], device=self._values.device)
         own = self._values.gather(1, drawn[:, None])[:, 0].tolist()
         top_ids, top_values = self._top()
         return {

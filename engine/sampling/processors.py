@@ -92,8 +92,9 @@ class MinTokens(LogitsProcessor):
 
     @staticmethod
     def apply(logits: Tensor, rows: Sequence[int], processors: Sequence[MinTokens]) -> None:
-        row_of = _repeat(rows, [len(each.token_ids) for each in processors])
-        logits[row_of, torch.cat([each.token_ids for each in processors])] = -torch.inf
+        row_of = _repeat(rows, [len(each.token_ids) for each in processors]).to(logits.device)
+        token_ids = torch.cat([each.token_ids for each in processors]).to(logits.device)
+        logits[row_of, token_ids] = -torch.inf
 
 
 class LogitBias(LogitsProcessor):
@@ -112,9 +113,10 @@ class LogitBias(LogitsProcessor):
 
     @staticmethod
     def apply(logits: Tensor, rows: Sequence[int], processors: Sequence[LogitBias]) -> None:
-        row_of = _repeat(rows, [len(each.token_ids) for each in processors])
-        token_ids = torch.cat([each.token_ids for each in processors])
-        logits[row_of, token_ids] += torch.cat([each.values for each in processors])
+        row_of = _repeat(rows, [len(each.token_ids) for each in processors]).to(logits.device)
+        token_ids = torch.cat([each.token_ids for each in processors]).to(logits.device)
+        values = torch.cat([each.values for each in processors]).to(logits.device)
+        logits[row_of, token_ids] += values
 
 
 class Penalties(LogitsProcessor):
@@ -169,12 +171,14 @@ class Penalties(LogitsProcessor):
     @staticmethod
     def apply(logits: Tensor, rows: Sequence[int], processors: Sequence[Penalties]) -> None:
         lengths = [len(each.token_ids) for each in processors]
-        row_of = _repeat(rows, lengths)
-        token_ids = torch.from_numpy(np.concatenate([each.token_ids for each in processors]))
-        counts = torch.from_numpy(np.concatenate([each.counts for each in processors]))
-        repetition = _repeat([each.repetition for each in processors], lengths)
-        frequency = _repeat([each.frequency for each in processors], lengths)
-        presence = _repeat([each.presence for each in processors], lengths)
+        device = logits.device
+        row_of = _repeat(rows, lengths).to(device)
+        ids = np.concatenate([each.token_ids for each in processors])
+        token_ids = torch.from_numpy(ids).to(device)
+        counts = torch.from_numpy(np.concatenate([each.counts for each in processors])).to(device)
+        repetition = _repeat([each.repetition for each in processors], lengths).to(device)
+        frequency = _repeat([each.frequency for each in processors], lengths).to(device)
+        presence = _repeat([each.presence for each in processors], lengths).to(device)
         values = logits[row_of, token_ids]
         values = torch.where(values > 0, values / repetition, values * repetition)
         values -= frequency * counts

@@ -26,7 +26,7 @@ def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[Sampled]:
     """
     params = [seq.sampling for seq in seqs]
     raw = RawLogprobs.of(logits, params)
-    edits = [(row, _processors(seq).at(seq.token_ids)) for row, seq in enumerate(seqs)]
+    edits = [(row, processors_of(seq).at(seq.token_ids)) for row, seq in enumerate(seqs)]
     apply_all(logits, edits)
     token_ids = draw(logits, params, [seq.num_emitted_tokens for seq in seqs])
     told = raw.of_tokens(token_ids) if raw is not None else {}
@@ -36,7 +36,8 @@ def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[Sampled]:
     ]
 
 
-def _processors(seq: Sequence) -> Processors:
+def processors_of(seq: Sequence) -> Processors:
+    """Those of its sampling, made with the first token that is sampled here."""
     if seq.processors is None:
         seq.processors = Processors(seq.sampling, seq.token_ids[: seq.num_prompt_tokens])
     return seq.processors

@@ -27,9 +27,11 @@ from engine.weights.tensor_shapes import expected_shapes
 _COPIED_FILES = ("config.json", *TEXT_FILES)
 
 
-def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
+def load_weights(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | None = None
+) -> Mapping[str, torch.Tensor]:
     """All tensors of the model by their Hugging Face names, in ``dtype`` (a few always in
-    float32: ``dtype_of``), on the CPU.
+    float32: ``dtype_of``), on the CPU; dummy ones are drawn on ``device``, if that is given.
 
     Where ``tie_word_embeddings`` is set there is no ``lm_head.weight``. Tensors stored
     in ``dtype`` are views of the mapped files: reading them shares their pages with
@@ -41,7 +43,7 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Mapping[str, tor
             truncated, damaged or not supported.
     """
     if checkpoint.load_format == "dummy":
-        return dummy_tensors(checkpoint.config, dtype)
+        return dummy_tensors(checkpoint.config, dtype, device=device)
     folder = hf_folder(checkpoint, dtype)
     return read_tensors(weight_files(folder), checkpoint.config, dtype)
 

@@ -75,6 +75,10 @@ class PullTransport(ABC):
 
     name: ClassVar[str]
 
+    async def start(self) -> None:
+        """Makes it ready now, not at the first peer. Raises LinkError where it cannot work here."""
+        return
+
     @abstractmethod
     async def connect(
         self,

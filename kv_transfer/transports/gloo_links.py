@@ -240,11 +240,17 @@ class GlooServeLink(ServeLink):
     name: ClassVar[str] = NAME
 
     def __init__(
-        self, *, pairs: _Pairs, make: Callable[[], gloo.GlooPair], endpoint: gloo.Endpoint
+        self,
+        *,
+        pairs: _Pairs,
+        make: Callable[[], gloo.GlooPair],
+        endpoint: gloo.Endpoint,
+        faults: Faults,
     ) -> None:
         self._pairs = pairs
         self._make = make
         self._pool = endpoint.pool
+        self._faults = faults
 
     async def connect(self) -> None:
         await self._pairs.build(self._make)
@@ -263,7 +269,11 @@ class GlooServeLink(ServeLink):
         return valid_tokens(start_token, end_token, self._pool.layout.block_size)
 
     def _send(self, pieces: list[torch.Tensor], ended: Ended) -> None:
-        self._pairs.run(lambda pair: pair.send(pieces, self._pairs.next_tag()), ended)
+        def in_thread(pair: gloo.GlooPair) -> None:
+            self._faults.hit("prefill.send")
+            pair.send(pieces, self._pairs.next_tag())
+
+        self._pairs.run(in_thread, ended)
 
 
 class GlooServe(ServeTransport):
@@ -271,8 +281,11 @@ class GlooServe(ServeTransport):
 
     name: ClassVar[str] = NAME
 
-    def __init__(self, *, memory: KvMemory, layout: KvLayout, host: str, timeout_s: float) -> None:
+    def __init__(
+        self, *, memory: KvMemory, layout: KvLayout, host: str, timeout_s: float, faults: Faults
+    ) -> None:
         self._timeout_s = timeout_s
+        self._faults = faults
         self._endpoint = _Endpoint(memory=memory, layout=layout, host=host)
 
     async def start(self) -> None:
@@ -284,7 +297,7 @@ class GlooServe(ServeTransport):
         endpoint = await self._endpoint.get()
         welcome.gloo.timeout_ms = max(1, int(self._timeout_s * 1000))
         make = partial(endpoint.pair, rendezvous, rank=PREFILL_RANK, timeout_s=self._timeout_s)
-        return GlooServeLink(pairs=_Pairs(lost), make=make, endpoint=endpoint)
+        return GlooServeLink(pairs=_Pairs(lost), make=make, endpoint=endpoint, faults=self._faults)
 
     async def close(self) -> None:
         return

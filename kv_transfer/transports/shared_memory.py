@@ -8,7 +8,6 @@ run in one thread, in the order in which they were posted, with the GIL released
 from __future__ import annotations
 
 import asyncio
-import logging
 import mmap
 import os
 import socket
@@ -33,10 +32,9 @@ from kv_transfer.transports.base import (
     ServeTransport,
 )
 from kv_transfer.transports.memory_socket import MemorySocket, fetch_memory, wait_readable
+from kv_transfer.transports.one_sided import OneSidedServeLink
 from kv_transfer.transports.rendezvous import Rendezvous
 from kv_transfer.v1 import transfer_pb2 as pb
-
-logger = logging.getLogger(__name__)
 
 NAME = "shared_memory"
 
@@ -57,7 +55,7 @@ class SharedMemoryPullLink(PullLink):
         lost: Callable[[str], None],
     ) -> None:
         self._pool = pool
-        self._source = source
+        self._source: PoolView | None = source
         self._connection = connection
         self._executor = executor
         self._faults = faults
@@ -81,6 +79,8 @@ class SharedMemoryPullLink(PullLink):
     async def close(self) -> None:
         self._watch.cancel()
         await asyncio.gather(self._watch, *self._copies, return_exceptions=True)
+        # The peer's memory goes now, though errors and their frames may name this link for long.
+        self._source = None
         self._connection.close()
 
     def _end(self, operation: Operation, copy: asyncio.Future[None]) -> None:
@@ -92,8 +92,11 @@ class SharedMemoryPullLink(PullLink):
         operation.ended(error)
 
     def _copy(self, operation: Operation) -> None:
-        """In the copying thread."""
+        """In the copying thread. No frame but this link may name the source: one that an error
+        keeps would keep the peer's memory."""
         self._faults.hit("decode.copy")
+        if self._source is None:
+            raise TransferError("the link is closed")
         blocks = operation.blocks
         size = self._pool.layout.block_size
         for at, num_tokens in enumerate(valid_tokens(blocks.start_token, blocks.end_token, size)):
@@ -165,25 +168,6 @@ def _map_and_close(descriptor: int, num_bytes: int) -> mmap.mmap:
         os.close(descriptor)
 
 
-class _SharedMemoryServeLink(ServeLink):
-    """Decode does everything; there is nothing to do here, and nothing to wait for."""
-
-    name: ClassVar[str] = NAME
-
-    async def connect(self) -> None:
-        return
-
-    def send(self, blocks: BlockRange, ended: Ended) -> None:
-        error = TransferError("nothing is sent over shared memory: the peer copies by itself")
-        asyncio.get_running_loop().call_soon(ended, error)
-
-    def send_filler(self, start_token: int, end_token: int) -> None:
-        logger.warning("a peer on shared memory asked for bytes to be sent")
-
-    async def close(self) -> None:
-        return
-
-
 class SharedMemoryServe(ServeTransport):
     name: ClassVar[str] = NAME
 
@@ -203,7 +187,7 @@ class SharedMemoryServe(ServeTransport):
     ) -> ServeLink:
         welcome.shared_memory.socket_path = self._socket.path
         welcome.shared_memory.num_bytes = self._num_bytes
-        return _SharedMemoryServeLink()
+        return OneSidedServeLink(NAME)
 
     async def close(self) -> None:
         await self._socket.close()

@@ -3,6 +3,8 @@
 isort:skip_file
 The hand-off's control channel: one stream per (decode, prefill) pair of
 workers. The decode side is the client; bytes travel over a transport.
+A prefill worker that pulls what a decode worker lends it has a stream of its
+own to that one, on which the two have exchanged their parts.
 """
 
 import baton.v1.session_pb2
@@ -27,21 +29,21 @@ class TransferKey(google.protobuf.message.Message):
 
     TRANSFER_ID_FIELD_NUMBER: builtins.int
     ATTEMPT_FIELD_NUMBER: builtins.int
-    PREFILL_EPOCH_FIELD_NUMBER: builtins.int
-    DECODE_EPOCH_FIELD_NUMBER: builtins.int
+    SOURCE_EPOCH_FIELD_NUMBER: builtins.int
+    DESTINATION_EPOCH_FIELD_NUMBER: builtins.int
     transfer_id: builtins.bytes
     attempt: builtins.int
-    prefill_epoch: builtins.bytes
-    decode_epoch: builtins.bytes
+    source_epoch: builtins.bytes
+    destination_epoch: builtins.bytes
     def __init__(
         self,
         *,
         transfer_id: builtins.bytes = ...,
         attempt: builtins.int = ...,
-        prefill_epoch: builtins.bytes = ...,
-        decode_epoch: builtins.bytes = ...,
+        source_epoch: builtins.bytes = ...,
+        destination_epoch: builtins.bytes = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["attempt", b"attempt", "decode_epoch", b"decode_epoch", "prefill_epoch", b"prefill_epoch", "transfer_id", b"transfer_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["attempt", b"attempt", "destination_epoch", b"destination_epoch", "source_epoch", b"source_epoch", "transfer_id", b"transfer_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___TransferKey: typing_extensions.TypeAlias = TransferKey
@@ -373,6 +375,7 @@ class PeerWelcome(google.protobuf.message.Message):
     LAYOUT_FIELD_NUMBER: builtins.int
     SHARED_MEMORY_FIELD_NUMBER: builtins.int
     GLOO_FIELD_NUMBER: builtins.int
+    NIXL_FIELD_NUMBER: builtins.int
     VERIFY_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     worker_id: builtins.str
@@ -385,6 +388,8 @@ class PeerWelcome(google.protobuf.message.Message):
     def shared_memory(self) -> Global___SharedMemory: ...
     @property
     def gloo(self) -> Global___Gloo: ...
+    @property
+    def nixl(self) -> Global___Nixl: ...
     def __init__(
         self,
         *,
@@ -394,13 +399,14 @@ class PeerWelcome(google.protobuf.message.Message):
         layout: Global___Layout | None = ...,
         shared_memory: Global___SharedMemory | None = ...,
         gloo: Global___Gloo | None = ...,
+        nixl: Global___Nixl | None = ...,
         verify: builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["gloo", b"gloo", "layout", b"layout", "shared_memory", b"shared_memory", "transport", b"transport"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["gloo", b"gloo", "layout", b"layout", "nixl", b"nixl", "shared_memory", b"shared_memory", "transport", b"transport"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["epoch", b"epoch", "gloo", b"gloo", "layout", b"layout", "protocol_version", b"protocol_version", "shared_memory", b"shared_memory", "transport", b"transport", "verify", b"verify", "worker_id", b"worker_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["epoch", b"epoch", "gloo", b"gloo", "layout", b"layout", "nixl", b"nixl", "protocol_version", b"protocol_version", "shared_memory", b"shared_memory", "transport", b"transport", "verify", b"verify", "worker_id", b"worker_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_transport: typing_extensions.TypeAlias = typing.Literal["shared_memory", "gloo"]
+    _WhichOneofReturnType_transport: typing_extensions.TypeAlias = typing.Literal["shared_memory", "gloo", "nixl"]
     _WhichOneofArgType_transport: typing_extensions.TypeAlias = typing.Literal["transport", b"transport"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_transport) -> _WhichOneofReturnType_transport | None: ...
 
@@ -446,6 +452,34 @@ class Gloo(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Gloo: typing_extensions.TypeAlias = Gloo
+
+@typing.final
+class Nixl(google.protobuf.message.Message):
+    """Decode reads out of the pool that this agent of NIXL has registered."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AGENT_NAME_FIELD_NUMBER: builtins.int
+    AGENT_METADATA_FIELD_NUMBER: builtins.int
+    POOL_ADDRESS_FIELD_NUMBER: builtins.int
+    NUM_BYTES_FIELD_NUMBER: builtins.int
+    agent_name: builtins.str
+    """of this very process"""
+    agent_metadata: builtins.bytes
+    pool_address: builtins.int
+    num_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        agent_name: builtins.str = ...,
+        agent_metadata: builtins.bytes = ...,
+        pool_address: builtins.int = ...,
+        num_bytes: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_metadata", b"agent_metadata", "agent_name", b"agent_name", "num_bytes", b"num_bytes", "pool_address", b"pool_address"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Nixl: typing_extensions.TypeAlias = Nixl
 
 @typing.final
 class Ready(google.protobuf.message.Message):

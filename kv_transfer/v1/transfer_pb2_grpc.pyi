@@ -3,6 +3,8 @@
 isort:skip_file
 The hand-off's control channel: one stream per (decode, prefill) pair of
 workers. The decode side is the client; bytes travel over a transport.
+A prefill worker that pulls what a decode worker lends it has a stream of its
+own to that one, on which the two have exchanged their parts.
 """
 
 import abc

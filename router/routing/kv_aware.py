@@ -86,7 +86,8 @@ class KvAware:
     def cost(self, prefill: Standing | None, decode: Standing) -> float:
         """What the choice costs on a pair, in tokens of prefill::
 
-              missing on prefill + waiting there                   computed before its first token
+              missing on prefill − pulled + waiting there          computed before its first token
+            + transfer_weight × pulled                             held by decode, which lends it
             + decode_block_weight × tokens in use on decode        its batch, and the room it has
             + transfer_weight × missing on decode                  moved by the hand-off
             + balance × (recent on prefill + transfer_weight × recent on decode)
@@ -104,9 +105,16 @@ class KvAware:
             recent = self._weights.balance * decode.recent
             return decode.num_missing + decode.num_waiting + in_use + disturbance + recent
         weight = self._config.transfer_weight
-        moved = weight * decode.num_missing
+        num_pulled = self._num_pulled(prefill, decode)
+        moved = weight * (decode.num_missing + num_pulled)
         recent = self._weights.balance * (prefill.recent + weight * decode.recent)
-        return prefill.num_missing + prefill.num_waiting + in_use + moved + recent
+        num_computed = prefill.num_missing - num_pulled
+        return num_computed + prefill.num_waiting + in_use + moved + recent
+
+    def _num_pulled(self, prefill: Standing, decode: Standing) -> int:
+        """Tokens that the prefill worker lacks and is to fetch from the decode worker."""
+        lent = max(0, prefill.num_missing - decode.num_missing)
+        return lent if self._config.prefill_pulls else 0
 
     def pick(
         self,
@@ -131,9 +139,12 @@ class KvAware:
         )
         if chosen.prefill is None:
             standings |= alone
+        num_computed = standings[chosen.computing].num_missing
+        if chosen.prefill is not None:
+            num_computed -= self._num_pulled(standings[chosen.prefill], standings[chosen.decode])
         for session in chosen.sessions:
-            computes = session is chosen.computing
-            self._count(input_, session, standings[session], computes=computes)
+            computed = num_computed if session is chosen.computing else 0
+            self._count(input_, session, standings[session], computed)
         return Pairing(chosen.prefill, chosen.decode, _cheapest(pairs, costs))
 
     def _alone(
@@ -195,9 +206,9 @@ class KvAware:
         return recent
 
     def _count(
-        self, input_: InputHashes, session: WorkerSession, standing: Standing, *, computes: bool
+        self, input_: InputHashes, session: WorkerSession, standing: Standing, num_tokens: int
     ) -> None:
-        num_tokens = standing.num_missing if computes else 0
+        """``num_tokens``: that it is to compute."""
         num_blocks = -(-input_.num_tokens // session.record.block_size)
         session.given.decided(num_tokens)
         self._recent_of(session).num_tokens += standing.num_missing

@@ -12,8 +12,7 @@ import yaml
 from support.chart import COMPLETE, GIVEN, Rendered, refusal, render
 
 from baton.checkpoint.checkpoint import open_checkpoint
-from baton.config import DEFAULT_MODEL, BatonConfig, load_config, parse_config
-from baton.errors import ConfigurationError
+from baton.config import DEFAULT_MODEL, BatonConfig, load_config
 from baton.parallelism import Parallelism, valid_num_ranks
 from cluster.ray_backend import bundle_of
 
@@ -45,16 +44,10 @@ def test_baton_reads_the_configuration(name: str, tmp_path: Path) -> None:
     assert generation["baton.dev/generation"] == config.generation
 
 
-def test_the_known_refusals_alone_keep_the_h100_values_from_serving(tmp_path: Path) -> None:
-    """What values-h100-rdma.yaml says of itself: NIXL is not built yet."""
-    rendered = render(COMPLETE["values-h100-rdma.yaml"])
-    with pytest.raises(ConfigurationError) as refused:
-        _load(rendered, tmp_path)
-    (said,) = refused.value.message.splitlines()
-    assert said.startswith("kv_transfer.transport: Input should be 'auto', 'shared_memory'")
-    without = yaml.safe_load(rendered.baton_yaml)
-    del without["kv_transfer"]["transport"]
-    assert parse_config(without).pools["decode"].parallelism == Parallelism(4)
+def test_the_h100_values_require_rdma(tmp_path: Path) -> None:
+    config = _load(render(COMPLETE["values-h100-rdma.yaml"]), tmp_path)
+    assert (config.kv_transfer.transport, config.kv_transfer.network) == ("nixl", "rdma")
+    assert config.pools["decode"].parallelism == Parallelism(4)
 
 
 def test_pools_become_pools(tmp_path: Path) -> None:

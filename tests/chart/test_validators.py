@@ -37,6 +37,13 @@ MISFITS: dict[str, list[tuple[Json, Json, str]]] = {
             "raise the maximum",
         )
     ],
+    "KvTransferConfig._network_is_kept": [
+        (
+            {"kv_transfer": {"network": "rdma", "transport": "gloo"}},
+            {"config": {"kv_transfer": {"network": "rdma", "transport": "gloo"}}},
+            "network is rdma, and transport gloo is TCP; set transport to nixl",
+        )
+    ],
     "SessionConfig._reports_in_time": [
         (
             {"session": {"report_s": 3}},

@@ -10,6 +10,9 @@ from support.prompts import long_text
 from support.server import BatonServer
 
 BLOCK_SIZE = 16
+MOST_TRIES = 5
+OUTCOMES = ("ready", "connecting", "late")
+"""Of pulls that did not fail."""
 Counts = dict[str, dict[str, float]]
 
 
@@ -64,8 +67,39 @@ def test_second_turn_reuses_the_first_on_both_sides(serving: Serving) -> None:
     assert decode["received"] == num_prompt - decode["cached"]
     assert decode["cached"] >= num_first
     assert decode["cached"] % BLOCK_SIZE == 0
-    assert prefill["cached"] == cached
+    assert prefill["cached"] + prefill["received"] == cached
     assert prefill["computed"] == num_prompt - cached
+    for question in range(MOST_TRIES):
+        if long_answer_is_pulled(server, question):
+            break
+    else:
+        pytest.fail("no prefill worker has pulled an answer")
+    pulls = {how: server.metric("baton_kv_pulls_total", outcome=how) for how in OUTCOMES}
+    assert server.metric("baton_kv_pulls_total") == sum(pulls.values()), pulls
+
+
+def long_answer_is_pulled(server: BatonServer, question: int) -> bool:
+    """Whether the prefill of a second turn, after an answer of ten blocks, pulled that answer: the
+    first time the workers connect, and where that or a copy takes long it is computed."""
+    prompt = [1000 + 37 * question + 3 * token for token in range(5 * BLOCK_SIZE + 3)]
+    body = {"max_tokens": 10 * BLOCK_SIZE, "ignore_eos": True}
+    answer = server.complete(prompt=prompt, **body)["choices"][0]["token_ids"]
+    new = [200, 201, 202, 203, 204]
+    before = input_tokens(server)
+    second = server.complete(prompt=[*prompt, *answer, *new], max_tokens=4)
+    after = input_tokens(server)
+    made = {key: after["prefill"][key] - before["prefill"][key] for key in after["prefill"]}
+    num_prompt = second["usage"]["prompt_tokens"]
+    # Of the last token of the answer nobody has the KV.
+    num_held = (len(prompt) + len(answer) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert sum(made.values()) == num_prompt
+    assert after["decode"]["cached"] - before["decode"]["cached"] == num_held
+    if made["received"] == 0:
+        return False
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert made["computed"] == num_prompt - num_held == num_prompt - cached
+    assert made["cached"] == 5 * BLOCK_SIZE
+    return True
 
 
 @pytest.mark.slow

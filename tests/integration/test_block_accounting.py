@@ -19,11 +19,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from support.block_world import BlockWorld
 
 from baton.errors import BatonError
+from decode_workers.lends import Lends
 from decode_workers.scheduler import DecodeStream
 from decode_workers.worker import DecodeWorker
 from engine.kv_cache.kv_cache import KvCache
 from engine.sequence import Sequence
-from prefill_workers.scheduler import PrefillJob
+from kv_transfer.keys import TransferKey
+from prefill_workers.pulls import Pulls
+from prefill_workers.scheduler import JobState, PrefillJob
 from prefill_workers.worker import PrefillWorker
 
 DECODE = st.integers(0, 1)
@@ -65,16 +68,16 @@ class BlockMachine(RuleBasedStateMachine):
         for _ in range(rounds):
             self.world.sides[side].round()
 
-    @precondition(lambda self: self.world.handoff.next_moves())
+    @precondition(lambda self: self.world.next_moves())
     @rule()
     def move_on(self) -> None:
-        for move in self.world.handoff.next_moves():
+        for move in self.world.next_moves():
             move()
 
-    @precondition(lambda self: self.world.handoff.moves())
+    @precondition(lambda self: self.world.moves())
     @rule(index=ANY)
     def move_anyhow(self, index: int) -> None:
-        moves = self.world.handoff.moves()
+        moves = self.world.moves()
         moves[index % len(moves)]()
 
     @precondition(lambda self: self.world.unfinished)
@@ -91,6 +94,10 @@ class BlockMachine(RuleBasedStateMachine):
     @rule(index=ANY)
     def expire(self, index: int) -> None:
         self.world.expire(self.choice(index))
+
+    @rule()
+    def forget(self) -> None:
+        self.world.prefill.forget()
 
     @rule(side=st.integers(0, 2))
     def lose_session(self, side: int) -> None:
@@ -132,17 +139,23 @@ def random_walks(num_walks: int, **mutants: Any) -> Counter[str]:
 
 
 def test_random_schedules_see_all_that_they_are_about() -> None:
-    seen = random_walks(40)
+    seen = random_walks(150)
     wanted = (
         *("answers", "hand-offs", "preemptions", "prefix hits", "late writes"),
         *("attempts while blocks are quarantined", "failed: transfer_failed"),
-        *("failed: deadline_exceeded", "failed: draining"),
+        *("failed: deadline_exceeded", "failed: draining", "pulls", "late pulls"),
     )
     assert min(seen[what] for what in wanted) >= 10, seen
 
 
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+def test_thousands_of_schedules() -> None:
+    random_walks(4000)
+
+
 class FreesWhatMayBeWritten(KvCache):
-    def quarantine(self, seq: Sequence) -> list[int]:
+    def quarantine(self, seq: Sequence, num_tokens: int | None = None) -> list[int]:
         self.free(seq)
         return []
 
@@ -180,12 +193,53 @@ class ForgetsADrain(DecodeWorker):
             self._quarantined.pop(stream.transfer, None)
 
 
+class FreesWhatAPullMayWrite(Pulls):
+    def _abandon(self, transfer: TransferKey) -> None:
+        self._kv.free(self._pulls.pop(transfer).job.sequence)
+
+
+class ForgetsThatAJobPulls(Pulls):
+    def cancel(self, job: PrefillJob) -> None:
+        self._pulls.pop(job.transfer.way_back, None)
+
+
+class ComputesWhileItPulls(Pulls):
+    def begin(self, job: PrefillJob) -> None:
+        super().begin(job)
+        job.state = JobState.RUNNING
+
+
+class ComputesIntoASharedBlock(KvCache):
+    def adopt_prefix(self, seq: Sequence, num_tokens: int) -> None:
+        super().adopt_prefix(seq, num_tokens)
+        seq.num_shared_tokens = 0
+
+
+class LendsWithoutHolding(Lends):
+    def asked(self, lend: TransferKey, start_token: int) -> None:
+        super().asked(lend, start_token)
+        if blocks := self._lent.get(lend):
+            self._kv.pool.release(reversed(blocks))
+            self._lent[lend] = []
+
+
+class KeepsWhatWasLent(Lends):
+    def over(self, lend: TransferKey) -> None:
+        del self._lent[lend]
+
+
 MUTANTS: list[dict[str, Any]] = [
     {"kv": FreesWhatMayBeWritten},
     {"kv": KeepsSharedBlocks},
     {"kv": PublishesBeforeItIsReceived},
     {"prefill": FreesWhatIsRead},
     {"decode": ForgetsADrain},
+    {"pulls": FreesWhatAPullMayWrite},
+    {"pulls": ForgetsThatAJobPulls},
+    {"pulls": ComputesWhileItPulls},
+    {"kv": ComputesIntoASharedBlock},
+    {"lends": LendsWithoutHolding},
+    {"lends": KeepsWhatWasLent},
 ]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from kv_transfer.receiver import ReceiverState
 from kv_transfer.service import KvSender
 from kv_transfer.transports.gloo_links import GlooPullLink
 from kv_transfer.v1 import transfer_pb2 as pb
+from tests.support.belongings import kv_memories
 from tests.support.handoff import (
     Decode,
     FaultsAt,
@@ -33,13 +36,14 @@ from tests.support.handoff import (
     sample,
     until,
 )
+from tests.support.transports import TRANSPORTS
 
 SOURCE_BLOCKS = [7, 2, 9, 4, 0]
 BLOCKS = [3, 8, 1, 10, 5]
 NUM_TOKENS = 18
 
 
-@pytest.fixture(params=["shared_memory", "gloo"])
+@pytest.fixture(params=TRANSPORTS)
 def config(request: pytest.FixtureRequest) -> KvTransferConfig:
     return KvTransferConfig(transport=request.param, attach_s=5, lease_s=5, operation_s=2)
 
@@ -247,7 +251,7 @@ async def test_attach_that_nobody_offers_for_fails(config: KvTransferConfig) -> 
     decode = await Decode.start(config)
     key = begin(prefill, decode)
     await until(lambda: decode.drained == [key])
-    assert "did not offer" in str(decode.failed[key])
+    assert "was not offered" in str(decode.failed[key])
     assert not prefill.sender._parked
     await decode.close()
     await prefill.close()
@@ -365,7 +369,32 @@ async def test_killed_prefill_fails_its_transfers_at_once(
     await decode.close()
 
 
-@pytest.mark.parametrize("point", ["prefill.commit", "prefill.released"])
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """What only the collector of cyclic garbage would free, stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+async def test_memory_of_a_killed_prefill_is_given_back_at_once() -> None:
+    config = KvTransferConfig(transport="shared_memory")
+    process, decode = await PrefillProcess.start(config), await Decode.start(config)
+    before = kv_memories([os.getpid()])
+    key = await begin_with_process(process, decode)
+    mapped = kv_memories([os.getpid()]) - before
+    assert len(mapped) == 1, "its pool"
+    process.signal(signal.SIGKILL)
+    await until(lambda: decode.drained == [key], within_s=4)
+    assert decode.failed[key].__traceback__, "it keeps the frames it passed"
+    await until(lambda: not mapped & kv_memories([os.getpid()]), within_s=4)
+    await process.close()
+    await decode.close()
+
+
+@pytest.mark.parametrize("point", ["prefill.commit", "prefill.release", "prefill.released"])
 async def test_prefill_killed_at_any_point_never_leads_to_ready(
     config: KvTransferConfig, tmp_path: Path, point: str
 ) -> None:
@@ -531,8 +560,8 @@ async def test_late_messages_of_ended_transfers_are_ignored(pair: tuple[Prefill,
 
 @pytest.mark.parametrize(
     "point",
-    ["prefill.offer", "prefill.commit", "prefill.released",
-     "decode.attach", "decode.copy", "decode.release"],
+    ["prefill.offer", "prefill.commit", "prefill.release", "prefill.released",
+     "decode.attach", "decode.copy", "decode.release", "decode.released"],
 )  # fmt: skip
 async def test_fault_at_any_point_fails_the_transfer_and_no_more(
     config: KvTransferConfig, point: str

@@ -17,7 +17,7 @@ from baton.kv_layout import KvLayout
 from baton.protocol import PROTOCOL_VERSION
 from kv_transfer import handshake, peer
 from kv_transfer.keys import TransferKey
-from kv_transfer.transports import memory_socket, shared_memory
+from kv_transfer.transports import memory_socket, nixl_links, shared_memory
 from kv_transfer.transports.base import LinkError
 from tests.support import handoff
 from tests.support.handoff import (
@@ -30,6 +30,7 @@ from tests.support.handoff import (
     sample,
     until,
 )
+from tests.support.transports import TRANSPORTS
 
 AUTO = KvTransferConfig(attach_s=5, lease_s=5, operation_s=2)
 SHARED = AUTO.model_copy(update={"transport": "shared_memory"})
@@ -132,7 +133,7 @@ async def test_transfer_of_another_decode_process_is_refused(
     ends: contextlib.AsyncExitStack,
 ) -> None:
     prefill, decode = await prefill_in(ends, AUTO), await decode_in(ends, AUTO)
-    key = replace(key_between(prefill, decode), decode_epoch=b"old")
+    key = replace(key_between(prefill, decode), destination_epoch=b"old")
     decode.begin(key, prefill, start_token=0, num_tokens=6, block_ids=[1, 2])
     assert not decode.failed, "callbacks come later"
     await until(lambda: decode.drained == [key])
@@ -145,7 +146,7 @@ async def test_refused_peer_is_asked_again_by_the_next_transfer(
     """Nothing is remembered of a refusal: the peer may have been replaced."""
     prefill = await prefill_in(ends, AUTO)
     decode = await decode_in(ends, AUTO)
-    stale = replace(key_between(prefill, decode), prefill_epoch=b"old")
+    stale = replace(key_between(prefill, decode), source_epoch=b"old")
     decode.begin(stale, prefill, start_token=0, num_tokens=6, block_ids=[1, 2])
     await until(lambda: decode.drained == [stale])
     assert "restarted: its epoch differs" in decode.failed[stale].message
@@ -162,9 +163,10 @@ async def test_one_host_shares_memory(ends: contextlib.AsyncExitStack) -> None:
     assert sample(decode.registry, name, transport="shared_memory") == 6 * LAYOUT.token_bytes
 
 
-async def test_two_hosts_use_gloo(
+async def test_two_hosts_use_gloo_where_nixl_is_not_installed(
     ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(nixl_links, "installed", lambda: False)
     prefill = await prefill_in(ends, AUTO)
     monkeypatch.setattr("kv_transfer.client.host_id", lambda: "elsewhere")
     decode = await decode_in(ends, AUTO)
@@ -173,9 +175,11 @@ async def test_two_hosts_use_gloo(
     assert sample(decode.registry, name, transport="gloo") == 6 * LAYOUT.token_bytes
 
 
-async def test_shared_memory_that_does_not_work_gives_way_to_gloo(
+async def test_shared_memory_that_does_not_work_gives_way_to_the_next(
     ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(nixl_links, "installed", lambda: False)
+
     async def fails(*_: object, **__: object) -> None:
         raise LinkError("no such socket")
 
@@ -231,14 +235,15 @@ async def test_silent_peer_of_the_memory_socket_times_out(
 # ------------------------------------------------------------------------- many streams
 
 
-@pytest.mark.parametrize("config", [SHARED, GLOO], ids=["shared_memory", "gloo"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_32_decode_workers_shake_hands_at_once(
-    ends: contextlib.AsyncExitStack, config: KvTransferConfig
+    ends: contextlib.AsyncExitStack, transport: str
 ) -> None:
     layout = KvLayout(
         num_blocks=2, num_kv_heads=1, num_layers=1, block_size=2, head_dim=4, dtype="bfloat16"
     )
-    config = config.model_copy(update={"attach_s": 20, "operation_s": 20})
+    update = {"transport": transport, "attach_s": 20, "operation_s": 20}
+    config = AUTO.model_copy(update=update)
     prefill = await prefill_in(ends, config, layout=layout)
     decodes = [await decode_in(ends, config, layout=layout) for _ in range(32)]
     for decode in decodes:
@@ -257,11 +262,11 @@ async def test_silent_peer_holds_up_no_other(ends: contextlib.AsyncExitStack) ->
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         decode = await decode_in(ends, AUTO)
         prefill = await prefill_in(ends, AUTO)
-        stuck = replace(key_between(prefill, decode, 2), prefill_epoch=b"silent")
+        stuck = replace(key_between(prefill, decode, 2), source_epoch=b"silent")
         decode.receiver.begin(
             stuck,
             address=f"127.0.0.1:{silent.getsockname()[1]}",
-            prefill_worker_id="prefill-1",
+            source_worker_id="prefill-1",
             start_token=0,
             num_tokens=6,
             block_ids=[5, 6],

@@ -21,12 +21,13 @@ from tests.support.handoff import (
     sample,
     until,
 )
+from tests.support.transports import TRANSPORTS
 
 SOURCE_BLOCKS = [7, 2, 9, 4, 0]
 BLOCKS = [3, 8, 1, 10, 5]
 
 
-@pytest.fixture(params=["shared_memory", "gloo"])
+@pytest.fixture(params=TRANSPORTS)
 def config(request: pytest.FixtureRequest) -> KvTransferConfig:
     return KvTransferConfig(transport=request.param, attach_s=5, lease_s=5, operation_s=3)
 

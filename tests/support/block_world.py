@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from support.pretend_engine import KnowingEngine, kv_of, next_token
-from support.pretend_handoff import PretendHandoff
+from support.pretend_handoff import PretendHandoff, PretendPulls
 from support.sequences import DOMAIN, sequence
 
 from baton.config import EngineConfig, KvTransferConfig
@@ -29,13 +30,16 @@ from baton.v1 import session_pb2 as pb
 from baton.worker.inbox import Inbox
 from baton.worker.outbox import Outbox
 from baton.worker.session_server import StepEvents, StreamKey
+from decode_workers.lends import Lends
 from decode_workers.scheduler import DecodeScheduler, DecodeStream
 from decode_workers.worker import DecodeWorker
 from engine.intake import StopRule
 from engine.kv_cache.kv_cache import KvCache
 from engine.sequence import Sequence
 from kv_transfer.keys import TransferKey
-from prefill_workers.scheduler import PrefillJob, PrefillScheduler
+from prefill_workers.pull_costs import PullCosts
+from prefill_workers.pulls import Pulls
+from prefill_workers.scheduler import Lender, PrefillJob, PrefillScheduler
 from prefill_workers.worker import PrefillWorker
 
 SESSION = 1
@@ -44,6 +48,7 @@ PREFILL_BLOCKS, DECODE_BLOCKS = 10, 8
 MOST_TOKENS = 24
 """Of prompt and answer: less than the smallest pool holds."""
 LIMITS = {"max_num_batched_tokens": 7, "max_num_seqs": 4}
+WATERMARK_BLOCKS = 1
 NEVER = 1e18
 SETTLES_WITHIN = 100
 """Rounds of every worker; under 20 do where nobody waits for ever."""
@@ -77,12 +82,14 @@ class Choice:
 class Side:
     """One worker and what is around it; its subclasses make the worker."""
 
-    def __init__(self, role: str, num_blocks: int, world: BlockWorld, kv_class: type[KvCache]):
+    def __init__(
+        self, role: str, num_blocks: int, world: BlockWorld, kv: type[KvCache], loop: Any = None
+    ):
         layout = KvLayout(num_blocks, 1, 1, BLOCK_SIZE, 2, "float32")
-        self.kv = kv_class(layout, memoryview(bytearray(layout.num_bytes)), DOMAIN)
+        self.kv = kv(layout, memoryview(bytearray(layout.num_bytes)), DOMAIN)
         self.kv.pool.watch()
         self.engine = KnowingEngine(self.kv)
-        self.inbox = Inbox(Now())  # type: ignore[arg-type]
+        self.inbox = Inbox(loop or Now())
         self.registry = CollectorRegistry()
         self.metrics = WorkerMetrics(self.registry, worker_id="w", role=role)
         self.outbox = Outbox(self.inbox, self.metrics)
@@ -109,6 +116,15 @@ class Side:
     def quarantined(self) -> set[int]:
         return set()
 
+    def forget(self) -> None:
+        """Everything that is cached has to make room."""
+        pool = self.kv.pool
+        pool.release(pool.allocate(pool.num_available) or ())
+
+    def lent(self) -> list[int]:
+        """Blocks that are held for others to read."""
+        return []
+
     def check(self) -> None:
         """Each block is in exactly one state, and everyone who refers to it is known."""
         pool = self.kv.pool
@@ -118,6 +134,7 @@ class Side:
         assert min(counts) >= 0
         sequences = [each.sequence for each in self.opened.values()]
         holders = Counter(block for seq in sequences for block in seq.block_table)
+        holders.update(self.lent())
         references = {block: num for block, num in enumerate(pool._num_references) if num}
         assert references == holders, "a block is held by nobody, or not by who believes it"
         assert pool._quarantined == self.quarantined(), "nobody waits for their drain"
@@ -144,32 +161,69 @@ class Side:
 
 
 class PrefillSide(Side):
-    def __init__(self, world: BlockWorld, worker_class: type[PrefillWorker], kv: type[KvCache]):
+    def __init__(
+        self,
+        world: BlockWorld,
+        worker_class: type[PrefillWorker],
+        kv: type[KvCache],
+        pulls: type[Pulls],
+        scheduler_class: type[PrefillScheduler],
+    ):
         super().__init__("prefill", PREFILL_BLOCKS, world, kv)
         self.handoff = PretendHandoff(self.engine.slots, self.inbox)
+        self.puller = PretendPulls(self.engine.slots, self.inbox)
+        scheduler = scheduler_class(
+            self.kv, **LIMITS, moving_pays=lambda num_tokens: num_tokens > 0
+        )
+        self.pulls = pulls(
+            self.kv,
+            self.puller,  # type: ignore[arg-type]
+            self.inbox,
+            scheduler=scheduler,
+            costs=PullCosts(block_size=BLOCK_SIZE, token_bytes=16, step_tokens=7),
+        )
         self.worker = self.handoff.prefill = worker_class(
             **self.common,
-            scheduler=PrefillScheduler(self.kv, **LIMITS),
+            scheduler=scheduler,
             sender=self.handoff,  # type: ignore[arg-type]
+            pulls=self.pulls,
         )
+        self.puller.hears(self.worker, self.pulls)
+
+    def quarantined(self) -> set[int]:
+        return {block for blocks in self.pulls._quarantined.values() for block in blocks}
 
 
 class DecodeSide(Side):
     def __init__(
         self,
         world: BlockWorld,
-        handoff: PretendHandoff,
+        prefill: PrefillSide,
+        epoch: bytes,
         worker_class: type[DecodeWorker],
         kv: type[KvCache],
+        lends: type[Lends],
+        scheduler: type[DecodeScheduler],
     ):
         super().__init__("decode", DECODE_BLOCKS, world, kv)
-        self.receiver = handoff.receiver(self.engine.slots, self.inbox)
+        self.receiver = prefill.handoff.receiver(self.engine.slots, self.inbox)
+        self.lender = prefill.puller.lender(epoch, self.engine.slots, self.inbox)
         self.worker = self.receiver.decode = worker_class(
             **self.common,
-            scheduler=DecodeScheduler(self.kv, **LIMITS, watermark_blocks=1),
+            scheduler=scheduler(self.kv, **LIMITS, watermark_blocks=WATERMARK_BLOCKS),
             receiver=self.receiver,  # type: ignore[arg-type]
+            lender=self.lender,  # type: ignore[arg-type]
             transfer_config=KvTransferConfig(),
         )
+        self.worker.lends = self.lender.lends = lends(
+            self.kv,
+            self.lender,  # type: ignore[arg-type]
+            self.inbox,
+            receiving=self.worker._receiving,
+        )
+
+    def lent(self) -> list[int]:
+        return [block for blocks in self.worker.lends._lent.values() for block in blocks]
 
     def quarantined(self) -> set[int]:
         return {block for blocks in self.worker._quarantined.values() for block in blocks}
@@ -188,10 +242,18 @@ class BlockWorld:
         kv: type[KvCache] = KvCache,
         prefill: type[PrefillWorker] = PrefillWorker,
         decode: type[DecodeWorker] = DecodeWorker,
+        pulls: type[Pulls] = Pulls,
+        lends: type[Lends] = Lends,
+        prefill_scheduler: type[PrefillScheduler] = PrefillScheduler,
+        decode_scheduler: type[DecodeScheduler] = DecodeScheduler,
     ) -> None:
-        self.prefill = PrefillSide(self, prefill, kv)
+        self.prefill = PrefillSide(self, prefill, kv, pulls, prefill_scheduler)
+        self.decodes = [
+            DecodeSide(self, self.prefill, bytes([number]), decode, kv, lends, decode_scheduler)
+            for number in range(2)
+        ]
         self.handoff = self.prefill.handoff
-        self.decodes = [DecodeSide(self, self.handoff, decode, kv) for _ in range(2)]
+        self.handoffs = [self.handoff, *(side.lender for side in self.decodes)]
         self.sides: list[Side] = [self.prefill, *self.decodes]
         self.choices: list[Choice] = []
         self.seen: Counter[str] = Counter()
@@ -218,10 +280,7 @@ class BlockWorld:
             self.seen["attempts while blocks are quarantined"] += bool(side.quarantined())
         choice.key = StreamKey(SESSION, 100 * choice.number + choice.num_attempts)
         choice.decode = decode
-        transfer = None
-        if not local:
-            transfer_id = bytes([choice.number])
-            transfer = TransferKey(transfer_id, choice.num_attempts, b"p", bytes([decode]))
+        transfer, handoff = (None, None) if local else self.handoff_of(choice, decode)
         choice.num_attempts += 1
         self._of_key[choice.key] = choice
         stop = StopRule(choice.max_tokens, frozenset())
@@ -231,12 +290,18 @@ class BlockWorld:
 
         if transfer is not None:
             job = PrefillJob(choice.key, "r", new_sequence(), stop, transfer, NEVER)
+            job.lender = Lender("decode", "")
             self._open(self.prefill, job)
         stream = DecodeStream(
             choice.key, "r", new_sequence(), stop, NEVER, transfer,
-            pb.Handoff() if transfer is not None else None, NEVER, num_input_tokens=len(tokens),
+            handoff, NEVER, num_input_tokens=len(tokens),
         )  # fmt: skip
         self._open(side, stream)
+
+    def handoff_of(self, choice: Choice, decode: int) -> tuple[TransferKey, pb.Handoff]:
+        """That of the choice's next attempt."""
+        transfer_id = bytes([choice.number])
+        return TransferKey(transfer_id, choice.num_attempts, b"p", bytes([decode])), pb.Handoff()
 
     @staticmethod
     def _open(side: Side, work: PrefillJob | DecodeStream) -> None:
@@ -280,19 +345,29 @@ class BlockWorld:
         if what < 0.5:
             dice.choice(self.sides).round()
         elif what < 0.75:
-            if moves := self.handoff.next_moves() if what < 0.7 else self.handoff.moves():
+            if moves := self.next_moves() if what < 0.65 else self.moves():
                 dice.choice(moves)()
         elif what < 0.9 and len(self.unfinished) < 6:
             prompt = [*range(4 * dice.randrange(4)), *[90 + dice.randrange(3)] * dice.randint(1, 4)]
             self.arrive(prompt, dice.randint(1, 8), dice.randrange(2), local=dice.random() < 0.3)
-        elif what < 0.97 and choice is not None:
+        elif what < 0.95 and choice is not None:
             act = dice.choice((self.cancel, self.expire, self.attempt, self.attempt))
             if act == self.attempt:
                 self.attempt(choice, dice.randrange(2), local=dice.random() < 0.4)
             else:
                 act(choice)
-        elif what > 0.98:
+        elif what < 0.98:
+            self.prefill.forget()
+        else:
             dice.choice((self.lose_session, self.fail_all))(dice.choice(self.sides))
+
+    def moves(self) -> list[Callable[[], None]]:
+        """Everything that may come next of what moves between pools."""
+        return [move for handoff in self.handoffs for move in handoff.moves()]
+
+    def next_moves(self) -> list[Callable[[], None]]:
+        """Where nothing goes wrong that has not gone wrong before."""
+        return [move for handoff in self.handoffs for move in handoff.next_moves()]
 
     # ------------------------------------------------------------- as the gateway
 
@@ -335,19 +410,23 @@ class BlockWorld:
         self._forget_what_is_over()
         for side in self.sides:
             side.check()
-        for transfer in self.handoff.transfers.values():
-            if not transfer.drained:
-                self._check_written(transfer)
-            if transfer.is_leased:
-                references = self.prefill.kv.pool._num_references
-                read = [references[block] for block in transfer.source_blocks]
-                assert all(read), "blocks that are read were given back"
+        for handoff, source in zip(self.handoffs, self.sides, strict=True):
+            for transfer in handoff.transfers.values():
+                if not transfer.drained:
+                    self._check_written(transfer)
+                if transfer.is_leased:
+                    references = source.kv.pool._num_references
+                    first = transfer.start_token // BLOCK_SIZE
+                    read = [references[block] for block in transfer.source_blocks[first:]]
+                    assert all(read), "blocks that are read were given back"
+        self.seen["pulls"] = sum(side.lender.num_complete for side in self.decodes)
         self.seen["preemptions"] = sum(side.num_preemptions for side in self.decodes)
-        self.seen["late writes"] = self.handoff.num_late_writes
+        self.seen["late writes"] = self.handoffs[0].num_late_writes
+        self.seen["late pulls"] = sum(side.lender.num_late_writes for side in self.decodes)
 
     def _check_written(self, transfer: Any) -> None:
         """What a hand-off may write is its own stream's, or quarantined."""
-        side = next(s for s in self.decodes if s.engine.slots is transfer.target)
+        side = next(s for s in self.sides if s.engine.slots is transfer.target)
         for block in transfer.target_blocks:
             is_own = side.kv.pool._num_references[block] == 1
             assert is_own or block in side.kv.pool._quarantined, "another may get it"
@@ -371,12 +450,12 @@ class BlockWorld:
             for choice in self.unfinished:
                 if choice.key is None:
                     self.attempt(choice, choice.number % 2, local=bool(choice.number % 3))
-            for move in self.handoff.next_moves():
+            for move in self.next_moves():
                 move()
             for side in self.sides:
                 side.round()
             self.check()
-            quiet = not (self.unfinished or self.handoff.next_moves())
+            quiet = not (self.unfinished or self.next_moves())
             if quiet and all(side.worker.idle for side in self.sides):
                 break
         assert not self.unfinished, "somebody waits for ever"

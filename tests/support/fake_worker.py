@@ -93,8 +93,9 @@ class FakeStream:
             token_ids=token_ids,
         )
 
-    def close(self, reason: pb.CloseReason.ValueType, *, num_computed_tokens: int = 0) -> None:
-        self._close(pb.Closed(reason=reason, num_computed_tokens=num_computed_tokens))
+    def close(self, reason: pb.CloseReason.ValueType, **account: int) -> None:
+        """``account``: num_computed_tokens and the like."""
+        self._close(pb.Closed(reason=reason, **account))  # type: ignore[arg-type]
 
     def fail(self, error: BatonError) -> None:
         self._close(

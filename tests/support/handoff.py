@@ -49,6 +49,14 @@ class FaultsAt(Faults):
         super().__init__(None, "test")
         self.actions = {name.replace("_", ".", 1): action for name, action in actions.items()}
 
+    def named(self, old: str, new: str) -> FaultsAt:
+        renamed = FaultsAt()
+        for point, action in self.actions.items():
+            room, _, name = point.partition(".")
+            if room == new:
+                renamed.actions[f"{old}.{name}"] = action
+        return renamed
+
     def hit(self, point: str) -> None:
         if point in self.actions:
             self.actions[point]()
@@ -231,7 +239,7 @@ class Decode:
         self.receiver.begin(
             key,
             address=prefill.address,
-            prefill_worker_id="prefill-0",
+            source_worker_id="prefill-0",
             start_token=start_token,
             num_tokens=num_tokens,
             block_ids=list(block_ids),
@@ -287,7 +295,7 @@ class PrefillProcess:
 
     async def tell(self, do: str, key: TransferKey, **values: Any) -> None:
         assert self.process.stdin is not None
-        names = [key.transfer_id.hex(), key.decode_epoch.hex()]
+        names = [key.transfer_id.hex(), key.destination_epoch.hex()]
         self.process.stdin.write(json.dumps({"do": do, "key": names} | values).encode() + b"\n")
         await self.process.stdin.drain()
 

@@ -64,6 +64,8 @@ class KnowingEngine:
         end = seq.num_computed_tokens + chunk.num_tokens
         for token in range(seq.num_computed_tokens, end):
             if token >= seq.num_shared_tokens:  # else to the scratch block
+                block = seq.block_table[token // self.kv.layout.block_size]
+                assert self.kv.pool._hashes[block] is None, "a shared block is written"
                 self.slots.write(seq.block_table, token, kv_of(seq.token_ids, token))
         seq.num_computed_tokens = end
         self.kv.publish(seq)

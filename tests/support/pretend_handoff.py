@@ -7,9 +7,11 @@ gives garbage, and a copy may go on after its transfer was given up, until it ha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from support.pretend_engine import GARBAGE, PretendKv
@@ -72,6 +74,7 @@ class PretendHandoff:
         """The worker that is told what is freed."""
         self.transfers: dict[TransferKey, Transfer] = {}
         self.num_late_writes = 0
+        self.num_complete = 0
 
     def receiver(self, target: PretendKv, inbox: Inbox) -> Receiver:
         return Receiver(self, target, inbox)
@@ -79,6 +82,7 @@ class PretendHandoff:
     # ------------------------------------------------------------- as a KvSender
 
     def offer(self, key: TransferKey, *, start_token: int, num_tokens: int) -> None:
+        assert key in self.transfers, "prefill began before decode had reserved"
         transfer = self.transfers[key]
         assert not transfer.offered
         assert (start_token, num_tokens) == (transfer.start_token, transfer.num_tokens)
@@ -91,7 +95,7 @@ class PretendHandoff:
             assert list(block_ids[: len(before)]) == before, "an announced block is another"
             transfer.source_blocks, transfer.num_ready = list(block_ids), end_token
 
-    def commit(self, key: TransferKey, token_id: int, position: int, _: object) -> None:
+    def commit(self, key: TransferKey, token_id: int, position: int, _: object = None) -> None:
         self.transfers[key].first = token_id, position
 
     def abort(self, key: TransferKey, error: BatonError) -> None:
@@ -147,6 +151,7 @@ class PretendHandoff:
         """Release is acknowledged: both sides go on."""
         assert transfer.first is not None
         self._free(transfer, "released")
+        self.num_complete += 1
         transfer.live, transfer.drained = False, True
         num_received = transfer.num_tokens - transfer.start_token
         given = (transfer.key, *transfer.first, num_received)
@@ -205,3 +210,53 @@ class Receiver:
     def cancel(self, key: TransferKey) -> None:
         """Does nothing where the transfer is over."""
         self._handoff.transfers[key].live = False
+
+
+class PretendPulls:
+    """Stands for a prefill worker's KvReceiver, which pulls from any number of decode workers."""
+
+    def __init__(self, target: PretendKv, inbox: Inbox) -> None:
+        self._target = target
+        self._inbox = inbox
+        self._receivers: dict[bytes, Receiver] = {}
+        self._lenders: dict[bytes, PretendLender] = {}
+        self._heard: Any = None
+
+    def hears(self, worker: Any, pulls: Any) -> None:
+        """Who is told what becomes of the pulls."""
+        self._heard = SimpleNamespace(
+            handed_over=lambda key, *_: worker.pulled(key, time.monotonic()),
+            handoff_failed=lambda key, _: pulls.failed(key, time.monotonic()),
+            drained=pulls.drained,
+        )
+
+    def lender(self, epoch: bytes, source: PretendKv, inbox: Inbox) -> PretendLender:
+        """Stands for the KvSender of the decode worker of that epoch."""
+        lender = self._lenders[epoch] = PretendLender(source, inbox)
+        self._receivers[epoch] = lender.receiver(self._target, self._inbox)
+        return lender
+
+    def begin(self, key: TransferKey, *, within_s: float, **given: Any) -> None:
+        receiver = self._receivers[key.source_epoch]
+        receiver.decode = self._heard
+        receiver.begin(key, **given)
+        self._lenders[key.source_epoch].ask(key, given["start_token"])
+
+    def cancel(self, key: TransferKey) -> None:
+        self._receivers[key.source_epoch].cancel(key)
+
+
+class PretendLender(PretendHandoff):
+    """Offers what it is asked for, or refuses."""
+
+    def __init__(self, source: PretendKv, inbox: Inbox) -> None:
+        super().__init__(source, inbox)
+        self.prefill = SimpleNamespace(freed=lambda key, _: self.lends.over(key))
+        self.lends: Any = None
+
+    def ask(self, key: TransferKey, start_token: int) -> None:
+        self._to_prefill.post(lambda: self.lends.asked(key, start_token))
+
+    def refuse(self, key: TransferKey, error: BatonError) -> None:
+        if self.transfers[key].live:
+            self.fail(self.transfers[key])

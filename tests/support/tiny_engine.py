@@ -12,6 +12,7 @@ from baton.checkpoint.checkpoint import Checkpoint
 from baton.checkpoint.model_config import ModelConfig
 from baton.kv_layout import KvLayout
 from engine.engine import Engine, Scheduled
+from engine.gpu.plan import GpuPlan
 from engine.sampling.params import SamplingParams
 from engine.sequence import Sequence
 
@@ -27,7 +28,13 @@ def kv_layout(config: ModelConfig, num_blocks: int, block_size: int) -> KvLayout
     return config.kv_layout(num_blocks=num_blocks, block_size=block_size, dtype="float32")
 
 
-def tiny_engine(*, num_blocks: int = 64, block_size: int = 16, threads: int = 0) -> Engine:
+def tiny_engine(
+    *,
+    num_blocks: int = 64,
+    block_size: int = 16,
+    threads: int = 0,
+    gpu: GpuPlan | None = None,
+) -> Engine:
     config = model_config(TINY)
     layout = kv_layout(config, num_blocks, block_size)
     checkpoint = Checkpoint(
@@ -45,10 +52,11 @@ def tiny_engine(*, num_blocks: int = 64, block_size: int = 16, threads: int = 0)
         checkpoint,
         dtype=torch.float32,
         layout=layout,
-        memory=memoryview(bytearray(layout.num_bytes)),
+        memory=gpu.memory(layout) if gpu else memoryview(bytearray(layout.num_bytes)),
         domain=DOMAIN,
         threads=threads,
         weights=tiny_tensors(TINY),
+        gpu=gpu,
     )
 
 

@@ -5,6 +5,7 @@ would do is done here; there is no Session, no registry and no process of its ow
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from support.worker_rig import Rig
 
 from baton import rpc
 from baton.config import BatonConfig, EngineConfig, KvTransferConfig, SessionConfig
-from baton.kv_layout import KvLayout
+from baton.faults import Faults
 from baton.parallelism import Parallelism
 from baton.protocol import new_epoch
 from baton.v1 import session_pb2 as pb
@@ -29,9 +30,10 @@ from decode_workers.worker import DecodeWorker
 from engine.engine import Engine, Sampled, Scheduled
 from engine.parallel.followers import Followers
 from engine.setup import EnginePlan, plan_engine
-from kv_transfer.client import KvReceiver
+from kv_transfer.ends import HandoffEnds
 from kv_transfer.memory import KvMemory
-from kv_transfer.service import KvSender
+from prefill_workers.pull_costs import PullCosts
+from prefill_workers.pulls import Pulls
 from prefill_workers.scheduler import PrefillScheduler
 from prefill_workers.service import PrefillService
 from prefill_workers.worker import PrefillWorker
@@ -130,41 +132,81 @@ class Answer:
     decode: pb.Closed | None = None
 
 
+class AlwaysMove(PullCosts):
+    """Moves what fills a block, and waits for it as long as it is told to."""
+
+    longest_s = 30.0
+
+    def moving_pays(self, num_tokens: int) -> bool:
+        return num_tokens > 0
+
+    def patience_s(self, num_tokens: int) -> float:
+        return self.longest_s
+
+
 class WorkerPair:
     """``start`` and ``close`` it on the event loop. Whoever made the engines closes them."""
 
-    def __init__(self, prefill: Built, decode: Built, *, chunk: int = 512) -> None:
-        """``chunk``: tokens computed in one step of either worker."""
+    def __init__(
+        self,
+        prefill: Built,
+        decode: Built,
+        *,
+        chunk: int = 512,
+        pulls: bool = False,
+        transfer: KvTransferConfig = TRANSFER,
+        faults: Faults | None = None,
+    ) -> None:
+        """``chunk``: tokens computed in one step of either worker. ``pulls``: prefill fetches
+        what decode holds and it does not, whatever that costs."""
+        self._transfer = transfer
+        self._pulls = pulls
         self.prefill_rig, self.decode_rig = Rig("prefill"), Rig("decode")
         self.prefill_engine = CountingEngine(prefill.engine)
         self.decode_engine = CountingEngine(decode.engine)
         self._epochs = new_epoch(), new_epoch()
-        self._server = rpc.server(SECRET, SessionConfig())
-        self._sender = KvSender(
-            **self._handoff(prefill, "prefill-0", self._epochs[0], self.prefill_rig),
-            on_freed=lambda *given: self.prefill_rig.inbox.post(self.prefill.freed, *given),
+        given, back = self.prefill_rig.inbox, self.decode_rig.inbox
+        ends = self._ends(prefill, "prefill-0", self._epochs[0], self.prefill_rig, faults)
+        self._sender = ends.sender(on_freed=lambda *of: given.post(self.prefill.freed, *of))
+        self._puller = ends.puller(
+            on_ready=lambda key, *_: given.post(self.prefill.pulled, key, time.monotonic()),
+            on_failed=lambda key, _: given.post(pulling.failed, key, time.monotonic()),
+            on_drained=lambda key: given.post(pulling.drained, key),
         )
-        self._sender.register(self._server)
-        self._address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        inbox = self.decode_rig.inbox
-        self._receiver = KvReceiver(
-            **self._handoff(decode, "decode-0", self._epochs[1], self.decode_rig),
-            session=SessionConfig(),
-            on_ready=lambda *given: inbox.post(self.decode.handed_over, *given),
-            on_failed=lambda *given: inbox.post(self.decode.handoff_failed, *given),
-            on_drained=lambda *given: inbox.post(self.decode.drained, *given),
+        ends = self._ends(decode, "decode-0", self._epochs[1], self.decode_rig, faults)
+        self._receiver = ends.receiver(
+            on_ready=lambda *of: back.post(self.decode.handed_over, *of),
+            on_failed=lambda *of: back.post(self.decode.handoff_failed, *of),
+            on_drained=lambda *of: back.post(self.decode.drained, *of),
         )
+        self._lender = ends.lender(
+            on_freed=lambda key, _: back.post(self.decode.lends.over, key),
+            on_wanted=lambda *of: back.post(self.decode.lends.asked, *of),
+        )
+        self._servers = [rpc.server(SECRET, SessionConfig()) for _ in range(2)]
+        self._addresses = []
+        for sender, server in zip((self._sender, self._lender), self._servers, strict=True):
+            sender.register(server)
+            self._addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
         limits = {"max_num_batched_tokens": chunk, "max_num_seqs": 64}
+        layout = prefill.plan.layout
+        self.costs = costs = AlwaysMove(
+            block_size=layout.block_size, token_bytes=layout.token_bytes, step_tokens=chunk
+        )
+        scheduler = PrefillScheduler(prefill.engine.kv, **limits, moving_pays=costs.moving_pays)
+        pulling = Pulls(prefill.engine.kv, self._puller, given, scheduler=scheduler, costs=costs)
         self.prefill = PrefillWorker(
             **self._worker(self.prefill_engine, self.prefill_rig),
-            scheduler=PrefillScheduler(prefill.engine.kv, **limits),
+            scheduler=scheduler,
             sender=self._sender,
+            pulls=pulling,
         )
         self.decode = DecodeWorker(
             **self._worker(self.decode_engine, self.decode_rig),
             scheduler=DecodeScheduler(decode.engine.kv, **limits, watermark_blocks=1),
             receiver=self._receiver,
-            transfer_config=TRANSFER,
+            lender=self._lender,
+            transfer_config=transfer,
         )
         self._prefill_service = PrefillService(
             self.prefill, _parts(prefill, self.prefill_rig, self._epochs[0])
@@ -174,22 +216,22 @@ class WorkerPair:
         )
         self._num_streams = 0
 
-    @staticmethod
-    def _handoff(built: Built, worker_id: str, epoch: bytes, rig: Rig) -> dict[str, Any]:
-        """What both sides of the hand-off are made with."""
-        layout: KvLayout = built.plan.layout
-        return {
-            "worker_id": worker_id,
-            "epoch": epoch,
-            "digest": built.plan.digest,
-            "generation": "0",
-            "layout": layout,
-            "memory": built.memory,
-            "secret": SECRET,
-            "config": TRANSFER,
-            "metrics": rig.metrics,
-            "faults": rig.faults,
-        }
+    def _ends(
+        self, built: Built, worker_id: str, epoch: bytes, rig: Rig, faults: Faults | None
+    ) -> HandoffEnds:
+        return HandoffEnds(
+            worker_id=worker_id,
+            epoch=epoch,
+            digest=built.plan.digest,
+            generation="0",
+            layout=built.plan.layout,
+            memory=built.memory,
+            secret=SECRET,
+            config=self._transfer,
+            session=SessionConfig(),
+            metrics=rig.metrics,
+            faults=faults or rig.faults,
+        )
 
     @staticmethod
     def _worker(engine: CountingEngine, rig: Rig) -> dict[str, Any]:
@@ -204,15 +246,20 @@ class WorkerPair:
         }
 
     async def start(self) -> None:
-        await self._sender.start()
-        await self._server.start()
-        await self._receiver.start()
+        for end in (self._sender, self._lender, self._receiver, self._puller):
+            await end.start()
+        for server in self._servers:
+            await server.start()
+        if self._pulls:
+            self._puller.connect(self._addresses[1], "decode-0", self._epochs[1])
+            await until(lambda: all(peer.link for peer in self._puller._peers.values()))
 
     async def close(self) -> None:
         """Nobody reads or writes either pool any more when this returns."""
-        await self._receiver.close()
-        await self._sender.close()
-        await self._server.stop(None)
+        for end in (self._receiver, self._puller, self._sender, self._lender):
+            await end.close()
+        for server in self._servers:
+            await server.stop(None)
         self._step()
 
     # ------------------------------------------------------------------ as a gateway
@@ -255,7 +302,8 @@ class WorkerPair:
                     decode_epoch=self._epochs[1],
                     prefill_worker_id="prefill-0",
                     decode_worker_id="decode-0",
-                    prefill_transfer_address=self._address,
+                    prefill_transfer_address=self._addresses[0],
+                    decode_transfer_address=self._addresses[1] if self._pulls else "",
                 )
             )
             self._prefill_service.on_open(key, message)
@@ -297,11 +345,9 @@ def _parts(built: Built, rig: Rig, epoch: bytes) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def worker_pair(
-    prefill: Built, decode: Built, *, chunk: int = 512
-) -> AsyncIterator[WorkerPair]:
+async def worker_pair(prefill: Built, decode: Built, **options: Any) -> AsyncIterator[WorkerPair]:
     """A started pair; at its end both pools are at rest."""
-    pair = WorkerPair(prefill, decode, chunk=chunk)
+    pair = WorkerPair(prefill, decode, **options)
     await pair.start()
     try:
         yield pair

@@ -43,6 +43,10 @@
 {{- if gt (float64 $gateway.default_deadline_s) (float64 $gateway.max_deadline_s) -}}
 {{- fail (printf "config.gateway.default_deadline_s (%v) is over max_deadline_s (%v); raise the maximum" $gateway.default_deadline_s $gateway.max_deadline_s) -}}
 {{- end -}}
+{{- $transfer := mergeOverwrite (dict "network" "any" "transport" "auto") (default (dict) .config.kv_transfer) -}}
+{{- if and (eq $transfer.network "rdma") (eq $transfer.transport "gloo") -}}
+{{- fail "config.kv_transfer.network is rdma, and transport gloo is TCP; set transport to nixl" -}}
+{{- end -}}
 {{- $session := mergeOverwrite (dict "report_s" 0.5 "silence_s" 5) (default (dict) .config.session) -}}
 {{- if gt (float64 $session.report_s) (divf $session.silence_s 2) -}}
 {{- fail (printf "config.session.report_s (%v) is over half of silence_s (%v); lower it or raise silence_s" $session.report_s $session.silence_s) -}}

@@ -33,7 +33,7 @@
 {{- fail (printf "config.kv_transfer.transport is nixl, but pools.%s has no RDMA, and UCX would take TCP there without a word; set rdma.enabled=true with its resource for every pool" $name) -}}
 {{- end -}}
 {{- if and (eq $transport "shared_memory") (eq $pool.role "prefill") -}}
-{{- fail (printf "config.kv_transfer.transport is shared_memory, but workers of pools.%s are in other pods than those of decode pools, as soon as it has any; use auto or gloo, or remove that pool" $name) -}}
+{{- fail (printf "config.kv_transfer.transport is shared_memory, but workers of pools.%s are in other pods than those of decode pools, as soon as it has any; use auto, nixl or gloo, or remove that pool" $name) -}}
 {{- end -}}
 {{- $scaling := .root.Values.ray.autoscaling -}}
 {{- if and $scaling.enabled (eq $scaling.version "v1") (int $pool.idleTimeoutSeconds) -}}

@@ -183,3 +183,21 @@ def test_pools_of_a_file_are_all_there_are(tmp_path: Path) -> None:
     path.write_text("pools: {decode: {}}\n")
     assert list(load_config(path).pools) == ["decode"]
     assert list(load_config(None).pools) == ["prefill", "decode"]
+
+
+def test_a_gpu_beside_a_prefill_pool_is_refused_since_nothing_can_be_handed_over() -> None:
+    for data in (
+        {"engine": {"device": "cuda"}},
+        {"pools": {"prefill": {}, "decode": {"engine": {"device": "cuda"}}}},
+    ):
+        with pytest.raises(ConfigurationError, match=r"no transport reads a GPU's memory"):
+            parse_config(data)
+    alone = {"engine": {"device": "cuda"}, "pools": {"prefill": {"replicas": 0}, "decode": {}}}
+    assert parse_config(alone).for_pool("decode").engine.device == "cuda"
+
+
+def test_any_device_means_the_cpu_beside_a_prefill_pool() -> None:
+    engine = {"device": "auto"}
+    assert parse_config({"engine": engine}).for_pool("decode").engine.device == "cpu"
+    alone = parse_config({"engine": engine, "pools": {"decode": {}}})
+    assert alone.for_pool("decode").engine.device == "auto"

@@ -19,3 +19,15 @@ def test_links_and_named_files_exist(page: Path) -> None:
     named = re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|md|proto|toml))`", text)
     rooms = [ROOT, *(init.parent for init in ROOT.glob("*/__init__.py"))]
     assert [name for name in named if not any((room / name).exists() for room in rooms)] == []
+
+
+def test_every_mutant_of_the_hand_offs_page_is_in_the_tests_of_its_invariant() -> None:
+    text = (ROOT / "docs/handoff.md").read_text()
+    lines = [line for line in text.splitlines() if re.match(r"\| \d \|", line)]
+    assert [line[2] for line in lines] == list("123456789")
+    for line in lines:
+        files = re.findall(r"`(tests/\S+\.py)`", line)
+        text = "".join((ROOT / file).read_text() for file in files)
+        mutants = re.findall(r"`(\w+)`", line.rsplit("|", 2)[1])
+        assert mutants
+        assert [name for name in mutants if not re.search(rf"\b{name}\b", text)] == [], line

@@ -52,6 +52,7 @@ def test_times_of_a_handoff_add_up() -> None:
     rig = Rig()
     rig.reserve(after_s=0.75)
     rig.tokens((1.25, 1), (0.5, 1), (0.1, 1), (0.2, 1), (0.3, 1))
+    rig.timeline.pulled(96)
     report = rig.timeline.report()
     assert report["queue"] == 1000
     assert report["route"] == 500
@@ -69,6 +70,7 @@ def test_times_of_a_handoff_add_up() -> None:
         "opened": 1500,
         "room": 750,
         "num_tokens": 5,
+        "num_pulled_tokens": 96,
         "error": None,
         "candidates": [{"prefill": "prefill-0", "decode": "decode-0", "cost": 12.346}],
     }

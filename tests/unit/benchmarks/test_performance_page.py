@@ -10,11 +10,17 @@ import pytest
 
 from benchmarks import goodput, local_prefill, page, prefix_cache
 from benchmarks.engine import compare, curves, quantized
+from benchmarks.gpu import bench
+from benchmarks.handoff import run as handoff
+from benchmarks.interference import compare as interference
 from benchmarks.routing import replay
 
 SECTIONS = [
     (module.SECTION, module.KEPT, module.section)
-    for module in (goodput, replay, local_prefill, prefix_cache, compare, curves, quantized)
+    for module in (
+        *(goodput, interference, replay, local_prefill, prefix_cache),
+        *(compare, curves, quantized, handoff, bench),
+    )
 ]
 MOST_BYTES = 100 * 1024
 
@@ -28,7 +34,7 @@ def test_each_section_is_what_its_results_come_to(
 
 
 def test_every_result_is_small_and_belongs_to_a_section() -> None:
-    known = {goodput.PLOT, curves.PLOT, *(kept for _, kept, _ in SECTIONS)}
+    known = {goodput.PLOT, interference.PLOT, curves.PLOT, *(kept for _, kept, _ in SECTIONS)}
     found = set(page.KEPT.glob("*"))
     assert found <= known
     assert all(file.stat().st_size < MOST_BYTES for file in found)

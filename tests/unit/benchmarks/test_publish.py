@@ -8,10 +8,14 @@ from types import ModuleType
 import pytest
 
 from benchmarks import goodput, local_prefill, prefix_cache
+from benchmarks.handoff import run as handoff
+from benchmarks.interference import compare as interference
 from benchmarks.routing import replay
 
 
-@pytest.mark.parametrize("module", [goodput, local_prefill, prefix_cache, replay])
+@pytest.mark.parametrize(
+    "module", [goodput, local_prefill, prefix_cache, replay, handoff, interference]
+)
 def test_report_without_results_names_the_command_that_makes_them(
     module: ModuleType, tmp_path: Path
 ) -> None:

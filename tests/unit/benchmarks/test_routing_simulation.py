@@ -39,11 +39,14 @@ def chats(num_users: int = 12, num_turns: int = 6) -> list[list[Turn]]:
 
 
 @cache
-def simulated(policy: str, local: int = 0, share: float = 0.7) -> tuple[Simulation, list[Served]]:
+def simulated(
+    policy: str, local: int = 0, share: float = 0.7, *, pulls: bool = True
+) -> tuple[Simulation, list[Served]]:
     users = chats()
     asked = [oracle.Asked(turn.prompt, turn.answer) for turns in users for turn in turns]
     num_blocks = worker_blocks(asked, share)
-    config = RoutingConfig.model_validate({"policy": policy, "local_prefill_max_tokens": local})
+    settings = {"policy": policy, "local_prefill_max_tokens": local, "prefill_pulls": pulls}
+    config = RoutingConfig.model_validate(settings)
     simulation = Simulation(config, Pools(num_blocks, num_blocks))
     return simulation, simulation.run(users)
 
@@ -93,7 +96,14 @@ def test_no_policy_has_more_than_the_oracle(policy: str) -> None:
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_kv_aware_saves_more_than_policies_that_know_no_blocks(other: str) -> None:
-    assert num_cached(simulated("kv_aware")[1]) > 1.2 * num_cached(simulated(other)[1])
+    aware, blind = (simulated(policy, pulls=False)[1] for policy in ("kv_aware", other))
+    assert num_cached(aware) > 1.2 * num_cached(blind)
+
+
+def test_pulled_answers_are_not_computed_again() -> None:
+    without, served = simulated("kv_aware", pulls=False)[1], simulated("kv_aware")[1]
+    assert all(each.prefill is not None for each in served)
+    assert num_cached(served) > num_cached(without)
 
 
 def test_local_prefill_reuses_answers_and_moves_less() -> None:

@@ -29,7 +29,7 @@ class DecodeRig(Rig):
     ) -> None:
         super().__init__("decode")
         self.kv = small_cache(num_blocks)
-        self.receiver = Recorder()
+        self.receiver, self.lender = Recorder(), Recorder()
         self.engine = PretendEngine(self.kv)
         self.worker = DecodeWorker(
             engine=self.engine,  # type: ignore[arg-type]
@@ -40,6 +40,7 @@ class DecodeRig(Rig):
                 watermark_blocks=1,
             ),
             receiver=self.receiver,  # type: ignore[arg-type]
+            lender=self.lender,  # type: ignore[arg-type]
             inbox=self.inbox,
             outbox=self.outbox,
             metrics=self.metrics,

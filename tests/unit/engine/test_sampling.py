@@ -120,7 +120,7 @@ def reachable(
 def test_support_is_exact_with_and_without_ties(
     monkeypatch: pytest.MonkeyPatch, num_candidates: int, top_k: int, top_p: float, min_p: float
 ) -> None:
-    monkeypatch.setattr(draw_module, "_NUM_CANDIDATES", num_candidates)
+    monkeypatch.setattr(draw_module, "NUM_CANDIDATES", num_candidates)
     params = SamplingParams(seed=1, temperature=1.3, top_k=top_k, top_p=top_p, min_p=min_p)
     distinct = shuffled(0.0, 2.5, 24)
     tied = (distinct * 2).round() / 2

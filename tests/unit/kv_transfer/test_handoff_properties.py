@@ -50,7 +50,13 @@ def random_walks(num_walks: int, **mutants: Any) -> int:
 
 
 def test_random_schedules_do_lead_to_ready() -> None:
-    assert random_walks(300) > 30
+    assert random_walks(2000) > 200
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+def test_a_hundred_thousand_schedules() -> None:
+    random_walks(100_000)
 
 
 class ReadyWithoutRelease(rx.ReceiveTransfer):
@@ -114,6 +120,29 @@ class CountsHeldTokens(rx.ReceiveTransfer):
     @property
     def num_bytes(self) -> int:
         return self._num_tokens * self._sizes.token_bytes
+
+
+class KeepsTheSenderOfAHeldPrompt(rx.ReceiveTransfer):
+    """Where nothing has to move, it goes on at once and releases nobody."""
+
+    def _release_when_copied(self, now: float) -> list[rx.ReceiverEffect]:
+        effects = super()._release_when_copied(now)
+        if self.num_bytes == 0 and self.state is rx.ReceiverState.COMMITTING:
+            return self.released(now, ok=True)
+        return effects
+
+
+class MovesTheHeldPrefixToo(rx.ReceiveTransfer):
+    """Copies what it has, from the block before."""
+
+    def announced(self, now: float, blocks: BlockRange) -> list[rx.ReceiverEffect]:
+        effects = super().announced(now, blocks)
+        size = self._sizes.block_size
+        if blocks.start_token != self._start_token or not self._start_token:
+            return effects
+        held = BlockRange(0, size, blocks.source_blocks[:1], (0,))
+        self._copying.add(held)
+        return [*effects, rx.StartCopy(held)]
 
 
 class LetsAStaleCommitThrough(rx.ReceiveTransfer):
@@ -190,6 +219,8 @@ class FillerPassesForData(tx.SendTransfer):
         TrustsAnExpiredLease,
         WaitsForReleasedForEver,
         CountsHeldTokens,
+        KeepsTheSenderOfAHeldPrompt,
+        MovesTheHeldPrefixToo,
         LetsAStaleCommitThrough,
         AcknowledgesAfterExpiry,
         FreesWhileSending,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import ValidationError
 
 from baton.config import KvTransferConfig
 from baton.kv_layout import KvLayout
@@ -13,6 +14,7 @@ from baton.protocol import PROTOCOL_VERSION
 from kv_transfer import handshake
 from kv_transfer.handshake import Identity, choose_transport, make_hello, make_welcome
 from kv_transfer.hosts import host_id
+from kv_transfer.transports import nixl_links
 from kv_transfer.v1 import transfer_pb2 as pb
 
 LAYOUT = KvLayout(
@@ -110,7 +112,25 @@ def test_best_transport_that_works_for_both_is_chosen(
 
 def test_forced_transport_is_the_only_one_allowed() -> None:
     assert handshake.allowed_transports(KvTransferConfig(transport="gloo")) == ("gloo",)
-    assert handshake.allowed_transports(KvTransferConfig(transport="auto"))[0] == "shared_memory"
+    assert handshake.required_transports(KvTransferConfig(transport="gloo")) == ("gloo",)
+
+
+def test_auto_allows_what_is_installed_and_no_tcp_where_rdma_is_required(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    auto, rdma = KvTransferConfig(), KvTransferConfig(network="rdma")
+    monkeypatch.setattr(nixl_links, "installed", lambda: False)
+    assert handshake.allowed_transports(auto) == ("shared_memory", "gloo")
+    monkeypatch.setattr(nixl_links, "installed", lambda: True)
+    assert handshake.allowed_transports(auto) == ("shared_memory", "nixl", "gloo")
+    assert handshake.allowed_transports(rdma) == ("shared_memory", "nixl")
+    assert handshake.required_transports(auto) == ()
+    assert handshake.required_transports(rdma) == ("nixl",)
+
+
+def test_rdma_over_gloo_is_refused() -> None:
+    with pytest.raises(ValidationError, match="transport gloo is TCP"):
+        KvTransferConfig(transport="gloo", network="rdma")
 
 
 def test_host_id_is_the_same_in_every_process_of_a_host() -> None:

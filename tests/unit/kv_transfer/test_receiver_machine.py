@@ -121,7 +121,7 @@ def test_reserved_fails_when_no_stream_comes_up() -> None:
     machine.not_connected("refused")
     assert machine.tick(6.9) == []
     effects = machine.tick(7.0)
-    assert "no connection to the prefill worker in 7 s: refused" in str(failure(effects))
+    assert "no connection to the sender in 7 s: refused" in str(failure(effects))
     assert effects[-1] == Drained()
     assert machine.attach(7.1) == []
 

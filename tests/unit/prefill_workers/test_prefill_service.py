@@ -12,7 +12,8 @@ from support.worker_rig import Recorder
 from baton.errors import ContextLengthError
 from baton.v1 import session_pb2 as pb
 from baton.worker.session_server import StreamKey
-from prefill_workers.service import PrefillService
+from prefill_workers.scheduler import Lender
+from prefill_workers.service import PrefillService, lender_of
 
 EPOCH = b"p" * 16
 KEY = StreamKey(1, 5)
@@ -36,6 +37,12 @@ def test_open_brings_the_jobs_priority(priority: int) -> None:
     [(_, (command, job), _)] = inbox.calls
     assert command == "open"
     assert (job.key, job.priority) == (KEY, priority)
+
+
+@pytest.mark.parametrize("address", ["", "10.0.0.7:4000"])
+def test_decode_may_be_pulled_from_where_the_gateway_says_its_address(address: str) -> None:
+    handoff = pb.Handoff(decode_worker_id="decode-3", decode_transfer_address=address)
+    assert lender_of(handoff) == (Lender("decode-3", address) if address else None)
 
 
 @pytest.mark.parametrize(("num_prompt", "num_emitted", "fits"), [(509, 2, True), (509, 3, False)])

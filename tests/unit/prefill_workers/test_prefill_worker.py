@@ -16,7 +16,9 @@ from baton.worker.host import report_from
 from baton.worker.session_server import StreamKey
 from engine.intake import StopRule
 from kv_transfer.keys import TransferKey
-from prefill_workers.scheduler import PrefillJob, PrefillScheduler
+from prefill_workers.pull_costs import PullCosts
+from prefill_workers.pulls import Pulls
+from prefill_workers.scheduler import JobState, Lender, PrefillJob, PrefillScheduler
 from prefill_workers.worker import PrefillWorker
 from router.routing.input_hashes import InputHashes
 from router.routing.kv_aware import KvAware
@@ -31,12 +33,26 @@ class PrefillRig(Rig):
     def __init__(self, *, num_blocks: int = 16, config: EngineConfig | None = None) -> None:
         super().__init__("prefill")
         self.kv = small_cache(num_blocks)
-        self.sender = Recorder()
+        self.sender, self.puller = Recorder(), Recorder()
         self.engine = PretendEngine(self.kv)
+        scheduler = PrefillScheduler(
+            self.kv,
+            max_num_batched_tokens=8,
+            max_num_seqs=8,
+            moving_pays=lambda num_tokens: num_tokens >= 4,
+        )
+        self.pulls = Pulls(
+            self.kv,
+            self.puller,  # type: ignore[arg-type]
+            self.inbox,
+            scheduler=scheduler,
+            costs=PullCosts(block_size=4, token_bytes=16, step_tokens=8),
+        )
         self.worker = PrefillWorker(
             engine=self.engine,  # type: ignore[arg-type]
-            scheduler=PrefillScheduler(self.kv, max_num_batched_tokens=8, max_num_seqs=8),
+            scheduler=scheduler,
             sender=self.sender,  # type: ignore[arg-type]
+            pulls=self.pulls,
             inbox=self.inbox,
             outbox=self.outbox,
             metrics=self.metrics,
@@ -384,3 +400,132 @@ async def test_stream_id_in_use_changes_nothing_for_the_one_that_has_it() -> Non
     await rig.step()
     assert [key for key, *_ in rig.tokens] == [KEY]
     assert rig.closed[KEY].reason == pb.CLOSE_REASON_LENGTH
+
+
+# ------------------------------------------------------------------------------ pulls
+
+HELD, INPUT = 8, list(range(10))
+
+
+async def pulling(rig: PrefillRig, *, tokens: list[int] = INPUT) -> PrefillJob:
+    job = rig.job(tokens)
+    job.lender = Lender("decode-0", "127.0.0.1:9")
+    rig.worker.open(job)
+    rig.worker.proceed(KEY, HELD)
+    await rig.step()
+    assert job.state is JobState.PULLING
+    return job
+
+
+async def test_pull_fills_the_jobs_own_blocks_and_the_rest_is_computed() -> None:
+    rig = PrefillRig()
+    rig.kv.pool.watch()
+    job = await pulling(rig)
+    [(name, args, options)] = rig.puller.calls
+    assert (name, args) == ("begin", (transfer().way_back,))
+    assert (options["start_token"], options["num_tokens"]) == (0, HELD)
+    assert options["block_ids"] == job.sequence.block_table[:2]
+    assert (options["address"], options["source_worker_id"]) == ("127.0.0.1:9", "decode-0")
+    assert options["within_s"] > 0
+    await rig.step()
+    assert (rig.tokens, rig.cache) == ([], {}), "something was computed or published before READY"
+    assert rig.outbox.standing.load.num_waiting_tokens == 2
+    rig.worker.pulled(transfer().way_back, 1e9)
+    await rig.step()
+    assert rig.tokens == [(KEY, 0, 7)]
+    assert rig.cache == dict.fromkeys(job.sequence.block_hashes[:2], True)
+    assert (rig.counted("received"), rig.counted("computed")) == (HELD, 2)
+    assert [args[1] for name, args, _ in rig.sender.calls if name == "ready"] == [10]
+    rig.worker.freed(transfer(), "released")
+    await rig.step()
+    assert (rig.closed[KEY].num_received_tokens, rig.referenced()) == (HELD, 0)
+    assert rig.worker.idle
+
+
+async def test_input_that_decode_holds_whole_has_its_last_token_computed() -> None:
+    rig = PrefillRig()
+    job = await pulling(rig, tokens=list(range(8)))
+    rig.worker.pulled(transfer().way_back, 1e9)
+    assert job.sequence.num_remaining == 1
+    assert job.sequence.num_shared_tokens == 8, "a block that others may read is written"
+    await rig.step()
+    assert (rig.counted("received"), rig.counted("computed")) == (7, 1)
+
+
+async def test_others_are_computed_while_one_pulls() -> None:
+    rig = PrefillRig()
+    await pulling(rig)
+    other = StreamKey(1, 6)
+    rig.worker.open(rig.job([50, 51, 52], key=other))
+    rig.worker.proceed(other, 0)
+    await rig.step()
+    assert [key for key, *_ in rig.tokens] == [other]
+
+
+async def test_pull_that_fails_is_computed_into_other_blocks_and_not_tried_again() -> None:
+    rig = PrefillRig()
+    job = await pulling(rig)
+    in_doubt = set(job.sequence.block_table[:2])
+    rig.pulls.failed(transfer().way_back, 0.0)
+    await rig.step()
+    assert rig.kv.pool.counts().quarantined == 2
+    assert not in_doubt & set(job.sequence.block_table)
+    assert rig.puller.names() == ["begin"]
+    await rig.step()
+    assert rig.tokens == [(KEY, 0, 7)]
+    assert rig.counted("computed") == 10
+    rig.pulls.drained(transfer().way_back)
+    rig.pulls.drained(transfer().way_back)
+    rig.worker.pulled(transfer().way_back, 1e9)
+    rig.worker.freed(transfer(), "released")
+    await rig.step()
+    assert (rig.kv.pool.counts().quarantined, rig.referenced(), rig.worker.idle) == (0, 0, True)
+
+
+async def test_job_whose_pull_failed_waits_for_room_before_all_equals() -> None:
+    rig = PrefillRig(num_blocks=4)
+    await pulling(rig)
+    other = StreamKey(1, 6)
+    rig.worker.open(rig.job([50, 51, 52, 53, 54], key=other))
+    rig.worker.proceed(other, 0)
+    rig.pulls.failed(transfer().way_back, 0.0)
+    await rig.step()
+    assert rig.tokens == [], "the younger one went first"
+    rig.pulls.drained(transfer().way_back)
+    for _ in range(2):
+        await rig.step()
+    assert rig.tokens == [(KEY, 0, 7)]
+
+
+@pytest.mark.parametrize("ending", ["cancel", "session_lost", "freed", "deadline", "fail_all"])
+async def test_job_that_ends_while_it_pulls_keeps_its_blocks_in_quarantine(ending: str) -> None:
+    rig = PrefillRig()
+    job = await pulling(rig)
+    if ending == "cancel":
+        rig.worker.cancel(KEY)
+    elif ending == "session_lost":
+        rig.worker.session_lost(KEY.session)
+    elif ending == "freed":
+        rig.worker.freed(transfer(), "peer_lost")
+    elif ending == "deadline":
+        job.deadline = 0.0
+    else:
+        rig.worker.fail_all(DrainingError("it has gone away"))
+    await rig.step()
+    assert rig.puller.names() == ["begin", "cancel"]
+    assert rig.kv.pool.counts().quarantined == 2
+    assert not rig.worker.idle
+    if ending != "freed":
+        rig.worker.freed(transfer(), "aborted")
+    rig.pulls.drained(transfer().way_back)
+    await rig.step()
+    assert (rig.kv.pool.counts().quarantined, rig.referenced(), rig.worker.idle) == (0, 0, True)
+
+
+async def test_late_pull_counts_as_dearer_than_computing_and_a_refused_one_as_nothing() -> None:
+    for waited_s, pays in ((0.0, True), (5.0, False)):
+        rig = PrefillRig()
+        job = await pulling(rig)
+        began_at = rig.pulls._pulls[job.transfer.way_back].began_at
+        rig.pulls.failed(job.transfer.way_back, began_at + waited_s)
+        assert rig.pulls.costs.moving_pays(1000) is pays

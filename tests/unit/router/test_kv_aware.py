@@ -60,6 +60,7 @@ def test_blocks_in_use_are_weighed_against_what_would_be_moved(weight: float, ch
     workers = Workers()
     prefill, decode = workers.several("prefill", 1), workers.several("decode", 2)
     input_ = input_of(*prefill)
+    workers.hold(prefill[0], input_.of(prefill[0]))
     workers.hold(decode[0], input_.of(decode[0]))  # saves 10 × 0.25
     report(decode[0], num_blocks=10)
     weights = {"decode_block_weight": weight, "transfer_weight": 0.25}
@@ -327,5 +328,50 @@ def test_local_prefill_is_a_candidate_without_a_prefill_worker() -> None:
     _, policy, prefill, decode, input_ = local_case(transfer_weight=0.25)
     pairing = pick(policy, prefill, decode, input_)
     assert pairing.candidates[0] == Candidate(None, decode[1].record.worker_id, 2 * SIZE)
-    assert pairing.candidates[1].cost == 10 * SIZE + 0.25 * 2 * SIZE
+    computed, pulled, handed_over = 2 * SIZE, 8 * SIZE, 2 * SIZE
+    assert pairing.candidates[1].cost == computed + 0.25 * (pulled + handed_over)
     assert len(pairing.candidates) == 5
+
+
+# ------------------------------------------------------------------------------ pulls
+
+
+def second_turn() -> tuple[Workers, list[WorkerSession], list[WorkerSession], InputHashes]:
+    """The first prefill worker has prompt and nothing of the answer; the last decode worker
+    has both."""
+    workers = Workers()
+    prefill, decode = workers.several("prefill", 2), workers.several("decode", 2)
+    input_ = input_of(*prefill)
+    workers.hold(prefill[0], input_.of(prefill[0])[:2])
+    workers.hold(decode[1], input_.of(decode[1])[:9])
+    return workers, prefill, decode, input_
+
+
+@pytest.mark.parametrize(("pulls", "cost"), [(1, 1 + 0.25 * 7), (0, 8)])
+def test_what_decode_lends_costs_as_much_as_moving_it(pulls: int, cost: float) -> None:
+    workers, prefill, decode, input_ = second_turn()
+    policy = workers.policy("kv_aware", local_prefill_max_tokens=0, prefill_pulls=pulls)
+    pairing = pick(policy, prefill, decode, input_)
+    assert pairing == Pairing(prefill[0], decode[1], pairing.candidates)
+    assert pairing.candidates[0].cost == (cost + 0.25 * 1) * SIZE
+
+
+def test_prefill_worker_that_holds_less_is_chosen_where_the_other_is_busy_and_may_pull() -> None:
+    for pulls, chosen in ((1, 1), (0, 0)):
+        workers, prefill, decode, input_ = second_turn()
+        report(prefill[0], num_tokens=SIZE)
+        policy = workers.policy("kv_aware", local_prefill_max_tokens=0, prefill_pulls=pulls)
+        assert pick(policy, prefill, decode, input_) == Pairing(prefill[chosen], decode[1])
+
+
+def test_what_is_pulled_is_no_work_for_the_prefill_worker() -> None:
+    workers, prefill, decode, input_ = second_turn()
+    peers = Peers()
+    policy = workers.policy("kv_aware", peers=peers, local_prefill_max_tokens=0)
+    pick(policy, prefill, decode, input_)
+    assert [num_tokens for _, num_tokens, _ in peers.told] == [SIZE, 0]
+
+
+def test_decode_worker_that_holds_nearly_all_still_prefills_the_rest_by_itself() -> None:
+    workers, prefill, decode, input_ = second_turn()
+    assert pick(workers.policy("kv_aware"), prefill, decode, input_) == Pairing(None, decode[1])

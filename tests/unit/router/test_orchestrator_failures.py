@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from functools import partial
 
 import pytest
 
@@ -20,7 +21,7 @@ from baton.errors import (
 from baton.logprobs import TokenLogprobs
 from baton.v1 import session_pb2 as pb
 from tests.support.fake_cluster import choice, fake_cluster, wait_until
-from tests.support.fake_worker import FakeStream, expected_token
+from tests.support.fake_worker import FakeStream, FakeWorker, expected_token
 
 STOP = pb.CLOSE_REASON_STOP
 LENGTH = pb.CLOSE_REASON_LENGTH
@@ -297,6 +298,37 @@ async def test_workers_that_die_together_use_up_no_attempts() -> None:
         last = await late.next_open()
         last.tokens(1, 51)
         last.close(STOP)
+        assert (await client.end()).finish_reason == "stop"
+
+
+def _asked_since(counts: dict[FakeWorker, int]) -> list[FakeWorker]:
+    """To proceed."""
+    return [worker for worker, had in counts.items() if worker.num_received("proceed") > had]
+
+
+async def test_prefill_workers_that_died_with_decode_use_up_no_attempts() -> None:
+    """The decode worker that is left has room each time; prefill was gone before it was asked."""
+    async with fake_cluster(gateway={"max_attempts": 2}) as cluster:
+        prefills = [await cluster.add(f"prefill-{i}", "prefill") for i in range(3)]
+        first = await cluster.add("decode-0", "decode")
+        client = cluster.ask(choice())
+        stream = await first.next_open()
+        stream.reserve()
+        stream.tokens(0, 50)
+        await wait_until(lambda: client.token_ids == [50])
+        last = await cluster.add("decode-1", "decode")
+        await first.stop()
+        for _ in range(2):
+            again = await last.next_open()
+            before = {each: each.num_received("proceed") for each in prefills}
+            again.reserve()
+            await wait_until(partial(_asked_since, before))
+            (dying,) = _asked_since(before)
+            prefills.remove(dying)
+            await dying.stop()
+        again = await last.next_open()
+        again.tokens(1, 51)
+        again.close(STOP)
         assert (await client.end()).finish_reason == "stop"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from baton.errors import InternalError, TransferError
 from baton.logprobs import TokenLogprobs
+from baton.timeline import Timeline
 from baton.v1 import session_pb2 as pb
 from tests.support.fake_cluster import Client, FakeCluster, choice, fake_cluster, wait_until
 from tests.support.fake_worker import FakeStream
@@ -42,6 +44,7 @@ async def test_both_workers_are_opened_with_the_same_request_and_handoff() -> No
         assert handoff.prefill_worker_id == "prefill-0"
         assert handoff.decode_worker_id == "decode-0"
         assert handoff.prefill_transfer_address == prefill.worker.record.address
+        assert handoff.decode_transfer_address == decode.worker.record.address
         await client.leave()
 
 
@@ -201,6 +204,19 @@ async def test_nothing_is_claimed_as_cached_where_prefill_never_says_what_it_com
         decode.tokens(0, 50)
         decode.close(STOP)
         assert (await client.end()).num_cached_tokens == 0
+
+
+async def test_timeline_tells_what_prefill_fetched_from_decode() -> None:
+    async with fake_cluster() as cluster:
+        pair = await cluster.add_pair()
+        timeline = Timeline()
+        client = cluster.ask(dataclasses.replace(choice(), timeline=timeline))
+        prefill, decode = [await worker.next_open() for worker in pair]
+        decode.tokens(0, 50)
+        decode.close(STOP)
+        prefill.close(HANDED_OFF, num_computed_tokens=1, num_received_tokens=2)
+        assert (await client.end()).num_cached_tokens == 2
+        assert timeline.report()["attempts"][0]["num_pulled_tokens"] == 2
 
 
 async def test_without_a_prefill_worker_decode_is_asked_to_prefill_by_itself() -> None:

@@ -1,0 +1,118 @@
+"""An engine's steps on a GPU: inputs go there, sampled token ids come back, and nothing else.
+
+1. ``begin`` copies a step's inputs from page-locked memory, launches its forward pass and the
+   draw of its tokens, and the copy of their ids to the host. It waits for nothing.
+2. The host does what does not depend on the tokens.
+3. ``PendingStep.wait`` returns them: the one moment at which the host waits.
+
+Steps of decodes alone are CUDA graphs (``graphs.py``) up to ``max_num_seqs`` sequences; others,
+and larger ones, are launched kernel by kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from engine.attention.interface import Attention
+from engine.attention.triton_paged import TritonPagedAttention
+from engine.batch import Batch, build_batch
+from engine.gpu.decode_inputs import DecodeInputs
+from engine.gpu.graphs import DecodeGraphs
+from engine.gpu.transfers import to_device
+from engine.models.decoder import Decoder
+from engine.sampling.on_device import PendingSample, begin_sample
+from engine.sampling.params import SamplingParams
+from engine.sequence import Sampled, Scheduled, Sequence
+
+
+class GpuSteps:
+    """``decodes`` is the attention of graphs, ``attention`` that of all other steps."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        attention: Attention,
+        decodes: TritonPagedAttention,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        layout = decodes.layout
+        self._layout = layout
+        self._device = decodes.device
+        self._model = model
+        self._attention = attention
+        self._decodes = decodes
+        self._inputs = DecodeInputs(
+            layout,
+            self._device,
+            max_num_seqs=max_num_seqs,
+            max_blocks=min(layout.num_blocks, layout.num_blocks_for(max_model_len)),
+        )
+        self._graphs = DecodeGraphs(self._decode_rows, most=max_num_seqs)
+        if self._device.type == "cuda":
+            self.warm_up()
+            self._graphs.record()
+
+    def warm_up(self) -> None:
+        """Computes a short prompt that nobody asked for, in the scratch block: the kernels of
+        chunks are compiled, which takes seconds, before somebody does."""
+        length = 2 * self._layout.block_size + 1
+        seq = Sequence(None, [0] * length, length, SamplingParams(seed=0), b"")
+        seq.block_table = [self._layout.scratch_block] * self._layout.num_blocks_for(length)
+        batch = build_batch([Scheduled(seq, length)], self._layout)
+        self.logits(batch, batch.sampled_rows)
+
+    def begin(self, scheduled: SequenceOf[Scheduled]) -> PendingStep:
+        """Of at least one sequence; each holds the blocks it needs."""
+        sequences = [item.seq for item in scheduled]
+        if len(sequences) > self._inputs.max_num_seqs or any(
+            seq.num_remaining != 1 for seq in sequences
+        ):
+            batch = build_batch(scheduled, self._layout)
+            logits = self.logits(batch, batch.sampled_rows)
+            return PendingStep(begin_sample(logits, batch.sampled), range(len(batch.sampled)))
+        rows = self._inputs.fill(sequences)
+        by_row = [seq for _, seq in sorted(zip(rows, sequences, strict=True), key=_first)]
+        return PendingStep(begin_sample(self._graphs.run(len(by_row)), by_row), rows)
+
+    def logits(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Float32 [len(rows), vocabulary], on the GPU; ``batch`` and ``rows`` are on the host."""
+        attention = self._attention.begin(batch)
+        device = self._device
+        return self._model.forward(
+            to_device(batch.token_ids, device),
+            to_device(batch.positions, device),
+            to_device(rows, device),
+            attention,
+        )
+
+    def _decode_rows(self, size: int) -> Tensor:
+        inputs = self._inputs
+        attention = self._decodes.decodes(
+            inputs.slots[:size], inputs.block_table[:size], inputs.contexts[:size]
+        )
+        every = torch.arange(size, device=self._device)
+        return self._model.forward(
+            inputs.token_ids[:size], inputs.positions[:size], every, attention
+        )
+
+
+class PendingStep:
+    """A step whose tokens are on their way; ``order`` has the row of each, as scheduled."""
+
+    def __init__(self, sample: PendingSample, order: SequenceOf[int]) -> None:
+        self._sample = sample
+        self._order = order
+
+    def wait(self) -> list[Sampled]:
+        """In the order scheduled."""
+        sampled = self._sample.wait()
+        return [sampled[row] for row in self._order]
+
+
+def _first(pair: tuple[int, object]) -> int:
+    return pair[0]

@@ -1,0 +1,243 @@
+"""One process's NIXL agent over UCX: the only file that calls that library.
+
+A serving agent registers its pool, and UCX's own thread answers whatever peers want
+of it (sleeping while nothing comes; in Python it would wait for the GIL). A reading
+agent reads from peers into its pool; all its methods are for one thread.
+
+What measuring and reading the library has shown, and what follows from it:
+
+- On one host ``read`` copies within the call. It drops the GIL.
+- Releasing an unfinished read returns without error, and its bytes go on arriving. So
+  a read is released when it is done, or has failed: then the flush that NIXL posts
+  behind its descriptors has ended, on every path to the peer.
+- A read that fails while it is posted has no such flush: an ``InDoubtError``. Its
+  endpoint is gone, and with ``close``, which destroys UCX's queues and registrations,
+  nothing can write any more.
+- An endpoint that is let go in order amid a read over TCP makes the *peer's* UCX abort
+  its process. So no agent is closed, and no peer forgotten, while it reads from a live one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from baton.kv_layout import KvLayout
+from kv_transfer.ranges import BlockRange, valid_tokens
+from kv_transfer.transports import ucx
+from kv_transfer.transports.base import LinkError
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("nixl_cu12", "nixl_cu13")
+"""The builds for CUDA 12 and 13; either works without a GPU."""
+
+Runs = npt.NDArray[np.uint64]
+"""Runs of memory, one a row: address, bytes, device (0)."""
+
+_WAKE_US = 10_000
+"""How often a serving agent's thread looks, should UCX have failed to wake it."""
+_PROBE_BYTES = 64
+
+
+class InDoubtError(LinkError):
+    """A read failed, and what was posted of it may still arrive until the agent is closed."""
+
+
+def package() -> str | None:
+    """The installed build; imports nothing."""
+    return next((name for name in PACKAGES if importlib.util.find_spec(name)), None)
+
+
+def _load() -> Any:
+    """The library. Raises LinkError where there is none."""
+    name = package()
+    if name is None:
+        raise LinkError("the package nixl-cu12 is not installed: pip install 'baton[nixl]'")
+    raises = logging.raiseExceptions
+    try:
+        return importlib.import_module(f"{name}._bindings")
+    except ImportError as error:
+        raise LinkError(f"{name} cannot be loaded: {error}") from error
+    finally:
+        # On import it would write to standard output, and silence others' faulty log calls.
+        logging.raiseExceptions = raises
+        logging.getLogger("nixl").handlers.clear()
+        logging.getLogger("nixl").propagate = True
+
+
+class Agent:
+    """Raises LinkError where it cannot be made.
+
+    Args:
+        name: of this very process; peers know the agent by it.
+        memory: the pool, laid out as ``layout``; in use until ``close``.
+        environment: what UCX must find in the environment (``ucx.environment``).
+        serves: whether peers read from it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        layout: KvLayout,
+        memory: memoryview,
+        environment: Mapping[str, str],
+        serves: bool,
+    ) -> None:
+        self.name = name
+        self._library = library = _load()
+        self._pool = np.frombuffer(memory, dtype=np.uint8, count=layout.num_bytes)
+        self._probe = np.zeros(_PROBE_BYTES, dtype=np.uint8)
+        self.area = Area(layout, self._pool.ctypes.data)
+        try:
+            config = library.nixlAgentConfig()
+            config.useProgThread = serves
+            config.pthrDelay = _WAKE_US
+            config.syncMode = library.NIXL_THREAD_SYNC_STRICT
+            agent = library.nixlAgent(name, config)
+            with ucx.applied(environment):
+                self._ucx = agent.createBackend("UCX", {})
+            areas = [self._pool] if serves else [self._pool, self._probe]
+            regions = [(area.ctypes.data, area.nbytes, 0, "") for area in areas]
+            agent.registerMem(library.nixlRegDList(library.DRAM_SEG, regions), [self._ucx])
+            self.metadata: bytes = agent.getLocalMD()
+        except Exception as error:  # the library's errors have no base of their own
+            raise LinkError(f"NIXL cannot be used here: {_named(error)}") from error
+        self._agent = agent
+
+    def close(self) -> None:
+        """Nothing reads or writes the pool by this agent any more."""
+        self._agent = None  # its destructor joins UCX's thread
+        del self._pool
+
+    # ------------------------------------------------------------------ reading agents
+
+    def connect(self, metadata: bytes) -> None:
+        """Makes the peer known that has this metadata. Raises LinkError."""
+        try:
+            self._agent.loadRemoteMD(metadata)
+        except Exception as error:
+            raise LinkError(f"its agent is not reachable: {_named(error)}") from error
+
+    def forget(self, peer: str) -> None:
+        """Lets go of a peer, known or not, from which nothing is being read."""
+        try:
+            self._agent.invalidateRemoteMD(peer)
+        except self._library.nixlNotFoundError:
+            return  # it has disconnected, and NIXL forgot it then
+        except Exception as error:
+            logger.warning("%s cannot forget %s: %s", self.name, peer, _named(error))
+
+    def probe(self, peer: str, address: int) -> int:
+        """Starts reading a few bytes at ``address`` of the peer; returns as ``read`` does."""
+        local = np.array([[self._probe.ctypes.data, _PROBE_BYTES, 0]], dtype=np.uint64)
+        remote = np.array([[address, _PROBE_BYTES, 0]], dtype=np.uint64)
+        return self.read(peer, local, remote)
+
+    def read(self, peer: str, local: Runs, remote: Runs) -> int:
+        """Posts a read, to be asked for with ``is_done`` and then released.
+
+        Raises LinkError where nothing was posted, and InDoubtError.
+        """
+        library = self._library
+        try:
+            into = library.nixlXferDList(library.DRAM_SEG, local)
+            out_of = library.nixlXferDList(library.DRAM_SEG, remote)
+            make = self._agent.createXferReq
+            handle: int = make(library.NIXL_READ, into, out_of, peer, "", [self._ucx])
+        except Exception as error:
+            raise LinkError(f"NIXL cannot read from the peer: {_named(error)}") from error
+        try:
+            self._agent.postXferReq(handle)
+        except Exception as error:
+            self.release(handle)
+            raise InDoubtError(f"NIXL failed to read: {_named(error)}") from error
+        return handle
+
+    def is_done(self, handle: int) -> bool:
+        """Whether every byte of a read is there. Raises LinkError: it has ended without."""
+        try:
+            state = self._agent.getXferStatus(handle)
+        except Exception as error:
+            raise LinkError(f"the read failed: {_named(error)}") from error
+        return bool(state == self._library.NIXL_SUCCESS)
+
+    def release(self, handle: int) -> None:
+        """Of a read that has ended."""
+        try:
+            self._agent.releaseXferReq(handle)
+        except Exception as error:
+            logger.warning("%s cannot release a read: %s", self.name, _named(error))
+
+    def progress(self) -> None:
+        """Does what UCX has to do while nothing is read: letting go of peers takes some."""
+        try:
+            self._agent.getNotifs({}, [self._ucx])
+        except Exception as error:
+            logger.warning("%s: %s", self.name, _named(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """Where a pool lies, in this process or in a peer's."""
+
+    layout: KvLayout
+    address: int
+
+
+def runs(blocks: BlockRange, into: Area, out_of: Area) -> tuple[Runs, Runs]:
+    """What to read ``blocks`` into and out of, row by row.
+
+    Whole blocks that follow each other on both sides are one run; of a last block in part,
+    each (kv_head, layer, part) has one. Raises IndexError where a pool lacks a block.
+    """
+    mine, theirs = np.array(blocks.blocks), np.array(blocks.source_blocks)
+    if not _has_all(into.layout, mine) or not _has_all(out_of.layout, theirs):
+        raise IndexError(f"no such block: {blocks.source_blocks} into {blocks.blocks}")
+    layout = into.layout
+    counts = valid_tokens(blocks.start_token, blocks.end_token, layout.block_size)
+    num_whole = len(counts) - (counts[-1] < layout.block_size)
+    at, lengths = _consecutive(mine[:num_whole], theirs[:num_whole])
+    offsets, lengths = np.zeros_like(at), lengths * layout.block_bytes
+    if num_whole < len(counts):
+        _, _, _, row_bytes, token_bytes, _ = layout.strides
+        rows = np.arange(0, layout.block_bytes, row_bytes)
+        at = np.concatenate([at, np.full_like(rows, num_whole)])
+        offsets = np.concatenate([offsets, rows])
+        lengths = np.concatenate([lengths, np.full_like(rows, counts[-1] * token_bytes)])
+    return (
+        _rows(into.address, mine[at] * layout.block_bytes + offsets, lengths),
+        _rows(out_of.address, theirs[at] * layout.block_bytes + offsets, lengths),
+    )
+
+
+def _has_all(layout: KvLayout, blocks: npt.NDArray[np.int64]) -> bool:
+    return bool(blocks.min() >= 0 and blocks.max() < layout.num_blocks)
+
+
+def _consecutive(
+    mine: npt.NDArray[np.int64], theirs: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where runs of blocks begin that follow each other in both, and their lengths."""
+    if not len(mine):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    breaks = (np.diff(mine) != 1) | (np.diff(theirs) != 1)
+    at = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+    return at, np.diff(np.append(at, len(mine)))
+
+
+def _rows(address: int, offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Runs:
+    addresses = np.uint64(address) + offsets.astype(np.uint64)
+    return np.stack([addresses, lengths.astype(np.uint64), np.zeros_like(addresses)], axis=1)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,285 @@
+"""The thread of a decode worker that reads from all its peers over NIXL.
+
+It posts reads and asks whether they are done; in between it sleeps, 50 µs at first and up
+to 1 ms while nothing ends. A peer is one agent, known as long as a link wants it:
+
+1. Probed: a few bytes are read from it, which also makes UCX's connection.
+2. Known: links read from it.
+3. Failed: one of its reads failed. No further ones are posted and its links are told. It is
+   forgotten when its last read has ended; a new link can bring it back then.
+
+A read in doubt (``InDoubtError``) ends when no other is under way: then the agent is closed,
+which proves it, and made anew. Posts wait for that, unless what is under way is from a failed
+peer, and may last as long as that lives.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kv_transfer.transports.base import LinkError
+from kv_transfer.transports.nixl import Agent, InDoubtError, Runs
+
+_PAUSES_S = (50e-6, 1e-3)
+_TIDY_S = 1.0
+"""How often UCX is given time while peers are known and nothing is read."""
+
+Finished = Callable[[Exception | None], None]
+"""Called in the thread: the read has ended, and writes no more. LinkErrors are the peer's."""
+Plan = Callable[[Agent], tuple[Runs, Runs]]
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """One remote agent; its fields are the thread's."""
+
+    name: str
+    metadata: bytes
+    num_links: int = 0
+    is_known: bool = False
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    peer: Peer
+    handle: int
+    finished: Finished
+    is_probe: bool = False
+    """It reads into no block, and is nothing to wait for."""
+
+
+@dataclass(slots=True, eq=False)
+class _Wish:
+    """A link that wants its peer."""
+
+    name: str
+    metadata: bytes
+    address: int
+    until: float
+    made: Callable[[Peer | LinkError], None]
+    has_probed: bool = False
+
+
+class Reader:
+    """Its methods are for any thread, and never wait.
+
+    Args:
+        make: makes the agent, in the thread. Raises LinkError.
+    """
+
+    def __init__(self, make: Callable[[], Agent]) -> None:
+        self._make = make
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed: Callable[[], None] | None = None
+        self._made: Agent | None = None
+        self._peers: dict[str, Peer] = {}
+        self._wishes: list[_Wish] = []
+        self._posts: list[tuple[Peer, Plan, Finished]] = []
+        self._reads: list[_Read] = []
+        self._doubts: list[tuple[Finished, InDoubtError]] = []
+
+    def start(self, made: Callable[[LinkError | None], None]) -> None:
+        """Makes the agent if there is none; ``made`` is called in the thread."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="kv-nixl", daemon=True)
+            self._thread.start()
+        self._jobs.put(lambda: made(self._make_agent()))
+
+    def connect(
+        self,
+        name: str,
+        metadata: bytes,
+        address: int,
+        *,
+        timeout_s: float,
+        made: Callable[[Peer | LinkError], None],
+    ) -> None:
+        """Gives ``made``, in the thread, the peer of this name once bytes at ``address`` have
+        come from it. To be followed by ``let_go``; ``start`` has succeeded before."""
+        wish = _Wish(name, metadata, address, time.monotonic() + timeout_s, made)
+        self._jobs.put(lambda: self._wishes.append(wish))
+
+    def read(self, peer: Peer, plan: Plan, finished: Finished) -> None:
+        """Reads what ``plan`` says when its turn has come, in the thread: into, out of.
+        Where it raises, nothing is read."""
+        self._jobs.put(lambda: self._posts.append((peer, plan, finished)))
+
+    def let_go(self, peer: Peer) -> None:
+        """A link wants its peer no more; all that it read has finished."""
+
+        def let_go() -> None:
+            peer.num_links -= 1
+
+        self._jobs.put(let_go)
+
+    def close(self, closed: Callable[[], None]) -> None:
+        """Links have let go before. ``closed`` is called, in the thread, when nothing
+        reads any more."""
+        if self._thread is None:
+            closed()
+        else:
+            self._jobs.put(lambda: setattr(self, "_closed", closed))
+
+    # ------------------------------------------------------------------- in the thread
+
+    @property
+    def _agent(self) -> Agent:
+        assert self._made is not None, "there is one while peers are known"
+        return self._made
+
+    def _run(self) -> None:
+        pause_s = _PAUSES_S[0]
+        while self._closed is None or self._posts or self._is_reading or self._doubts:
+            moved = self._do_jobs(pause_s)
+            moved |= self._ask()
+            self._settle_doubts()
+            self._grant_wishes()
+            self._forget_peers()
+            moved |= self._post()
+            pause_s = _PAUSES_S[0] if moved else min(2 * pause_s, _PAUSES_S[1])
+        if self._made is not None:
+            self._made.close()
+        self._closed()
+
+    @property
+    def _is_reading(self) -> bool:
+        """Into blocks."""
+        return not all(read.is_probe for read in self._reads)
+
+    def _do_jobs(self, pause_s: float) -> bool:
+        """Does what was asked for; sleeps until something is, or is to be looked after."""
+        busy = self._is_reading or self._wishes or self._posts
+        wait_s = pause_s if busy else _TIDY_S if self._peers else None
+        try:
+            self._jobs.get(timeout=wait_s)()
+        except queue.Empty:
+            if not busy:
+                self._agent.progress()
+            return False
+        while not self._jobs.empty():
+            self._jobs.get()()
+        return True
+
+    def _make_agent(self) -> LinkError | None:
+        try:
+            self._made = self._made or self._make()
+        except LinkError as error:
+            return error
+        return None
+
+    def _ask(self) -> bool:
+        """Ends the reads that are done, or have failed; whether there were any."""
+        under_way = []
+        for read in self._reads:
+            error = None
+            try:
+                if not self._agent.is_done(read.handle):
+                    under_way.append(read)
+                    continue
+            except LinkError as failure:
+                error = failure
+                read.peer.failed = str(failure)
+            self._agent.release(read.handle)
+            read.finished(error)
+        moved = len(under_way) < len(self._reads)
+        self._reads = under_way
+        return moved
+
+    def _settle_doubts(self) -> None:
+        if not self._doubts or self._is_reading:
+            return
+        self._agent.close()
+        self._made = None
+        error = self._make_agent()
+        self._reads.clear()  # probes; their wishes try again
+        self._peers = {name: peer for name, peer in self._peers.items() if peer.is_known}
+        for peer in self._peers.values():
+            try:
+                if error is not None:
+                    raise error
+                if not peer.failed:
+                    self._agent.connect(peer.metadata)
+            except LinkError as failure:
+                peer.failed = str(failure)
+        for finished, doubt in self._doubts:
+            finished(doubt)
+        self._doubts.clear()
+
+    def _grant_wishes(self) -> None:
+        self._wishes = [wish for wish in self._wishes if not self._grant(wish)]
+
+    def _grant(self, wish: _Wish) -> bool:
+        """Whether its link has been told."""
+        peer = self._peers.get(wish.name)
+        if peer is None:
+            return not self._probe(wish)
+        if peer.failed and wish.has_probed:
+            wish.made(LinkError(peer.failed))
+            return True
+        if peer.is_known and not peer.failed:
+            peer.num_links += 1
+            wish.made(peer)
+            return True
+        if time.monotonic() < wish.until:
+            return False
+        late = "an earlier read from the peer has not ended" if peer.failed else "no answer"
+        peer.failed = peer.failed or late
+        wish.made(LinkError(late))
+        return True
+
+    def _probe(self, wish: _Wish) -> bool:
+        """Makes the peer known, unless its link has been told why not."""
+        peer = Peer(wish.name, wish.metadata)
+        wish.has_probed = True
+
+        def finished(error: Exception | None) -> None:
+            peer.is_known = error is None
+
+        try:
+            if (error := self._make_agent()) is not None:
+                raise error
+            self._agent.connect(wish.metadata)
+            handle = self._agent.probe(wish.name, wish.address)
+        except LinkError as error:
+            if self._made is not None:
+                self._made.forget(wish.name)
+            wish.made(error)
+            return False
+        self._peers[wish.name] = peer
+        self._reads.append(_Read(peer, handle, finished, is_probe=True))
+        return True
+
+    def _forget_peers(self) -> None:
+        """Those that failed, and those that no link wants; not while they are read from."""
+        read_from = {read.peer for read in self._reads}
+        for peer in [*self._peers.values()]:
+            if (peer.failed or not peer.num_links) and peer not in read_from:
+                del self._peers[peer.name]
+                if self._made is not None:
+                    self._made.forget(peer.name)
+
+    def _post(self) -> bool:
+        if self._doubts and not any(read.peer.failed for read in self._reads):
+            return False
+        posts, self._posts = self._posts, []
+        for peer, plan, finished in posts:
+            try:
+                if peer.failed:
+                    raise LinkError(peer.failed)
+                handle = self._agent.read(peer.name, *plan(self._agent))
+            except InDoubtError as error:
+                peer.failed = str(error)
+                self._doubts.append((finished, error))
+            except Exception as error:
+                if isinstance(error, LinkError):
+                    peer.failed = str(error)
+                finished(error)
+            else:
+                self._reads.append(_Read(peer, handle, finished))
+        return bool(posts)

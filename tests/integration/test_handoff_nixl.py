@@ -1,0 +1,352 @@
+"""NIXL's own troubles: reads that nobody can stop, agents that die, networks that are missing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from baton.config import KvTransferConfig
+from baton.errors import ConfigurationError
+from kv_transfer.keys import TransferKey
+from kv_transfer.receiver import ReceiverState
+from kv_transfer.transports import nixl, nixl_links, ucx
+from kv_transfer.transports.base import LinkError
+from kv_transfer.transports.nixl_links import NixlPull, NixlPullLink, NixlServe
+from tests.support.handoff import (
+    LAYOUT,
+    Decode,
+    FaultsAt,
+    PoolMemory,
+    Prefill,
+    PrefillProcess,
+    key_between,
+    sample,
+    until,
+)
+from tests.support.transports import needs_nixl
+
+AUTO = KvTransferConfig(attach_s=5, lease_s=5, operation_s=5)
+NIXL = AUTO.model_copy(update={"transport": "nixl"})
+SOURCE_BLOCKS = [7, 2, 9, 4]
+BLOCKS = [3, 8, 1, 10]
+
+
+class Gate:
+    """Holds the copying thread before the range that comes after so many."""
+
+    def __init__(self, *, after: int) -> None:
+        self.reached = threading.Event()
+        self.open = threading.Event()
+        self._num_left = after
+
+    def __call__(self) -> None:
+        self._num_left -= 1
+        if self._num_left == -1:
+            self.reached.set()
+            assert self.open.wait(20)
+
+
+@pytest.fixture
+def tcp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX reads over TCP: over what one host shares it would copy out of a stopped process."""
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+
+
+@pytest.fixture
+async def ends() -> AsyncIterator[contextlib.AsyncExitStack]:
+    async with contextlib.AsyncExitStack() as stack:
+        yield stack
+
+
+async def prefill_in(ends: contextlib.AsyncExitStack, config: KvTransferConfig) -> Prefill:
+    prefill = await Prefill.start(config)
+    ends.push_async_callback(prefill.close)
+    return prefill
+
+
+async def decode_in(ends: contextlib.AsyncExitStack, *args: object, **kwargs: object) -> Decode:
+    decode = await Decode.start(*args, **kwargs)  # type: ignore[arg-type]
+    ends.push_async_callback(decode.close)
+    return decode
+
+
+async def half_read(
+    ends: contextlib.AsyncExitStack, other: Prefill | None = None
+) -> tuple[PrefillProcess, Decode, TransferKey, Gate]:
+    """Tokens [0, 8) have come from another process; the next 8 are about to be read."""
+    gate = Gate(after=2 if other else 1)
+    process = await PrefillProcess.start(NIXL)
+    decode = await decode_in(ends, NIXL, faults=FaultsAt(decode_copy=gate))
+    ends.push_async_callback(process.close)
+    if other is not None:
+        await hand_over(other, decode)
+    key = key_between(process, decode, 9)
+    decode.begin(key, process, start_token=0, num_tokens=16, block_ids=BLOCKS)
+    await process.tell("offer", key, start_token=0, num_tokens=16)
+    await process.tell("ready", key, end_token=8, block_ids=SOURCE_BLOCKS[:2])
+    machine = decode.receiver._transfers[key].machine
+    await until(lambda: machine._copied_tokens == 8)
+    await process.tell("ready", key, end_token=16, block_ids=SOURCE_BLOCKS)
+    await until(gate.reached.is_set)
+    return process, decode, key, gate
+
+
+async def stopped_read(
+    ends: contextlib.AsyncExitStack,
+) -> tuple[PrefillProcess, Decode, TransferKey]:
+    """The second read is posted, to a process that is stopped."""
+    process, decode, key, gate = await half_read(ends)
+    link = decode.receiver._transfers[key].link
+    assert isinstance(link, NixlPullLink)
+    process.signal(signal.SIGSTOP)
+    gate.open.set()
+    await until(lambda: link._posted)
+    return process, decode, key
+
+
+async def hand_over(prefill: Prefill, decode: Decode, number: int = 1) -> None:
+    key = key_between(prefill, decode, number)
+    prefill.sender.offer(key, start_token=0, num_tokens=6)
+    decode.begin(key, prefill, start_token=0, num_tokens=6, block_ids=[5, 6])
+    prefill.compute(key, 6, [3, 0])
+    await until(lambda: key in decode.ready and (key, "released") in prefill.freed)
+    np.testing.assert_array_equal(decode.pool.tokens[5], prefill.pool.before[3])
+
+
+# ---------------------------------------------------------------- reads that nobody can stop
+
+
+@needs_nixl
+@pytest.mark.usefixtures("tcp")
+async def test_blocks_of_a_cancelled_read_stay_quarantined_while_bytes_can_still_come(
+    ends: contextlib.AsyncExitStack,
+) -> None:
+    process, decode, key = await stopped_read(ends)
+    machine = decode.receiver._transfers[key].machine
+    decode.receiver.cancel(key)
+    assert machine.state is ReceiverState.QUARANTINED
+    with pytest.raises(TimeoutError):
+        await until(lambda: decode.drained, within_s=0.3)
+    np.testing.assert_array_equal(decode.pool.tokens[BLOCKS[2:]], decode.pool.before[BLOCKS[2:]])
+    process.signal(signal.SIGCONT)
+    await until(lambda: decode.drained == [key])
+    source = PoolMemory(LAYOUT, seed=1).before
+    np.testing.assert_array_equal(decode.pool.tokens[BLOCKS[2:]], source[SOURCE_BLOCKS[2:]])
+
+
+@needs_nixl
+@pytest.mark.usefixtures("tcp")
+async def test_prefill_killed_amid_a_read_fails_the_transfer_and_drains_it(
+    ends: contextlib.AsyncExitStack,
+) -> None:
+    process, decode, key = await stopped_read(ends)
+    process.signal(signal.SIGKILL)
+    await until(lambda: decode.drained == [key], within_s=8)
+    assert decode.failed[key].retriable
+    assert not decode.ready
+    await hand_over(await prefill_in(ends, NIXL), decode)
+
+
+@needs_nixl
+@pytest.mark.usefixtures("tcp")
+async def test_link_and_worker_are_not_closed_before_their_reads_have_ended(
+    ends: contextlib.AsyncExitStack,
+) -> None:
+    """Letting go of an unfinished read over TCP makes UCX end the peer's process."""
+    process, decode, key = await stopped_read(ends)
+    link = decode.receiver._transfers[key].link
+    assert link is not None
+    closing = [asyncio.create_task(link.close()), asyncio.create_task(decode.close())]
+    done, _ = await asyncio.wait(closing, timeout=0.3)
+    assert not done
+    process.signal(signal.SIGCONT)
+    await asyncio.gather(*closing)
+    assert decode.drained == [key]
+    assert process.process.returncode is None
+
+
+@needs_nixl
+async def test_agent_whose_read_failed_is_read_from_again_by_the_next_link(
+    ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = await prefill_in(ends, NIXL), await decode_in(ends, NIXL)
+    await hand_over(prefill, decode)
+    is_done, failures = nixl.Agent.is_done, [LinkError("failed by the test")]
+
+    def fails_once(agent: nixl.Agent, handle: int) -> bool:
+        if is_done(agent, handle) and failures:
+            raise failures.pop()
+        return is_done(agent, handle)
+
+    monkeypatch.setattr(nixl.Agent, "is_done", fails_once)
+    failing = key_between(prefill, decode, 2)
+    prefill.sender.offer(failing, start_token=0, num_tokens=6)
+    decode.begin(failing, prefill, start_token=0, num_tokens=6, block_ids=[5, 6])
+    prefill.compute(failing, 6, [3, 0])
+    await until(lambda: decode.drained == [failing])
+    assert "failed by the test" in str(decode.failed[failing])
+    await hand_over(prefill, decode, 3)
+
+
+@needs_nixl
+async def test_read_in_doubt_ends_with_its_agent_and_other_peers_never_notice(
+    ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one host a read from a dead process fails while it is posted."""
+    doomed: list[PrefillProcess] = []
+    close, read = nixl.Agent.close, nixl.Agent.read
+
+    def read_from_the_dead(agent: nixl.Agent, *args: Any) -> int:
+        for process in doomed:
+            process.signal(signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(0.001)
+        doomed.clear()
+        return read(agent, *args)
+
+    monkeypatch.setattr(nixl.Agent, "read", read_from_the_dead)
+    other = await prefill_in(ends, NIXL)
+    process, decode, key, gate = await half_read(ends, other)
+    (peer,) = [each for each in decode.receiver._peers.values() if each.epoch == other.epoch]
+    link, closed_before_drained = peer.link, []
+
+    def closes(agent: nixl.Agent) -> None:
+        closed_before_drained.append(not decode.drained)
+        close(agent)
+
+    monkeypatch.setattr(nixl.Agent, "close", closes)
+    doomed.append(process)
+    gate.open.set()
+    await until(lambda: decode.drained == [key], within_s=8)
+    assert closed_before_drained == [True]
+    assert decode.failed[key].retriable
+    await hand_over(other, decode, 2)
+    assert peer.link is link
+
+
+@needs_nixl
+async def test_stream_that_breaks_is_followed_by_a_link_to_the_same_agent(
+    ends: contextlib.AsyncExitStack,
+) -> None:
+    prefill, decode = await prefill_in(ends, NIXL), await decode_in(ends, NIXL)
+    await hand_over(prefill, decode)
+    for number in range(2, 5):
+        (connection,) = prefill.sender._servicer._connections
+        connection.lose("broken by the test")
+        await until(lambda: not prefill.sender._servicer._connections)
+        await hand_over(prefill, decode, number)
+
+
+# ------------------------------------------------------------------- which network, or none
+
+
+@needs_nixl
+async def test_ucx_listens_on_the_loopback_address_alone(ends: contextlib.AsyncExitStack) -> None:
+    process = psutil.Process()
+
+    def listening() -> set[tuple[str, int]]:
+        found = process.net_connections(kind="inet")
+        return {tuple(each.laddr) for each in found if each.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    agent = nixl.Agent(
+        "listens",
+        layout=LAYOUT,
+        memory=PoolMemory(LAYOUT, seed=1).memory.buffer,
+        environment=ucx.environment("127.0.0.1", "any", {}),
+        serves=True,
+    )
+    ends.callback(agent.close)
+    opened = listening() - before
+    assert opened
+    assert {host for host, _ in opened} == {"127.0.0.1"}
+
+
+async def test_forced_nixl_that_is_not_installed_refuses_to_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nixl, "PACKAGES", ("no_such_package",))
+    for start in (Prefill.start, Decode.start):
+        with pytest.raises(ConfigurationError, match=r"pip install 'baton\[nixl\]'"):
+            await start(NIXL)
+
+
+async def test_required_rdma_that_is_missing_refuses_to_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = AUTO.model_copy(update={"network": "rdma"})
+    monkeypatch.setattr(nixl, "PACKAGES", ("no_such_package",))
+    for start in (Prefill.start, Decode.start):
+        with pytest.raises(ConfigurationError, match="needs the package nixl-cu12"):
+            await start(config)
+    monkeypatch.setattr(nixl_links, "installed", lambda: True)
+    monkeypatch.setattr(ucx, "rdma_ports", lambda _: [])
+    for start in (Prefill.start, Decode.start):
+        with pytest.raises(ConfigurationError, match="no port that is up"):
+            await start(config)
+
+
+@needs_nixl
+async def test_two_hosts_use_nixl_where_it_is_installed(
+    ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill = await prefill_in(ends, AUTO)
+    monkeypatch.setattr("kv_transfer.client.host_id", lambda: "elsewhere")
+    decode = await decode_in(ends, AUTO)
+    await hand_over(prefill, decode)
+    assert moved(decode, "nixl")
+
+
+def fail_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(*_: object, **__: object) -> None:
+        raise LinkError("not reachable")
+
+    monkeypatch.setattr(NixlPull, "connect", connect)
+
+
+def fail_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def open_(*_: object, **__: object) -> None:
+        raise LinkError("no device")
+
+    monkeypatch.setattr(NixlServe, "open", open_)
+
+
+@pytest.mark.parametrize("fails", [fail_to_connect, fail_to_open])
+async def test_nixl_that_does_not_work_gives_way_to_gloo_unless_rdma_is_required(
+    ends: contextlib.AsyncExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    monkeypatch.setattr(nixl_links, "installed", lambda: True)
+    monkeypatch.setattr("kv_transfer.client.host_id", lambda: "elsewhere")
+    fails(monkeypatch)
+    decode = await decode_in(ends, AUTO)
+    await hand_over(await prefill_in(ends, AUTO), decode)
+    assert moved(decode, "gloo")
+
+    monkeypatch.setattr(nixl_links, "check", lambda *_: None)
+    monkeypatch.setattr("kv_transfer.handshake.required_transports", lambda _: ())
+    rdma = AUTO.model_copy(update={"network": "rdma", "attach_s": 0.5})
+    strict, prefill = await decode_in(ends, rdma), await prefill_in(ends, rdma)
+    key = key_between(prefill, strict)
+    prefill.sender.offer(key, start_token=0, num_tokens=6)
+    strict.begin(key, prefill, start_token=0, num_tokens=6, block_ids=[5, 6])
+    prefill.compute(key, 6, [3, 0])
+    await until(lambda: strict.drained or strict.ready)
+    assert strict.drained == [key]
+    np.testing.assert_array_equal(strict.pool.tokens, strict.pool.before)
+
+
+def moved(decode: Decode, transport: str) -> bool:
+    name = "baton_kv_handoff_bytes_total"
+    return sample(decode.registry, name, transport=transport) == 6 * LAYOUT.token_bytes
