@@ -238,7 +238,7 @@ def test_blocks_invert_to_the_column_that_running_sums_invert_to(
     target[0], target[1] = 0.0, 1.0 - 2.0**-53
     reached = weights.double().cumsum(dim=-1)
     expected = torch.searchsorted(reached, target[:, None] * reached[:, -1:], right=True)[:, 0]
-    chosen = draw_module._invert(weights, target)
+    chosen = draw_module.invert(weights, target)
     assert chosen.tolist() == expected.tolist()
     assert bool((weights.gather(1, chosen[:, None]) > 0).all())
 
@@ -249,7 +249,7 @@ def test_rounded_sums_never_lead_out_of_a_block_or_to_an_impossible_token() -> N
     weights[:, 500:] = 0.0
     weights[:, 200:300] = 0.0
     target = torch.full((256,), 1.0 - 2.0**-53, dtype=torch.float64)
-    chosen = draw_module._invert(weights, target)
+    chosen = draw_module.invert(weights, target)
     assert bool((chosen < 500).all())
     assert bool((weights.gather(1, chosen[:, None]) > 0).all())
 
