@@ -84,6 +84,14 @@ MISFITS: dict[str, list[tuple[Json, Json, str]]] = {
             "block_size differs between pools .*32 in decode.* none could hand a request over",
         )
     ],
+    "BatonConfig._gpus_hand_nothing_over": [
+        (
+            {"engine": {"device": "cuda"}},
+            {"config": {"engine": {"device": "cuda"}}},
+            "no transport reads a GPU's memory yet, so nothing could be handed over; start "
+            r"without prefill workers( \(--prefill 0\))?, or set engine.device: cpu",
+        )
+    ],
     "BatonConfig._fence_after_some_beats": [
         (
             {"cluster": {"fence_s": 1.5}},

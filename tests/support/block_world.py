@@ -160,6 +160,12 @@ class Side:
         assert self.told == self.kv.pool.published(), "gateways were told of another cache"
 
 
+def no_pulls(kv: KvCache, inbox: Inbox, scheduler: PrefillScheduler) -> Pulls:
+    """Of a worker whose jobs have nobody to pull from."""
+    costs = PullCosts(block_size=BLOCK_SIZE, token_bytes=16, step_tokens=7)
+    return Pulls(kv, None, inbox, scheduler=scheduler, costs=costs)  # type: ignore[arg-type]
+
+
 class PrefillSide(Side):
     def __init__(
         self,

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from prometheus_client import CollectorRegistry
-from support.block_world import Now
+from support.block_world import Now, no_pulls
 from support.sequences import sequence
 from support.tiny_engine import DOMAIN, TINY, kv_layout, model_config, tokens
 from support.tiny_models import tiny_tensors
@@ -260,10 +260,12 @@ class RankWorld:
         outbox = Outbox(inbox, metrics)
         outbox.deliver = lambda events: None
         limits = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 4}
+        scheduler = PrefillScheduler(engine.kv, **limits)
         worker = worker_class(
             engine=engine,
-            scheduler=PrefillScheduler(engine.kv, **limits),
+            scheduler=scheduler,
             sender=self,  # type: ignore[arg-type]
+            pulls=no_pulls(engine.kv, inbox, scheduler),
             inbox=inbox,
             outbox=outbox,
             metrics=metrics,

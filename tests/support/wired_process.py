@@ -19,6 +19,7 @@ from support.block_world import (
     PREFILL_BLOCKS,
     WATERMARK_BLOCKS,
     Side,
+    no_pulls,
 )
 from support.hand_loop import HandLoop
 from support.memory_stream import (
@@ -137,8 +138,12 @@ class PrefillProcess(Process):
             sender._servicer._transports = {TRANSPORT: MemoryServe()}
         self.sender = sender
         sender.register(self)
+        scheduler = PrefillScheduler(self.kv, **LIMITS)
         self.worker = world.classes["prefill"](
-            **self.common, scheduler=PrefillScheduler(self.kv, **LIMITS), sender=self
+            **self.common,
+            scheduler=scheduler,
+            sender=self,
+            pulls=no_pulls(self.kv, self.inbox, scheduler),
         )
         world.memories[self.epoch] = self.engine.slots
         self.loop.start(sender.start())
@@ -212,6 +217,7 @@ class DecodeProcess(Process):
             **self.common,
             scheduler=DecodeScheduler(self.kv, **LIMITS, watermark_blocks=WATERMARK_BLOCKS),
             receiver=self.receiver,
+            lender=None,  # nobody here asks for a lend
             transfer_config=CONFIG,
         )
 

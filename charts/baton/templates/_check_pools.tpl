@@ -110,6 +110,18 @@
 {{- fail (printf "pools.%s.engine.load_format: every pool serves the same weights; set config.engine.load_format" $name) -}}
 {{- end -}}
 {{- end -}}
+{{- $prefills := 0 -}}
+{{- range $name, $pool := .pools -}}
+{{- if eq $pool.role "prefill" -}}
+{{- $prefills = add $prefills (int $pool.replicas) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name, $pool := .pools -}}
+{{- $device := index $pool.engine "device" | default (index $common "device") | default "cpu" -}}
+{{- if and (eq $device "cuda") (int $pool.replicas) $prefills -}}
+{{- fail (printf "engine.device is cuda in pools.%s, and there is a prefill pool: no transport reads a GPU's memory yet, so nothing could be handed over; start without prefill workers, or set engine.device: cpu" $name) -}}
+{{- end -}}
+{{- end -}}
 {{- range $setting, $default := dict "dtype" "auto" "block_size" 16 -}}
 {{- $values := dict -}}
 {{- $each := list -}}
