@@ -267,6 +267,8 @@ async def test_copy_that_outlasts_the_lease_is_discarded(config: KvTransferConfi
     prefill.compute(key, NUM_TOKENS, SOURCE_BLOCKS)
     await until(gate.reached.is_set)
     transfer = decode.receiver._transfers[key]
+    # The last message: another one would start the clock again.
+    await until(lambda: transfer.machine._commit is not None)
     assert transfer.timer is not None
     transfer.timer.cancel()
     await until(lambda: prefill.freed == [(key, "lease_expired")])

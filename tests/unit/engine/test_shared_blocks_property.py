@@ -117,16 +117,13 @@ def test_mutant_of_the_cache_is_killed(mutant: type[KvCache]) -> None:
 
 
 def test_mutant_that_knows_no_scratch_block_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_scratch(ordered: Any, positions: Any, block_table: Any, layout: Any) -> Any:
-        for item in ordered:
-            item.seq.num_shared_tokens, kept[id(item.seq)] = 0, item.seq.num_shared_tokens
-        slots = slot_mapping(ordered, positions, block_table, layout)
-        for item in ordered:
-            item.seq.num_shared_tokens = kept[id(item.seq)]
-        return slots
+    def without_scratch(seq: Any, positions: range, layout: Any) -> list[int]:
+        num_shared, seq.num_shared_tokens = seq.num_shared_tokens, 0
+        found: list[int] = slots(seq, positions, layout)
+        seq.num_shared_tokens = num_shared
+        return found
 
-    kept: dict[int, int] = {}
-    slot_mapping = batch._slot_mapping
-    monkeypatch.setattr(batch, "_slot_mapping", without_scratch)
+    slots = batch._slots
+    monkeypatch.setattr(batch, "_slots", without_scratch)
     with pytest.raises(AssertionError, match="is written"):
         random_plays(50)
