@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from baton.errors import TransferCorruptError
 from baton.kv_layout import KvLayout
+from kv_transfer.ranges import BlockRange, valid_tokens
 
 Words = npt.NDArray[Any]
 
@@ -57,6 +58,16 @@ class PoolView:
             raise TransferCorruptError(
                 f"block {block} arrived with checksum {found:#010x}, it was {checksum:#010x}"
             )
+
+    def verify_all(self, blocks: BlockRange) -> None:
+        """``verify`` of each block that the range was copied to, if it has checksums."""
+        if not blocks.checksums:
+            return
+        counts = valid_tokens(blocks.start_token, blocks.end_token, self.layout.block_size)
+        for block, num_tokens, checksum in zip(
+            blocks.blocks, counts, blocks.checksums, strict=True
+        ):
+            self.verify(block, num_tokens, checksum)
 
     def checksum(self, block: int, num_tokens: int) -> int:
         """CRC-32 of the valid bytes of a block, in the layout's order."""

@@ -9,6 +9,7 @@ transport makes one *link* per peer, which is closed when it is idle or lost.
 from __future__ import annotations
 
 import enum
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
@@ -46,6 +47,43 @@ class Operation:
         self.ended = ended
         self.stopped = False
         self.finished = False
+
+
+class PostedOperations:
+    """Those of a transport that cannot take back what it has posted. Posting is in another
+    thread than asking to stop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._posted: set[Operation] = set()
+
+    def __len__(self) -> int:
+        """Those that have not ended."""
+        return len(self._posted)
+
+    def add(self, operation: Operation) -> None:
+        """It is posted next. Raises TransferError where it was stopped before."""
+        with self._lock:
+            if operation.stopped:
+                raise TransferError("the copy was stopped")
+            self._posted.add(operation)
+
+    def end(self, operation: Operation) -> None:
+        operation.finished = True
+        self._posted.discard(operation)
+
+    def stop(self, operation: Operation) -> Quiescence:
+        with self._lock:
+            operation.stopped = True
+            if operation.finished:
+                return Quiescence.ENDED
+            return Quiescence.UNKNOWN if operation in self._posted else Quiescence.ENDING
+
+
+def check_offered(num_bytes: int, layout: KvLayout) -> None:
+    """Raises LinkError unless the memory that a peer offers is as large as its layout."""
+    if num_bytes != layout.num_bytes:
+        raise LinkError(f"the peer offers {num_bytes} bytes, its layout has {layout.num_bytes}")
 
 
 class PullLink(ABC):

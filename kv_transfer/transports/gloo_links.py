@@ -12,7 +12,6 @@ import asyncio
 import importlib
 import importlib.util
 import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,6 +27,7 @@ from kv_transfer.transports.base import (
     Ended,
     LinkError,
     Operation,
+    PostedOperations,
     PullLink,
     PullTransport,
     Quiescence,
@@ -155,15 +155,13 @@ class GlooPullLink(PullLink):
         self._tensors = endpoint.pool
         self._faults = faults
         self._loop = asyncio.get_running_loop()
-        self._posting = threading.Lock()
-        self._posted: set[Operation] = set()
+        self._posted = PostedOperations()
 
     def post(self, blocks: BlockRange, *, posted: Callable[[], None], ended: Ended) -> Operation:
         operation = Operation(blocks, ended)
 
         def end(error: TransferError | None) -> None:
-            operation.finished = True
-            self._posted.discard(operation)
+            self._posted.end(operation)
             ended(error)
 
         self._pairs.run(lambda pair: self._pull(operation, pair, posted), end)
@@ -171,11 +169,7 @@ class GlooPullLink(PullLink):
 
     def quiesce(self, operation: Operation) -> Quiescence:
         """A posted receive cannot be taken back: the peer decides when it ends."""
-        with self._posting:
-            operation.stopped = True
-            if operation.finished:
-                return Quiescence.ENDED
-            return Quiescence.UNKNOWN if operation in self._posted else Quiescence.ENDING
+        return self._posted.stop(operation)
 
     async def close(self) -> None:
         await self._pairs.close()
@@ -183,19 +177,12 @@ class GlooPullLink(PullLink):
     def _pull(self, operation: Operation, pair: gloo.GlooPair, posted: Callable[[], None]) -> None:
         """In the link's thread."""
         self._faults.hit("decode.copy")
-        with self._posting:
-            if operation.stopped:
-                raise TransferError("the copy was stopped")
-            self._posted.add(operation)
+        self._posted.add(operation)
         blocks = operation.blocks
         counts = valid_tokens(blocks.start_token, blocks.end_token, self._pool.layout.block_size)
         pieces = self._tensors.pieces(blocks.blocks, counts)
         pair.receive(pieces, self._pairs.next_tag(), lambda: self._tell(posted))
-        if blocks.checksums:
-            for block, num_tokens, checksum in zip(
-                blocks.blocks, counts, blocks.checksums, strict=True
-            ):
-                self._pool.verify(block, num_tokens, checksum)
+        self._pool.verify_all(blocks)
 
     def _tell(self, posted: Callable[[], None]) -> None:
         self._loop.call_soon_threadsafe(posted)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, Generic, TypeVar
@@ -20,17 +19,19 @@ from baton.faults import Faults
 from baton.kv_layout import KvLayout
 from kv_transfer.blocks import PoolView
 from kv_transfer.memory import KvMemory
-from kv_transfer.ranges import BlockRange, valid_tokens
+from kv_transfer.ranges import BlockRange
 from kv_transfer.transports import nixl, ucx
 from kv_transfer.transports.base import (
     Ended,
     LinkError,
     Operation,
+    PostedOperations,
     PullLink,
     PullTransport,
     Quiescence,
     ServeLink,
     ServeTransport,
+    check_offered,
 )
 from kv_transfer.transports.nixl_reader import Peer, Reader
 from kv_transfer.transports.one_sided import OneSidedServeLink
@@ -86,8 +87,7 @@ class NixlPullLink(PullLink):
         self._faults = faults
         self._lost = lost
         self._loop = asyncio.get_running_loop()
-        self._posting = threading.Lock()
-        self._posted: set[Operation] = set()
+        self._posted = PostedOperations()
         self._unfinished: set[Operation] = set()
         self._all_finished = asyncio.Event()
         self._all_finished.set()
@@ -104,11 +104,7 @@ class NixlPullLink(PullLink):
 
     def quiesce(self, operation: Operation) -> Quiescence:
         """What is posted to NIXL goes on, whatever is done to it."""
-        with self._posting:
-            operation.stopped = True
-            if operation.finished:
-                return Quiescence.ENDED
-            return Quiescence.UNKNOWN if operation in self._posted else Quiescence.ENDING
+        return self._posted.stop(operation)
 
     async def close(self) -> None:
         self._closed = True
@@ -119,31 +115,22 @@ class NixlPullLink(PullLink):
         """In the reader's thread, right before the range is read."""
         self._faults.hit("decode.copy")
         runs = nixl.runs(operation.blocks, agent.area, self._source)
-        with self._posting:
-            if operation.stopped or self._closed:
-                raise TransferError("the copy was stopped")
-            self._posted.add(operation)
+        if self._closed:
+            raise TransferError("the copy was stopped")
+        self._posted.add(operation)
         return runs
 
     def _finished(self, operation: Operation, error: Exception | None) -> None:
         """In the reader's thread."""
         try:
-            if error is None and operation.blocks.checksums:
-                self._verify(operation.blocks)
+            if error is None:
+                self._pool.verify_all(operation.blocks)
         except TransferError as corrupt:
             error = corrupt
         self._loop.call_soon_threadsafe(self._end, operation, error)
 
-    def _verify(self, blocks: BlockRange) -> None:
-        counts = valid_tokens(blocks.start_token, blocks.end_token, self._pool.layout.block_size)
-        for block, num_tokens, checksum in zip(
-            blocks.blocks, counts, blocks.checksums, strict=True
-        ):
-            self._pool.verify(block, num_tokens, checksum)
-
     def _end(self, operation: Operation, error: Exception | None) -> None:
-        operation.finished = True
-        self._posted.discard(operation)
+        self._posted.end(operation)
         self._unfinished.discard(operation)
         if not self._unfinished:
             self._all_finished.set()
@@ -216,10 +203,7 @@ class NixlPull(PullTransport):
         rendezvous: Rendezvous,
     ) -> NixlPullLink:
         offered = welcome.nixl
-        if offered.num_bytes != peer_layout.num_bytes:
-            raise LinkError(
-                f"the peer offers {offered.num_bytes} bytes, its layout has {peer_layout.num_bytes}"
-            )
+        check_offered(offered.num_bytes, peer_layout)
         await self.start()
         return NixlPullLink(
             reader=self._reader,

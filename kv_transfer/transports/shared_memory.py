@@ -30,6 +30,7 @@ from kv_transfer.transports.base import (
     Quiescence,
     ServeLink,
     ServeTransport,
+    check_offered,
 )
 from kv_transfer.transports.memory_socket import MemorySocket, fetch_memory, wait_readable
 from kv_transfer.transports.one_sided import OneSidedServeLink
@@ -130,10 +131,7 @@ class SharedMemoryPull(PullTransport):
         rendezvous: Rendezvous,
     ) -> SharedMemoryPullLink:
         offered = welcome.shared_memory
-        if offered.num_bytes != peer_layout.num_bytes:
-            raise LinkError(
-                f"the peer offers {offered.num_bytes} bytes, its layout has {peer_layout.num_bytes}"
-            )
+        check_offered(offered.num_bytes, peer_layout)
         descriptor, connection = await fetch_memory(
             offered.socket_path, secret=self._secret, timeout_s=self._timeout_s
         )
