@@ -81,6 +81,9 @@ class EngineConfig(_Section):
     prefill and decode by themselves, since no transport reads a GPU's memory yet; it needs the
     package triton, on Ray the pool's `num_gpus`, and was never run on a GPU. `auto`: a GPU where
     there is one and all of this worker is built for it, else the CPU."""
+    experimental: list[Literal["nccl"]] = []
+    """What is written and was never run, and is refused unless it stands here. `nccl`: a GPU for
+    each rank of a worker (`tensor_parallel_size`), with sums over NCCL."""
     gpu_attention: Literal["auto", "triton", "flashinfer"] = "auto"
     """What a GPU computes the attention of prompts with: FlashInfer, or our own Triton kernels.
     `auto`: FlashInfer where it is installed and takes the model's heads. Decoding is always

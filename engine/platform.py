@@ -1,4 +1,4 @@
-"""What this machine computes well, and what its C library keeps."""
+"""What this machine computes well, and what it need not keep in memory."""
 
 from __future__ import annotations
 
@@ -41,14 +41,6 @@ def resolve_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
             f"engine.dtype {name!r} is unknown; use auto, {', '.join(_DTYPES)}"
         )
     return _DTYPES[name]
-
-
-def release_free_memory() -> None:
-    """Gives the kernel back what the C library keeps for later: after a model's weights were
-    loaded and laid out anew, up to hundreds of MB. Only glibc is asked; others keep little."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def let_go_of_file_pages(tensor: torch.Tensor) -> None:

@@ -19,7 +19,8 @@ from baton.protocol import PROTOCOL_VERSION
 from engine.gpu.device import obstacle, resolve_device
 from engine.gpu.plan import GpuPlan
 from engine.native.kernels import Choice, Chosen
-from engine.parallel.followers import RankTask
+from engine.parallel.followers import GpuTask, RankTask
+from engine.parallel.shard import Shard
 from engine.platform import resolve_dtype
 from engine.quantized import Quantization
 
@@ -51,6 +52,13 @@ class EnginePlan:
         to have some: that of one block, which nobody uses."""
         return self.layout if self.gpu is None else replace(self.layout, num_blocks=1)
 
+    @property
+    def engine_layout(self) -> KvLayout:
+        """Of the pool that the first rank computes with: on GPUs each rank has its own heads."""
+        if self.gpu is None:
+            return self.layout
+        return Shard(self.parallel).own_layout(self.checkpoint.config, self.layout)
+
     def rank_task(self, config: BatonConfig, cpu_kernels: Chosen) -> RankTask:
         """What every other rank is told. ``cpu_kernels`` are the leader's: all ranks round
         alike, since all of them route the tokens of an expert layer."""
@@ -64,6 +72,7 @@ class EnginePlan:
             cpu_kernels=cpu_kernels,
             quantization=self.quantization,
             parallel=self.parallel,
+            gpu=None if self.gpu is None else GpuTask.of(self.gpu),
         )
 
 
@@ -127,6 +136,10 @@ def _device(config: BatonConfig, model: ModelConfig, parallel: Parallelism) -> t
     """Raises ConfigurationError where a GPU is asked for and cannot be had or used."""
     roles = {pool.role for pool in config.pools.values()}
     hindrance = obstacle(
-        model, parallel, config.engine.quantization, hands_over=roles == {"prefill"}
+        model,
+        parallel,
+        config.engine.quantization,
+        hands_over=roles == {"prefill"},
+        experimental=config.engine.experimental,
     )
     return resolve_device(config.engine.device, obstacle=hindrance)

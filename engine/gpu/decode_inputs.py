@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from baton.kv_layout import KvLayout
+from engine.batch import Batch
 from engine.gpu.transfers import to_device
 from engine.sequence import Sequence
 
@@ -72,6 +73,21 @@ class DecodeInputs:
         host[3, rows] = [at + 1 for at in positions]
         self._numbers.copy_(self._staging, non_blocking=True)
         return rows
+
+    def show(self, batch: Batch) -> None:
+        """Puts the tokens of a step of decodes into the first rows, as they are packed, and whole
+        block tables: what every rank of a worker can do, having no sequences. No ``fill`` may
+        rely on rows of before."""
+        num = len(batch.spans)
+        host = self._clear()
+        host[0, :num] = batch.token_ids.numpy()
+        host[1, :num] = batch.positions.numpy()
+        host[2, :num] = batch.slot_mapping.numpy()
+        host[3, :num] = [span.num_context for span in batch.spans]
+        self._numbers.copy_(self._staging, non_blocking=True)
+        table = to_device(batch.block_table, self._device)
+        self.block_table[:num, : table.shape[1]].copy_(table)
+        self._shown = [None] * self.max_num_seqs
 
     def _clear(self) -> npt.NDArray[np.int32]:
         """The host's numbers, as of rows that no sequence has."""

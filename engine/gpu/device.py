@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -35,16 +36,29 @@ def resolve_device(name: DeviceName, *, obstacle: str | None) -> torch.device:
 
 
 def obstacle(
-    model: ModelConfig, parallel: Parallelism, quantization: Quantization, *, hands_over: bool
+    model: ModelConfig,
+    parallel: Parallelism,
+    quantization: Quantization,
+    *,
+    hands_over: bool,
+    experimental: Collection[str] = (),
 ) -> str | None:
     """What of a worker is not built for GPUs, as a clause; None where all of it is.
 
-    ``hands_over``: others are to read its KV.
+    ``hands_over``: others are to read its KV. ``experimental`` is the setting of that name.
     """
     if hands_over:
         return "a prefill worker hands its KV over, and no transport reads a GPU's memory yet"
-    if parallel.num_ranks > 1:
-        return "a worker of several ranks computes on CPUs only (NCCL is not built)"
+    if parallel.num_ranks > 1 and "nccl" not in experimental:
+        return (
+            "the ranks of a worker would compute together over NCCL, which was never run; to try "
+            "it all the same, set engine.experimental: [nccl]"
+        )
+    if parallel.num_ranks > 1 and parallel.num_ranks > torch.cuda.device_count():
+        return (
+            f"{parallel.num_ranks} ranks need a GPU each, and torch finds "
+            f"{torch.cuda.device_count()}"
+        )
     if quantization != "none":
         return f"weights in {quantization} are multiplied on CPUs only"
     if model.parts.moe is not None:

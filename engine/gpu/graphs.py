@@ -45,7 +45,8 @@ class DecodeGraphs:
         for size in reversed(self._sizes):
             self._warm_up(size)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Of this thread's calls alone: NCCL's own thread asks after events meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits = self._forward(size)
             self._recorded[size] = graph, logits
         torch.cuda.synchronize()

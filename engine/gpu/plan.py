@@ -17,7 +17,7 @@ from baton.checkpoint.model_config import ModelConfig
 from baton.errors import ConfigurationError
 from baton.kv_layout import KvLayout
 from engine.gpu.device import GpuAttention
-from engine.kv_cache.kv_cache import KvCache
+from engine.parallel.group import RankGroups
 from engine.weights.on_demand import OnDemand
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from engine.attention.triton_paged import TritonPagedAttention
     from engine.gpu.steps import GpuSteps
     from engine.models.decoder import Decoder
+    from engine.parallel.followers import Followers
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,20 @@ class GpuPlan:
 
         return OnDemand(weights, make)
 
-    def steps(self, model: Decoder, config: ModelConfig, kv: KvCache) -> GpuSteps:
-        """Records the graphs of decodes, which takes seconds.
+    def steps(
+        self,
+        model: Decoder,
+        config: ModelConfig,
+        layout: KvLayout,
+        pool: Tensor,
+        *,
+        groups: RankGroups,
+        followers: Followers | None = None,
+    ) -> GpuSteps:
+        """Records the graphs of decodes, which takes seconds. Of several ranks, all of which do
+        so together, ``groups`` are this one's; the first has ``followers``.
+
+        ``pool`` ([blocks, KV heads, ...], ``layout.shape``) has this rank's heads.
 
         Raises:
             ConfigurationError: the attention that is asked for does not take this model.
@@ -69,10 +82,11 @@ class GpuPlan:
         from engine.attention.triton_paged import TritonPagedAttention
         from engine.gpu.steps import GpuSteps
 
+        query_heads = groups.shard.query_heads(config)
         decodes = TritonPagedAttention(
-            kv.layout,
-            kv.tensor,
-            config.num_heads,
+            layout,
+            pool,
+            query_heads.stop - query_heads.start,
             config.parts.windows,
             scale=config.attention_scale,
         )
@@ -82,6 +96,8 @@ class GpuPlan:
             decodes,
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,
+            groups=groups,
+            followers=followers,
         )
 
     def _attention(self, triton: TritonPagedAttention) -> Attention:

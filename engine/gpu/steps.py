@@ -7,11 +7,15 @@
 
 Steps of decodes alone are CUDA graphs (``graphs.py``) up to ``max_num_seqs`` sequences; others,
 and larger ones, are launched kernel by kernel.
+
+Of several ranks the first tells the others each step, and all launch the same for it: whether it
+is a graph, and which row is whose, follows from what they are told.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,9 +27,13 @@ from engine.gpu.decode_inputs import DecodeInputs
 from engine.gpu.graphs import DecodeGraphs
 from engine.gpu.transfers import to_device
 from engine.models.decoder import Decoder
+from engine.parallel.group import RankGroups
 from engine.sampling.on_device import PendingSample, begin_sample
 from engine.sampling.params import SamplingParams
 from engine.sequence import Sampled, Scheduled, Sequence
+
+if TYPE_CHECKING:
+    from engine.parallel.followers import Followers
 
 
 class GpuSteps:
@@ -39,8 +47,12 @@ class GpuSteps:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        groups: RankGroups,
+        followers: Followers | None = None,
     ) -> None:
         layout = decodes.layout
+        self._has_others = groups.world.size > 1
+        self._followers = followers
         self._layout = layout
         self._device = decodes.device
         self._model = model
@@ -64,13 +76,15 @@ class GpuSteps:
         seq = Sequence(None, [0] * length, length, SamplingParams(seed=0), b"")
         seq.block_table = [self._layout.scratch_block] * self._layout.num_blocks_for(length)
         batch = build_batch([Scheduled(seq, length)], self._layout)
-        self.logits(batch, batch.sampled_rows)
+        self._launch(batch, batch.sampled_rows)
 
     def begin(self, scheduled: SequenceOf[Scheduled]) -> PendingStep:
         """Of at least one sequence; each holds the blocks it needs."""
         sequences = [item.seq for item in scheduled]
-        if len(sequences) > self._inputs.max_num_seqs or any(
-            seq.num_remaining != 1 for seq in sequences
+        if (
+            self._has_others
+            or len(sequences) > self._inputs.max_num_seqs
+            or any(seq.num_remaining != 1 or seq.num_emitted_tokens == 0 for seq in sequences)
         ):
             batch = build_batch(scheduled, self._layout)
             logits = self.logits(batch, batch.sampled_rows)
@@ -80,7 +94,22 @@ class GpuSteps:
         return PendingStep(begin_sample(self._graphs.run(len(by_row)), by_row), rows)
 
     def logits(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Float32 [len(rows), vocabulary], on the GPU; ``batch`` and ``rows`` are on the host."""
+        """Float32 [len(rows), vocabulary], on the GPU; ``batch`` and ``rows`` are on the host.
+        The next step overwrites them. The other ranks are told."""
+        if self._followers is not None:
+            self._followers.send(batch, rows)
+        return self.compute(batch, rows) if self._has_others else self._launch(batch, rows)
+
+    def compute(self, batch: Batch, rows: Tensor) -> Tensor:
+        """What every rank computes of a step, as ``logits``; ranks but the first get none."""
+        num_rows = len(batch.spans)
+        if not len(rows) == batch.num_decodes == num_rows <= self._inputs.max_num_seqs:
+            return self._launch(batch, rows)
+        self._inputs.show(batch)
+        logits = self._graphs.run(num_rows)
+        return logits[to_device(rows, self._device)] if len(logits) else logits
+
+    def _launch(self, batch: Batch, rows: Tensor) -> Tensor:
         attention = self._attention.begin(batch)
         device = self._device
         return self._model.forward(

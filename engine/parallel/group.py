@@ -2,7 +2,8 @@
 
 The groups are objects of their own: torch's global default group is not used, so that
 one process may be in several, one after the other. Each operation returns when its
-result is there.
+result is there; on a GPU, work that is launched afterwards finds it there. CPUs use gloo, GPUs
+NCCL.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.gpu.device import CPU
 from engine.parallel.shard import Shard
 
 # Parts of torch.distributed that its type stubs do not know.
@@ -47,7 +49,7 @@ class ParallelGroup:
         """``sent[i]`` consecutive rows go to rank i; ``received[i]`` come from it, in order."""
         if self.size == 1:
             return rows
-        out = torch.empty((sum(received), *rows.shape[1:]), dtype=rows.dtype)
+        out = rows.new_empty((sum(received), *rows.shape[1:]))
         options = _dist.AllToAllOptions()
         self._process_group.alltoall_base(
             out, rows.contiguous(), list(received), list(sent), options
@@ -97,19 +99,18 @@ class RankGroups:
     experts: ParallelGroup = field(default_factory=ParallelGroup)
 
     @classmethod
-    def join(cls, store: Any, shard: Shard) -> RankGroups:
-        """Returns once every rank has come to ``store``. Raises RuntimeError when one does not."""
-        device = _dist.ProcessGroupGloo.create_device(hostname=_LOOPBACK)
+    def join(cls, store: Any, shard: Shard, device: torch.device = CPU) -> RankGroups:
+        """For tensors on ``device``, which on a GPU is this thread's current one.
+
+        Returns once every rank has come to ``store``; on GPUs they meet in their first operation.
+        Raises RuntimeError when one does not come.
+        """
+        backend = _nccl if device.type == "cuda" else _gloo
 
         def group(name: str, rank: int, size: int) -> ParallelGroup:
             if size == 1:
                 return ParallelGroup()
-            options = _dist.ProcessGroupGloo._Options()
-            options._timeout = _TIMEOUT
-            options._threads = 1
-            options._devices = [device]
-            prefixed = _dist.PrefixStore(name, store)
-            return ParallelGroup(rank, size, _dist.ProcessGroupGloo(prefixed, rank, size, options))
+            return ParallelGroup(rank, size, backend(_dist.PrefixStore(name, store), rank, size))
 
         return cls(
             shard,
@@ -118,3 +119,17 @@ class RankGroups:
                 f"experts {shard.tensor_rank}", shard.expert_group, shard.parallel.expert
             ),
         )
+
+
+def _gloo(store: Any, rank: int, size: int) -> Any:
+    options = _dist.ProcessGroupGloo._Options()
+    options._timeout = _TIMEOUT
+    options._threads = 1
+    options._devices = [_dist.ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
+    return _dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def _nccl(store: Any, rank: int, size: int) -> Any:
+    options = _dist.ProcessGroupNCCL.Options()
+    options._timeout = _TIMEOUT
+    return _dist.ProcessGroupNCCL(store, rank, size, options)

@@ -7,9 +7,10 @@ Ranks are numbered expert group by expert group, of ``tensor`` ranks each::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from baton.checkpoint.model_config import ModelConfig
+from baton.kv_layout import KvLayout
 from baton.parallelism import Parallelism
 
 WHOLE = slice(None)
@@ -53,6 +54,11 @@ class Shard:
         num = max(1, config.num_kv_heads // self.num_ranks)
         first = self.rank * config.num_kv_heads // self.num_ranks
         return slice(first, first + num)
+
+    def own_layout(self, config: ModelConfig, whole: KvLayout) -> KvLayout:
+        """Of a pool with this rank's KV heads alone, where ranks share no memory."""
+        heads = self.kv_heads(config)
+        return replace(whole, num_kv_heads=heads.stop - heads.start)
 
     def inner(self, size: int) -> slice:
         """Of a dense MLP's features."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,9 +11,11 @@ from support.tiny_models import TinyLlama, config_json, tiny_tensors
 from baton.block_hash import HashDomain
 from baton.checkpoint.checkpoint import Checkpoint
 from baton.checkpoint.model_config import ModelConfig
-from baton.kv_layout import KvLayout
+from baton.kv_layout import KvDtype, KvLayout
 from engine.engine import Engine, Scheduled
 from engine.gpu.plan import GpuPlan
+from engine.native.kernels import Choice
+from engine.platform import resolve_dtype
 from engine.sampling.params import SamplingParams
 from engine.sequence import Sequence
 
@@ -34,9 +37,12 @@ def tiny_engine(
     block_size: int = 16,
     threads: int = 0,
     gpu: GpuPlan | None = None,
+    dtype: KvDtype = "float32",
+    cpu_kernels: Choice = "torch",
 ) -> Engine:
     config = model_config(TINY)
-    layout = kv_layout(config, num_blocks, block_size)
+    layout = replace(kv_layout(config, num_blocks, block_size), dtype=dtype)
+    weights = {name: tensor.to(resolve_dtype(dtype)) for name, tensor in tiny_tensors(TINY).items()}
     checkpoint = Checkpoint(
         name="tiny",
         folder=Path(),
@@ -50,13 +56,14 @@ def tiny_engine(
     )
     return Engine(
         checkpoint,
-        dtype=torch.float32,
+        dtype=resolve_dtype(dtype),
         layout=layout,
         memory=gpu.memory(layout) if gpu else memoryview(bytearray(layout.num_bytes)),
         domain=DOMAIN,
         threads=threads,
-        weights=tiny_tensors(TINY),
+        weights=weights,
         gpu=gpu,
+        cpu_kernels=cpu_kernels,
     )
 
 
@@ -79,9 +86,15 @@ def prompt(token_ids: list[int], sampling: SamplingParams | None = None) -> Sequ
 
 def run_step(engine: Engine, seq: Sequence, chunk: int = 512) -> None:
     """Computes the sequence's next ``chunk`` tokens, or all that remain."""
-    num_tokens = min(chunk, seq.num_remaining)
-    assert engine.kv.ensure_blocks(seq, seq.num_computed_tokens + num_tokens)
-    engine.step([Scheduled(seq, num_tokens)])
+    run_step_of(engine, [seq], chunk)
+
+
+def run_step_of(engine: Engine, seqs: list[Sequence], chunk: int) -> None:
+    """The same of several sequences together."""
+    step = [Scheduled(seq, min(chunk, seq.num_remaining)) for seq in seqs]
+    for seq, num_tokens in step:
+        assert engine.kv.ensure_blocks(seq, seq.num_computed_tokens + num_tokens)
+    engine.step(step)
 
 
 def generate(engine: Engine, seq: Sequence, num_tokens: int, chunk: int = 512) -> list[int]:

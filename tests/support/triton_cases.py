@@ -106,7 +106,8 @@ def make_case(
     scheduled = []
     for (before, new), count in zip(spans, counts, strict=True):
         length = before + new
-        seq = Sequence(None, [0] * length, length, SamplingParams(seed=0), b"")
+        num_prompt = before if new == 1 else length  # one token is a decode, behind its prompt
+        seq = Sequence(None, [0] * length, num_prompt, SamplingParams(seed=0), b"")
         seq.num_computed_tokens = before
         seq.block_table = [free.pop() for _ in range(count)]
         scheduled.append(Scheduled(seq, new))

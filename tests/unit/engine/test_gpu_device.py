@@ -61,7 +61,7 @@ def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     [
         (DecoderParts(), 1, "none", False, None),
         (DecoderParts(windows=(7, None)), 1, "none", False, None),
-        (DecoderParts(), 2, "none", False, "several ranks"),
+        (DecoderParts(), 2, "none", False, "engine.experimental: [nccl]"),
         (DecoderParts(), 1, "int8", False, "int8"),
         (DecoderParts(moe=MoeConfig(4, 2, 8, True)), 1, "none", False, "mixtures of experts"),
         (DecoderParts(latent=LATENT), 1, "none", False, "latent attention"),
@@ -77,6 +77,16 @@ def test_what_is_not_built_for_gpus_is_an_obstacle(
 ) -> None:
     model = replace(model_config(TINY), parts=parts)
     found = obstacle(model, Parallelism(num_ranks, 1), quantization, hands_over=hands_over)
+    assert (found is None) if said is None else (said in (found or ""))
+
+
+@pytest.mark.parametrize(("num_gpus", "said"), [(1, "torch finds 1"), (2, None)])
+def test_ranks_that_one_asks_for_all_the_same_need_a_gpu_each(
+    monkeypatch: pytest.MonkeyPatch, num_gpus: int, said: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    wanted = {"hands_over": False, "experimental": ["nccl"]}
+    found = obstacle(model_config(TINY), Parallelism(2), "none", **wanted)
     assert (found is None) if said is None else (said in (found or ""))
 
 

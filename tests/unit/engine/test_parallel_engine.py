@@ -10,13 +10,13 @@ import torch
 from support.architecture_check import score
 from support.rank_pool import RankPool
 from support.tiny_architectures import VARIANTS, Variant, save_variant
-from support.tiny_engine import generate, prompt, tokens
+from support.tiny_engine import generate, prompt, run_step_of, tokens
 from tokenizers import Tokenizer
 
 from baton.checkpoint.checkpoint import open_checkpoint
 from baton.config import DEFAULT_MODEL
 from baton.parallelism import Parallelism
-from engine.engine import Engine, Scheduled
+from engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,11 +72,7 @@ def greedy(engine: Engine) -> list[list[int]]:
     """The answers to prompts that are computed together, in chunks and alone."""
     seqs = [prompt(tokens(num, seed)) for seed, num in enumerate((3, 40, 65))]
     while min(seq.num_emitted_tokens for seq in seqs) < 8:
-        step = [Scheduled(seq, min(19, seq.num_remaining)) for seq in seqs]
-        for item in step:
-            num_tokens = item.seq.num_computed_tokens + item.num_tokens
-            assert engine.kv.ensure_blocks(item.seq, num_tokens)
-        engine.step(step)
+        run_step_of(engine, seqs, 19)
     for seq in seqs:
         engine.kv.free(seq)
     return [seq.token_ids[seq.num_prompt_tokens :] for seq in seqs]

@@ -13,7 +13,8 @@ from support.architecture_check import engine_for, score
 from support.tiny_architectures import VARIANTS, save_variant
 from support.tiny_engine import tokens
 
-from engine.platform import let_go_of_file_pages, release_free_memory
+from baton.heap import release_free_memory
+from engine.platform import let_go_of_file_pages
 
 _MB = 1 << 20
 
