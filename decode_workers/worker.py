@@ -197,6 +197,7 @@ class DecodeWorker:
             self._metrics.step_seconds.observe(time.perf_counter() - began)
             self._metrics.steps.inc()
             self._num_steps += 1
+            self._metrics.output_tokens.inc(len(sampled))
             for result in sampled:
                 self._emit(result)
         self._outbox.cache_changed(self._engine.kv.pool.take_changes())
@@ -244,7 +245,6 @@ class DecodeWorker:
             self._outbox.count_input(stream.use)
             stream.counted = True
         num_emitted = sequence.num_tokens - sequence.num_prompt_tokens
-        self._metrics.output_tokens.inc()
         self._outbox.token(stream.key, num_emitted - 1, sampled.token_id, sampled.logprobs)
         reason = stream.stop.reason(sampled.token_id, num_emitted)
         if reason is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,7 @@ from baton.kv_layout import KvLayout
 from engine.sequence import Scheduled, Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """The rows of one sequence: ``num_tokens`` of them from ``first_row`` on.
 
     ``num_context`` counts the tokens that the last of them attends to, itself included.
@@ -63,13 +63,13 @@ def build_batch(scheduled: SequenceOf[Scheduled], layout: KvLayout) -> Batch:
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    for item in ordered:
-        start = item.seq.num_computed_tokens
-        own = range(start, start + item.num_tokens)
-        spans.append(Span(len(token_ids), item.num_tokens, own.stop))
-        token_ids += item.seq.token_ids[start : own.stop]
+    for seq, num_tokens in ordered:
+        start = seq.num_computed_tokens
+        own = range(start, start + num_tokens)
+        spans.append(Span(len(token_ids), num_tokens, own.stop))
+        token_ids += seq.token_ids[start : own.stop]
         positions += own
-        slots += _slots(item.seq, own, layout)
+        slots += _slots(seq, own, layout)
     last_rows = {
         id(i.seq): s.first_row + s.num_tokens - 1 for i, s in zip(ordered, spans, strict=True)
     }
@@ -81,7 +81,7 @@ def build_batch(scheduled: SequenceOf[Scheduled], layout: KvLayout) -> Batch:
         slot_mapping=torch.tensor(slots),
         block_table=block_table,
         spans=tuple(spans),
-        num_decodes=sum(item.num_tokens == 1 for item in ordered),
+        num_decodes=sum(map(_is_decode, ordered)),
         sampled=sampled,
         sampled_rows=torch.tensor([last_rows[id(seq)] for seq in sampled], dtype=torch.int64),
     )
@@ -94,10 +94,16 @@ def _check(item: Scheduled, layout: KvLayout) -> None:
     assert layout.num_blocks_for(num_context) <= len(seq.block_table), f"{seq.key}: no blocks"
 
 
+def _is_decode(item: Scheduled) -> bool:
+    """One token behind the prompt. A single one of the prompt is a chunk like the rest of it, whose
+    attention rounds elsewhere: so a prompt's KV is the same wherever it is cut."""
+    return item.num_tokens == 1 and item.seq.num_computed_tokens >= item.seq.num_prompt_tokens
+
+
 def _place(item: Scheduled) -> tuple[bool, int]:
     """Decodes before chunks, the longest context first: neighbours are alike in length."""
-    is_chunk = item.num_tokens > 1
-    return is_chunk, 0 if is_chunk else -item.seq.num_computed_tokens
+    is_decode = _is_decode(item)
+    return not is_decode, -item.seq.num_computed_tokens if is_decode else 0
 
 
 def _block_table(seqs: list[Sequence], spans: list[Span], layout: KvLayout) -> Tensor:

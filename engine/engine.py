@@ -13,6 +13,7 @@ import torch
 
 from baton.block_hash import HashDomain
 from baton.checkpoint.checkpoint import Checkpoint
+from baton.heap import release_free_memory
 from baton.kv_layout import KvLayout
 from engine.attention.paged_cpu import attention_of
 from engine.batch import Batch, build_batch
@@ -22,7 +23,7 @@ from engine.models.decoder import Decoder
 from engine.native.kernels import Choice, use_kernels
 from engine.parallel.followers import Followers
 from engine.parallel.group import RankGroups
-from engine.platform import let_go_of_file_pages, release_free_memory
+from engine.platform import let_go_of_file_pages
 from engine.quantized import Quantization
 from engine.sampling.sampler import sample
 from engine.sequence import Sampled, Scheduled
@@ -40,7 +41,7 @@ class Engine:
     threads for the whole process; 0 leaves them as they are. ``cpu_kernels`` and
     ``quantization`` are as the settings of these names. ``followers`` are the other ranks, if
     there are any; they write their heads into the same memory. With a ``gpu`` everything lies and
-    is computed there, ``memory`` too, and there are no followers. Not thread-safe.
+    is computed there, ``memory`` too, which then has the first rank's heads. Not thread-safe.
 
     Raises CheckpointError for weights that cannot be loaded, ConfigurationError for kernels
     that are asked for and cannot be had, or a model that a GPU's do not compute.
@@ -76,9 +77,14 @@ class Engine:
             if gpu is not None:
                 weights = gpu.weights(weights)
             self._model = Decoder(config, weights, groups, quantization)
-            self._gpu = gpu.steps(self._model, config, self.kv) if gpu is not None else None
-            if gpu is None:
+            self._gpu = None
+            if gpu is not None:
+                self._gpu = gpu.steps(
+                    self._model, config, layout, self.kv.tensor, groups=groups, followers=followers
+                )
+            else:
                 self._attention = attention_of(config, layout, self.kv.tensor, groups)
+            self.kv.zeroes_new_blocks = gpu is None and self._attention.reads_behind
         if gpu is None:  # the weights were laid out anew; the embedding is read where it lies
             let_go_of_file_pages(weights[EMBEDDING])
         release_free_memory()

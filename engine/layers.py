@@ -36,7 +36,9 @@ class Linear:
             self._is_packed = True
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         else:
-            self._weight = weight
+            # Without what other ranks have of the same matrix.
+            is_part = weight.nbytes < weight.untyped_storage().nbytes()
+            self._weight = weight.clone() if weight.is_cuda and is_part else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, in] → [tokens, out]."""

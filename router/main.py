@@ -26,6 +26,7 @@ from baton.config import BatonConfig, load_config
 from baton.credentials import API_KEY, CLUSTER_SECRET, credential
 from baton.errors import BatonError, CheckpointError
 from baton.faults import Faults
+from baton.heap import release_free_memory
 from baton.logs import configure
 from baton.telemetry import GatewayMetrics
 from baton.worker.process import required_environment
@@ -87,6 +88,7 @@ async def serve(
     Raises: CheckpointError before anything is served.
     """
     checkpoint, tokenizer = await asyncio.to_thread(_open_model, config)
+    release_free_memory()
     samples = CollectorRegistry()
     metrics = GatewayMetrics(samples)
     identity = GatewayIdentity(

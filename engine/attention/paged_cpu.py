@@ -90,6 +90,11 @@ class PagedCpuAttention:
         self.nothing = torch.zeros(1, 1, 1, dtype=kv.dtype)
         self._workspace = torch.empty(0, dtype=kv.dtype)
 
+    @property
+    def reads_behind(self) -> bool:
+        """Whether it reads what lies behind the last token of a block, which must be finite."""
+        return self.kernels is None or not self.kernels.attends_chunks(self.layout)
+
     def begin(self, batch: Batch) -> _PagedCpuStep:
         return _PagedCpuStep(self, batch)
 

@@ -38,22 +38,28 @@ void write_kv(const Pool& pool, int64_t layer, const T* kv, int64_t row_stride,
   }
 }
 
-// Halves the number of vectors: i and i + Width become one, which keeps half of the lanes of
-// either and adds their other halves to them.
-template <int Width>
-inline void fold(Floats each[kLanes]) {
-  constexpr auto low = [](int lane) {
-    return lane & Width ? kLanes + (lane ^ Width) : lane;
-  };
+// Of every 2 * Width lanes, a's upper half and b's lower half change places.
+template <int Width, class Vector>
+inline void exchange(Vector& a, Vector& b) {
+  constexpr auto low = [](int lane) { return lane & Width ? kLanes + (lane ^ Width) : lane; };
   constexpr auto high = [](int lane) { return lane & Width ? kLanes + lane : lane ^ Width; };
   const Ints lows = {low(0), low(1), low(2),  low(3),  low(4),  low(5),  low(6),  low(7),
                      low(8), low(9), low(10), low(11), low(12), low(13), low(14), low(15)};
   const Ints highs = {high(0), high(1), high(2),  high(3),  high(4),  high(5),  high(6),  high(7),
                       high(8), high(9), high(10), high(11), high(12), high(13), high(14), high(15)};
+  const Vector first = __builtin_shuffle(a, b, lows);
+  b = __builtin_shuffle(a, b, highs);
+  a = first;
+}
+
+// Halves the number of vectors: i and i + Width become one, which keeps half of the lanes of
+// either and adds their other halves to them.
+template <int Width>
+inline void fold(Floats each[kLanes]) {
 #pragma GCC unroll 8
   for (int i = 0; i < Width; ++i) {
-    const Floats a = each[i], b = each[i + Width];
-    each[i] = __builtin_shuffle(a, b, lows) + __builtin_shuffle(a, b, highs);
+    exchange<Width>(each[i], each[i + Width]);
+    each[i] += each[i + Width];
   }
 }
 

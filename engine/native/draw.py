@@ -9,7 +9,6 @@ import struct
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from engine.sampling.params import SamplingParams
 NO_DISTRIBUTION = "the model's logits are not numbers, or all of them infinite"
 
 
-_ROW = "4dq"
+_ROW = struct.Struct("4dq")
 """The fields of ``RowToDraw`` in weights.h: uniform, temperature, min_p, top_p, top_k."""
 
 
@@ -40,11 +39,10 @@ def draw_tokens(
     assert vocab_size > 0
     if logits.stride(1) != 1 and vocab_size > 1:
         logits = logits.contiguous()
-    fields = (
-        (number, each.temperature, each.min_p, each.top_p, each.top_k)
+    rows = b"".join(
+        _ROW.pack(number, each.temperature, each.min_p, each.top_p, each.top_k)
         for number, each in zip(uniforms, params, strict=True)
     )
-    rows = struct.pack(_ROW * num_rows, *chain.from_iterable(fields))
     token_ids = (c_int64 * num_rows)()
     _function(kernels).for_work(num_rows * vocab_size)(
         *(logits.data_ptr(), logits.stride(0), vocab_size, rows, num_rows, token_ids),

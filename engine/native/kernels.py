@@ -18,6 +18,7 @@ from torch import Tensor
 from baton.errors import ConfigurationError
 from baton.kv_layout import KvLayout
 from engine.native.build import find_library
+from engine.native.huge_pages import HugePages
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class Kernels:
         )
 
         self._libraries = library, unlocked
+        self._weights = HugePages()
         self._pack = self._multiply = None
         if hasattr(library, "pack_panels"):
             pack = (c_void_p, c_void_p, c_int64, c_int64, c_int)
@@ -151,7 +153,8 @@ class Kernels:
         if self._pack is None or weight.dtype != torch.bfloat16 or inputs % 2:
             return None
         weight = weight.contiguous()
-        panels = torch.empty(-(-outputs // _PANEL), inputs // 2, _PANEL, 2, dtype=weight.dtype)
+        shape = -(-outputs // _PANEL), inputs // 2, _PANEL, 2
+        panels = self._weights.empty(*shape, dtype=weight.dtype)
         self._pack.for_work(weight.numel())(
             weight.data_ptr(), panels.data_ptr(), outputs, inputs, torch.get_num_threads()
         )

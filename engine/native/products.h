@@ -13,12 +13,31 @@ namespace {
 // A panel is the weights of so many outputs: [pair of inputs][output][2].
 constexpr int64_t kPanel = 2 * kLanes;
 constexpr int kMostRows = 12;  // whose sums stay in registers
+constexpr int64_t kLine = 64;  // bytes of a cache's line
+
+// Memory that is fetched into the second level of caches while a product is computed: so many lines
+// with each pair of inputs, until the end.
+struct Ahead {
+  const char *from, *end;
+  int lines;
+};
+
+// Of tile `tile` of `tiles` that a panel of `size` bytes is multiplied with, panels following each
+// other: their shares of the next panel, so that memory is never idle; of a single tile what lies
+// some way ahead, which processors by themselves fetch too late.
+Ahead ahead_of(const bfloat16* panel, int64_t size, int64_t tile, int64_t tiles) {
+  constexpr int64_t kDistance = 8192;
+  const char* const own = reinterpret_cast<const char*>(panel);
+  if (tiles == 1) return {own + kDistance, own + kDistance + size, 2};
+  const auto share = [&](int64_t part) { return own + size + size * part / tiles / kLine * kLine; };
+  return {share(tile), share(tile + 1), 1};
+}
 
 // The products of `Rows` rows of x, `stride` apart, with one panel, and the panel's biases if there
 // are any; `count` outputs are written to rows of `out` that are `outputs` apart.
 template <int Rows, class T>
 void multiply(const bfloat16* x, int64_t stride, int64_t inputs, const bfloat16* panel,
-              const float* bias, T* out, int64_t outputs, int64_t count) {
+              const float* bias, T* out, int64_t outputs, int64_t count, Ahead ahead) {
   Floats totals[Rows][2] = {};
   if (bias != nullptr) {
     const Floats first = load(bias, std::min<int64_t>(count, kLanes));
@@ -26,6 +45,8 @@ void multiply(const bfloat16* x, int64_t stride, int64_t inputs, const bfloat16*
     for (int row = 0; row < Rows; ++row) totals[row][0] = first, totals[row][1] = second;
   }
   for (int64_t i = 0; i < inputs; i += 2, panel += 2 * kPanel) {
+    for (int line = 0; line < ahead.lines && ahead.from < ahead.end; ++line, ahead.from += kLine)
+      __builtin_prefetch(ahead.from, 0, 2);
     const __m512bh first = (__m512bh)_mm512_loadu_si512(panel);
     const __m512bh second = (__m512bh)_mm512_loadu_si512(panel + kPanel);
 #pragma GCC unroll 12
@@ -45,7 +66,7 @@ void multiply(const bfloat16* x, int64_t stride, int64_t inputs, const bfloat16*
 
 template <class T>
 using Multiply = void (*)(const bfloat16*, int64_t, int64_t, const bfloat16*, const float*, T*,
-                          int64_t, int64_t);
+                          int64_t, int64_t, Ahead);
 template <class T>
 constexpr Multiply<T> kMultiplies[kMostRows] = {
     multiply<1, T>, multiply<2, T>, multiply<3, T>, multiply<4, T>,
@@ -58,11 +79,13 @@ void multiply_panels(const bfloat16* x, const bfloat16* panels, const float* bia
   const int64_t tiles = (rows + kMostRows - 1) / kMostRows;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t first = 0; first < outputs; first += kPanel) {
+    const bfloat16* const panel = panels + first * inputs;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
-      kMultiplies<T>[count - 1](x + row * inputs, inputs, inputs, panels + first * inputs,
+      const Ahead ahead = ahead_of(panel, kPanel * inputs * sizeof *panel, tile, tiles);
+      kMultiplies<T>[count - 1](x + row * inputs, inputs, inputs, panel,
                                 bias == nullptr ? nullptr : bias + first,
-                                out + row * outputs + first, outputs, outputs - first);
+                                out + row * outputs + first, outputs, outputs - first, ahead);
     }
   }
 }

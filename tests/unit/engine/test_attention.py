@@ -64,6 +64,8 @@ def make_case(
     scheduled = []
     for (before, new), count in zip(spans, counts, strict=True):
         seq = prompt([0] * (before + new))
+        if new == 1:  # a decode, behind its prompt
+            seq.num_prompt_tokens = before
         seq.num_computed_tokens = before
         seq.block_table = [free.pop() for _ in range(count)]
         scheduled.append(Scheduled(seq, new))

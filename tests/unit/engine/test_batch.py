@@ -14,7 +14,10 @@ LAYOUT = KvLayout(32, 1, 1, 4, 2, "float32")
 
 
 def running(num_tokens: int, num_computed: int, block_table: list[int]) -> Sequence:
+    """Its last token was drawn, where it alone is left to compute."""
     seq = prompt(list(range(100, 100 + num_tokens)))
+    if num_computed == num_tokens - 1:
+        seq.num_prompt_tokens = num_computed
     seq.num_computed_tokens = num_computed
     seq.block_table = block_table
     return seq
@@ -32,6 +35,15 @@ def test_decodes_come_first_longest_context_first() -> None:
     assert batch.slot_mapping.tolist() == slots
     assert batch.slot_mapping.dtype == torch.int64
     assert batch.block_table.dtype == torch.int32
+
+
+def test_one_token_of_a_prompt_is_a_chunk() -> None:
+    """Its attention rounds as that of the rest does."""
+    last, decode = running(6, 5, [9, 3]), running(3, 2, [5])
+    last.num_prompt_tokens = 6
+    batch = build_batch([Scheduled(last, 1), Scheduled(decode, 1)], LAYOUT)
+    assert batch.spans == (Span(0, 1, 3), Span(1, 1, 6))
+    assert batch.num_decodes == 1
 
 
 def test_sampled_are_the_complete_ones_in_the_order_scheduled() -> None:

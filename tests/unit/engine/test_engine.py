@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.architecture_check import score
 from support.tiny_engine import DOMAIN, TINY, generate, prompt, run_step, tiny_engine, tokens
 from support.tiny_models import config_json, tiny_tensors
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from baton.kv_layout import KvDtype
 from engine.chunked_prefill import prefill_chunks
 from engine.engine import Engine, Scheduled
+from engine.native.kernels import Choice
 from engine.sampling.params import SamplingParams
 from engine.sampling.sampler import sample
 from engine.sequence import Sampled, Sequence
@@ -183,7 +186,24 @@ def test_kv_copied_to_another_engine_is_decoded_alike(engine: Engine, expected: 
     assert other.kv.num_cached_prefix(prompt(seq.token_ids)) == 48
 
 
-def test_garbage_left_in_free_blocks_reaches_nobody(engine: Engine, expected: list[int]) -> None:
+@pytest.mark.parametrize("cut", [[20, 17], [12, 1, 24], [36, 1], [1] * 37])
+def test_a_prompt_is_computed_alike_wherever_it_is_cut(cut: list[int]) -> None:
+    def computed(chunks: list[int]) -> torch.Tensor:
+        engine = tiny_engine(dtype="bfloat16", cpu_kernels="native")
+        if engine.kv.zeroes_new_blocks:
+            pytest.skip("this processor does not multiply bfloat16")
+        return score(engine, tokens(37), chunks)
+
+    assert torch.equal(computed(cut), computed([37]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cpu_kernels", ["native", "torch"])
+def test_garbage_left_in_free_blocks_reaches_nobody(dtype: KvDtype, cpu_kernels: Choice) -> None:
+    expected = generate(
+        tiny_engine(dtype=dtype, cpu_kernels=cpu_kernels), prompt(tokens(37)), NUM_TOKENS
+    )
+    engine = tiny_engine(dtype=dtype, cpu_kernels=cpu_kernels)
     engine.kv.tensor.fill_(torch.nan)
     first, second = prompt(tokens(37)), prompt(tokens(3, seed=4))
     for seq in (first, second):

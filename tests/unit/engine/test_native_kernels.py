@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +169,7 @@ def prefill(
     kv_heads: int = 2,
     block_size: int = 16,
     window: int | None = None,
+    magnitude: float = 2.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One random context in bfloat16, computed in those chunks, and the definition in float64."""
     context, num_heads = sum(chunks), group * kv_heads
@@ -177,7 +179,7 @@ def prefill(
     num_blocks = -(-context // block_size)
     layout = KvLayout(num_blocks + 3, kv_heads, 2, block_size, head_dim, "bfloat16", num_parts)
     kv = torch.randn(layout.shape).bfloat16()
-    query = (torch.randn(context, num_heads, head_dim) * 2).bfloat16()
+    query = (torch.randn(context, num_heads, head_dim) * magnitude).bfloat16()
     table = torch.randperm(layout.num_blocks, dtype=torch.int32)[:num_blocks]
     own = kv[table.long(), :, 1].double().transpose(0, 1)  # [heads, blocks, parts, tokens, dim]
     keys = own[:, :, 0].flatten(1, 2)[:, :context]
@@ -221,10 +223,11 @@ def has_bfloat16(native: Kernels) -> bool:
         ([90, 90], {"window": 1}),
         ([90, 90, 90], {"window": 70, "block_size": 5}),
         ([300], {"window": 299}),
+        ([40, 25], {"magnitude": 1e10}),
     ],
 )
 def test_chunks_attend_as_defined(
-    native: Kernels, chunks: list[int], shape: dict[str, int]
+    native: Kernels, chunks: list[int], shape: dict[str, Any]
 ) -> None:
     if not has_bfloat16(native):
         pytest.skip("this processor does not multiply bfloat16")
