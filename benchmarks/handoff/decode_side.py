@@ -7,6 +7,7 @@ import asyncio
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +26,9 @@ from baton.faults import Faults
 from baton.kv_layout import KvLayout
 from baton.protocol import new_epoch
 from baton.telemetry import WorkerMetrics
+from baton.worker.engine_thread import SWITCH_INTERVAL_S
 from benchmarks.handoff import prefill_side
-from benchmarks.handoff.bare import BareGloo, Memcpy
+from benchmarks.handoff.bare import BareGloo, BareNixl, Memcpy
 from benchmarks.handoff.cases import COPY_CORE, TRANSFER, FreeList, Load
 from benchmarks.handoff.prefill_side import SECRET, WORKER_ID, Serving, digest_of, pin
 from kv_transfer.client import KvReceiver
@@ -144,6 +146,7 @@ class DecodeSide:
     ``absent``."""
 
     def __init__(self, layout: KvLayout, connection: Connection) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)  # as in workers
         self._layout = layout
         self._connection = connection
         self._memory = KvMemory(layout.num_bytes)
@@ -154,6 +157,7 @@ class DecodeSide:
         self._memcpy = Memcpy(layout, self._source.ctypes.data, self._pool.ctypes.data)
         self._source_free, self._free = FreeList(layout, 2), FreeList(layout, 3)
         self._receiving: dict[str, _Receiving] = {}
+        self._bare_nixl: BareNixl | None = None
         self.absent: dict[str, str] = {}
         with tempfile.TemporaryDirectory(prefix="baton-handoff-") as folder:
             self._send("join_bare", f"{folder}/store")
@@ -201,6 +205,8 @@ class DecodeSide:
         own.copying.watch(own.receiver._settings.transports[transport])
 
     async def close(self) -> None:
+        if self._bare_nixl is not None:
+            self._bare_nixl.close()
         for own in self._receiving.values():
             assert own.receiver is not None
             await own.receiver.close()
@@ -239,12 +245,24 @@ class DecodeSide:
             self._memcpy.run(source_blocks, blocks)
             return began_at
 
-        cores = os.sched_getaffinity(0)
-        pin(COPY_CORE)
-        try:
+        with _on_copy_core():
             return self._bound(load, run)
-        finally:
-            os.sched_setaffinity(0, cores)
+
+    def nixl(self, load: Load) -> Moved:
+        """Where NIXL is among the transports."""
+        if self._bare_nixl is None:
+            memory = self._memory.buffer
+            self._bare_nixl = BareNixl(self._layout, memory, name="bare/decode", serves=False)
+            self._bare_nixl.connect(*self._ask("serve_bare_nixl"))
+        bare = self._bare_nixl
+
+        def run(source_blocks: list[int], blocks: list[int]) -> float:
+            began_at = time.monotonic()
+            bare.read(source_blocks, blocks)
+            return began_at
+
+        with _on_copy_core():
+            return self._bound(load, run)
 
     def gloo(self, load: Load, *, contiguous: bool) -> Moved:
         def run(source_blocks: list[int], blocks: list[int]) -> float:
@@ -314,6 +332,16 @@ class DecodeSide:
             return self._connection.recv()
         except EOFError:
             raise TransferError("the prefill process ended") from None
+
+
+@contextmanager
+def _on_copy_core() -> Iterator[None]:
+    cores = os.sched_getaffinity(0)
+    pin(COPY_CORE)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def _expect(source: Any, arrived: Any) -> None:

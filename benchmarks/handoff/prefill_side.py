@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from baton.faults import Faults
 from baton.kv_layout import KvLayout
 from baton.protocol import PROTOCOL_VERSION, new_epoch
 from baton.telemetry import WorkerMetrics
-from benchmarks.handoff.bare import BareGloo
+from baton.worker.engine_thread import SWITCH_INTERVAL_S
+from benchmarks.handoff.bare import BareGloo, BareNixl
 from benchmarks.handoff.cases import PREFILL_CORE, TRANSFER
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
@@ -73,6 +75,7 @@ class PrefillSide:
         self._senders: dict[str, KvSender] = {}
         self._servers: list[grpc.aio.Server] = []
         self._bare: BareGloo | None = None
+        self._bare_nixl: BareNixl | None = None
 
     async def serve(self, transport: str) -> Serving:
         epoch = new_epoch()
@@ -131,7 +134,16 @@ class PrefillSide:
             self._bare.send_scattered(blocks)
         return began_at
 
+    def serve_bare_nixl(self) -> tuple[str, bytes, int]:
+        """By which the decode process connects."""
+        self._bare_nixl = BareNixl(
+            self._layout, self.memory.buffer, name="bare/prefill", serves=True
+        )
+        return self._bare_nixl.address
+
     async def close(self) -> None:
+        if self._bare_nixl is not None:
+            self._bare_nixl.close()
         for sender in self._senders.values():
             await sender.close()
         for server in self._servers:
@@ -141,6 +153,7 @@ class PrefillSide:
 def run(connection: Connection, layout: KvLayout) -> None:
     """The process: until the other end of the pipe is closed."""
     pin(PREFILL_CORE)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as in workers
     asyncio.run(_run(connection, PrefillSide(layout)))
 
 

@@ -2,8 +2,8 @@
 
 Two models' KV, 1k to 16k tokens of one request and of 16 at once, from a prefill process to a
 decode process by the real protocol, over every transport that works here, in turn with the bounds:
-memcpy over the same blocks, and gathering, sending over bare gloo and scattering them. Then the
-real model over HTTP.
+memcpy over the same blocks, reading them by NIXL alone, and gathering, sending over bare gloo and
+scattering them. Then the real model over HTTP.
 
     python -m benchmarks.handoff.run --rounds 3
     python -m benchmarks.handoff.run --report     # results into docs/, runs nothing
@@ -31,7 +31,16 @@ from benchmarks import page
 from benchmarks.handoff import exposed, report
 from benchmarks.handoff.cases import REQUESTS, SHAPES, TOKENS, Load, load_in
 from benchmarks.handoff.decode_side import DecodeSide, Moved
-from benchmarks.handoff.report import BARE_GLOO, CONTIGUOUS, MEMCPY, Beside, Results, Sample, Served
+from benchmarks.handoff.report import (
+    BARE_GLOO,
+    BARE_NIXL,
+    CONTIGUOUS,
+    MEMCPY,
+    Beside,
+    Results,
+    Sample,
+    Served,
+)
 from benchmarks.measured import measured_now
 
 SECTION = "handoff"
@@ -60,10 +69,15 @@ def _contenders(side: DecodeSide) -> dict[str, Contender]:
     async def contiguous(load: Load) -> Moved:
         return side.gloo(load, contiguous=True)
 
+    async def bare_nixl(load: Load) -> Moved:
+        return side.nixl(load)
+
     def over(transport: str) -> Contender:
         return lambda load: side.hand_off(transport, load)
 
     bounds = {MEMCPY: memcpy, BARE_GLOO: bare_gloo, CONTIGUOUS: contiguous}
+    if "nixl" in side.transports:
+        bounds[BARE_NIXL] = bare_nixl
     return {**bounds, **{transport: over(transport) for transport in side.transports}}
 
 

@@ -10,7 +10,8 @@ to 1 ms while nothing ends. A peer is one agent, known as long as a link wants i
 
 A read in doubt (``InDoubtError``) ends when no other is under way: then the agent is closed,
 which proves it, and made anew. Posts wait for that, unless what is under way is from a failed
-peer, and may last as long as that lives.
+peer, and may last as long as that lives. The same is done, once for each link, about a probe
+without an answer: UCX has been seen to lose one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from kv_transfer.transports.nixl import Agent, InDoubtError, Runs
 _PAUSES_S = (50e-6, 1e-3)
 _TIDY_S = 1.0
 """How often UCX is given time while peers are known and nothing is read."""
+
+_PROBE_S = 2.0
+"""Within which a peer answers; a transfer waits for its link longer (``kv_transfer.attach_s``)."""
 
 Finished = Callable[[Exception | None], None]
 """Called in the thread: the read has ended, and writes no more. LinkErrors are the peer's."""
@@ -63,6 +67,8 @@ class _Wish:
     until: float
     made: Callable[[Peer | LinkError], None]
     has_probed: bool = False
+    renews_at: float = 0.0
+    """When the agent is made anew for it, unless the peer has answered."""
 
 
 class Reader:
@@ -83,6 +89,7 @@ class Reader:
         self._posts: list[tuple[Peer, Plan, Finished]] = []
         self._reads: list[_Read] = []
         self._doubts: list[tuple[Finished, InDoubtError]] = []
+        self._must_renew = False
 
     def start(self, made: Callable[[LinkError | None], None]) -> None:
         """Makes the agent if there is none; ``made`` is called in the thread."""
@@ -102,7 +109,8 @@ class Reader:
     ) -> None:
         """Gives ``made``, in the thread, the peer of this name once bytes at ``address`` have
         come from it. To be followed by ``let_go``; ``start`` has succeeded before."""
-        wish = _Wish(name, metadata, address, time.monotonic() + timeout_s, made)
+        now = time.monotonic()
+        wish = _Wish(name, metadata, address, now + timeout_s, made, renews_at=now + _PROBE_S)
         self._jobs.put(lambda: self._wishes.append(wish))
 
     def read(self, peer: Peer, plan: Plan, finished: Finished) -> None:
@@ -192,8 +200,9 @@ class Reader:
         return moved
 
     def _settle_doubts(self) -> None:
-        if not self._doubts or self._is_reading:
+        if not (self._doubts or self._must_renew) or self._is_reading:
             return
+        self._must_renew = False
         self._agent.close()
         self._made = None
         error = self._make_agent()
@@ -226,7 +235,10 @@ class Reader:
             peer.num_links += 1
             wish.made(peer)
             return True
-        if time.monotonic() < wish.until:
+        now = time.monotonic()
+        if not peer.failed and now > wish.renews_at:
+            wish.renews_at, self._must_renew = float("inf"), True
+        if now < wish.until:
             return False
         late = "an earlier read from the peer has not ended" if peer.failed else "no answer"
         peer.failed = peer.failed or late

@@ -19,7 +19,7 @@ CASES = [
     ("pull.copy", PREFILL, "kill"),
     pytest.param("lend.offer", DECODE, "kill", marks=pytest.mark.exhaustive),
     pytest.param("pull.release", PREFILL, "stop", marks=pytest.mark.exhaustive),
-    ("lend.commit", DECODE, "stop"),
+    pytest.param("lend.commit", DECODE, "stop", marks=pytest.mark.exhaustive),
 ]
 ANSWER: dict[str, Any] = {"max_tokens": 10 * BLOCK_SIZE, "ignore_eos": True}
 

@@ -199,6 +199,54 @@ async def test_agent_whose_read_failed_is_read_from_again_by_the_next_link(
 
 
 @needs_nixl
+async def test_answer_that_gets_lost_costs_a_link_seconds_and_no_transfer(
+    ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_done, probe, lost = nixl.Agent.is_done, nixl.Agent.probe, []
+
+    def loses_the_first(agent: nixl.Agent, *args: Any) -> int:
+        handle = probe(agent, *args)
+        if not lost:
+            lost.append((agent, handle))
+        return handle
+
+    monkeypatch.setattr(nixl.Agent, "probe", loses_the_first)
+    monkeypatch.setattr(
+        nixl.Agent, "is_done", lambda agent, at: (agent, at) not in lost and is_done(agent, at)
+    )
+    prefill, decode = await prefill_in(ends, NIXL), await decode_in(ends, NIXL)
+    await hand_over(prefill, decode)
+    assert lost
+    assert not decode.failed
+
+
+@needs_nixl
+@pytest.mark.usefixtures("tcp")
+async def test_peer_that_answers_nothing_keeps_no_other_from_being_read(
+    ends: contextlib.AsyncExitStack,
+) -> None:
+    process, decode = await PrefillProcess.start(NIXL), await decode_in(ends, NIXL)
+    ends.push_async_callback(process.close)
+    reader = decode.receiver._settings.transports["nixl"]._reader
+    connecting = key_between(process, decode, 9)
+    connect, asked = reader.connect, asyncio.Event()
+
+    def stops(*args: Any, **kwargs: Any) -> None:
+        process.signal(signal.SIGSTOP)
+        connect(*args, **kwargs)
+        asked.set()
+
+    reader.connect = stops
+    decode.begin(connecting, process, start_token=0, num_tokens=16, block_ids=BLOCKS)
+    await asyncio.wait_for(asked.wait(), 20)
+    reader.connect = connect
+    other = await prefill_in(ends, NIXL)
+    await hand_over(other, decode)
+    await until(lambda: decode.drained == [connecting])  # the agent was made anew meanwhile
+    await hand_over(other, decode, 2)
+
+
+@needs_nixl
 async def test_read_in_doubt_ends_with_its_agent_and_other_peers_never_notice(
     ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

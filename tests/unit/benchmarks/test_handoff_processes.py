@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from support.transports import needs_nixl
 
 from baton.kv_layout import KvLayout
 from benchmarks.handoff.cases import Load
@@ -41,3 +42,13 @@ async def test_every_contender_moves_the_blocks_that_it_says_it_moves() -> None:
             side._check([source_blocks], [blocks])
         await side.close()
     assert os.sched_getaffinity(0) == cores
+
+
+@needs_nixl
+async def test_nixl_alone_moves_the_blocks_that_it_says_it_moves() -> None:
+    with DecodeSide.open(LAYOUT) as side:
+        blocks, source_blocks = side._free.peek(4), side._source_free.peek(4)
+        side._pool[:] = 0
+        assert side.nixl(LOAD).num_bytes == NUM_BYTES
+        np.testing.assert_array_equal(side._pool[blocks], side._source[source_blocks])
+        await side.close()
