@@ -92,7 +92,8 @@ def section(results: Results, plot: Path) -> str:
             )  # fmt: skip
     setting = (
         f"{results.measured.sentence} Steps of one engine in a process of its own, with the CPU "
-        "kernels. The *bound* is the matrix products alone at as many rows, and the KV of all "
+        "kernels. The *bound* is the matrix products alone at as many rows, packed "
+        f"{results.bound.packed}, and the KV of all "
         f"contexts ({results.token_bytes:,} bytes a token) read at the "
         f"{results.bound.copy_gb_s:.0f} GB/s at which memory was copied. Memory is that of a "
         "worker that has just come up (PSS): its KV cache is taken at once, "

@@ -77,7 +77,8 @@ def section(results: Results) -> str:
         "a stream while all of them decode. A prompt of "
         f"{' to '.join(str(n) for n in (prompts[0], prompts[-1]))} tokens is asked on an idle "
         "server. The *bound* is what the model's matrix products alone take at as many rows, "
-        "packed, by the same number of threads, in the same minutes; times are medians of "
+        f"packed {results.bounds[0].packed}, by the same number of threads, in the same minutes; "
+        "times are medians of "
         f"{len(results.bounds)} rounds in which all take turns. Memory was copied at "
         f"{copied:.0f} GB/s (read and written)."
     )

@@ -21,6 +21,8 @@ class Bound:
     prompt_ms: float
     copy_gb_s: float
     """Bytes read and as many written, by all threads."""
+    packed: str = "for oneDNN"
+    """How the weights of its products are."""
 
 
 @dataclass(frozen=True, slots=True)

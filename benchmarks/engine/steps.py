@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompt", type=int, default=1030, help="tokens")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--cpu-kernels", choices=("auto", "native", "torch"), default="torch")
+    parser.add_argument("--cpu-kernels", choices=("auto", "native", "torch"), default="auto")
     parser.add_argument("--quantization", choices=("none", "int8", "int4"), default="none")
     parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
     given = parser.parse_args()

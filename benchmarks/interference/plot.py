@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.interference.results import PERCENTS, SLOT_S, Results
 
-_SHOWN_S = 40.0
+_SHOWN_S = 20.0
 
 
 def draw(results: Results, path: Path) -> None:
@@ -43,7 +43,7 @@ def _pauses(results: Results, axis: Axes) -> None:
         shown = first.longest_ms[: int(_SHOWN_S / SLOT_S)]
         points = [(slot * SLOT_S, ms) for slot, ms in enumerate(shown) if ms > 0]
         times, longest = zip(*points, strict=True)
-        axis.plot(times, longest, marker=".", markersize=3, linewidth=0.6, label=system.name)
+        axis.plot(times, longest, linewidth=0.8, label=system.name)
     axis.set_yscale("log")
     axis.set(title=f"longest gap in each {SLOT_S:g} s, ms", xlabel="s")
 
