@@ -31,6 +31,12 @@ _TOGETHER = {
     "tests/integration/test_pool_backends": _FIRST,
 }
 """By the beginning of a file's path, the group that it stays in."""
+_BY_THEMSELVES = (
+    "tests/e2e/test_bfloat16.py",
+    "tests/e2e/test_exactness.py",
+    "tests/e2e/test_routing_trace.py",
+)
+"""Servers too, of which nothing is asked in time: in whichever process has time."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -40,6 +46,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = nodeid.split("::")[0]
+            if file in _BY_THEMSELVES:
+                return file
             return next((_TOGETHER[start] for start in _TOGETHER if file.startswith(start)), file)
 
         def _assign_work_unit(self, node: Any) -> None:

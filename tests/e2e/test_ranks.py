@@ -98,7 +98,7 @@ HUNG = "no progress for 6 s"
 @pytest.mark.parametrize(
     ("backend", "number", "reason"),
     [
-        ("processes", signal.SIGKILL, KILLED),
+        pytest.param("processes", signal.SIGKILL, KILLED, marks=pytest.mark.exhaustive),
         ("processes", signal.SIGSTOP, HUNG),
         ("ray", signal.SIGKILL, KILLED),
     ],

@@ -118,12 +118,29 @@ def hit(server: BatonServer, victim: str, number: signal.Signals) -> Callable[[]
     return wait
 
 
+MORE_ON_RAY = ["processes", pytest.param("ray", marks=pytest.mark.exhaustive)]
+"""In the order of the fixture's: those that share a server come one after the other."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("victim", ["decode-1", "prefill-0"])
-def test_streams_outlive_a_killed_worker(
-    server: BatonServer, expected: list[list[int]], victim: str
+def test_streams_outlive_a_killed_decode_worker(
+    server: BatonServer, expected: list[list[int]]
 ) -> None:
+    kill(server, expected, "decode-1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("server", MORE_ON_RAY, indirect=True)
+def test_streams_outlive_a_killed_prefill_worker(
+    server: BatonServer, expected: list[list[int]]
+) -> None:
+    kill(server, expected, "prefill-0")
+
+
+def kill(server: BatonServer, expected: list[list[int]], victim: str) -> None:
+    """Kills the worker under load."""
     if victim.startswith("prefill"):  # slowed down, so that it is hit in its work
         server.inject(prefill__chunk={"action": "delay", "seconds": 1.0})
     with (
@@ -155,38 +172,6 @@ def test_streams_outlive_a_killed_worker(
     )
     # Half of the prompts are computed again, beside what else the machine has to do.
     assert gap_s < max(GAP_S, 1.5 * first_s)
-    server.wait_at_rest()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("server", [TIGHT], indirect=True)
-def test_streams_without_room_go_on_at_the_replacement_as_soon_as_it_is_there(
-    server: BatonServer, expected: list[list[int]]
-) -> None:
-    """What runs on the other worker is slowed down, and would keep its room for a minute."""
-    survivor, victim = "decode-1", "decode-0"
-    with streaming(server, PROMPTS, max_tokens=NUM_TOKENS) as streams:
-        streams.wait_all_flow(5)
-        server.inject(decode__step={"action": "delay", "seconds": 1.0})
-        try:
-            wait_healed = hit(server, victim, signal.SIGKILL)
-            wait_until(
-                lambda: server.metric("baton_sequences_waiting", worker=survivor) > 0,
-                timeout_s=15,
-                what=f"streams without room on {survivor}",
-            )
-            wait_healed()
-            wait_until(
-                lambda: server.metric("baton_sequences_running", worker=victim) > 0,
-                timeout_s=10,
-                what=f"streams on the replacement of {victim}",
-            )
-        finally:
-            server.inject()
-        assert streams.results() == expected
-    attempts = [attempt for stream in streams.each for attempt in stream.attempts]
-    assert any(a["cause"] == "room_elsewhere" and a["decode"] == victim for a in attempts)
     server.wait_at_rest()
 
 
@@ -232,6 +217,7 @@ def wake(process: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("server", MORE_ON_RAY, indirect=True)
 def test_streams_outlive_a_worker_that_is_stopped_until_it_is_fenced(
     server: BatonServer, expected: list[list[int]]
 ) -> None:
@@ -245,3 +231,35 @@ def test_worker_that_wakes_after_its_lease_changes_nothing(
     server: BatonServer, expected: list[list[int]]
 ) -> None:
     stop_for(server, expected, "decode-1", 7.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("server", [TIGHT], indirect=True)
+def test_streams_without_room_go_on_at_the_replacement_as_soon_as_it_is_there(
+    server: BatonServer, expected: list[list[int]]
+) -> None:
+    """What runs on the other worker is slowed down, and would keep its room for a minute."""
+    survivor, victim = "decode-1", "decode-0"
+    with streaming(server, PROMPTS, max_tokens=NUM_TOKENS) as streams:
+        streams.wait_all_flow(5)
+        server.inject(decode__step={"action": "delay", "seconds": 1.0})
+        try:
+            wait_healed = hit(server, victim, signal.SIGKILL)
+            wait_until(
+                lambda: server.metric("baton_sequences_waiting", worker=survivor) > 0,
+                timeout_s=15,
+                what=f"streams without room on {survivor}",
+            )
+            wait_healed()
+            wait_until(
+                lambda: server.metric("baton_sequences_running", worker=victim) > 0,
+                timeout_s=10,
+                what=f"streams on the replacement of {victim}",
+            )
+        finally:
+            server.inject()
+        assert streams.results() == expected
+    attempts = [attempt for stream in streams.each for attempt in stream.attempts]
+    assert any(a["cause"] == "room_elsewhere" and a["decode"] == victim for a in attempts)
+    server.wait_at_rest()
