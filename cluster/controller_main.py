@@ -91,6 +91,7 @@ async def run(config_file: Path, *, modules: Mapping[str, str] = MODULES) -> tup
     take_signals()
     config = load_config(config_file)
     preflight.check_pools(config)
+    preflight.check_gpus(config)
     secret = required_environment(CLUSTER_SECRET)
     redis_url, token = required_environment("REDIS_URL"), _token()
     if config.cluster.backend == "ray":

@@ -13,6 +13,7 @@ from pathlib import Path
 from baton.config import BatonConfig, ControllerConfig
 from baton.errors import ConfigurationError
 from baton.parallelism import check_parallelism
+from cluster.sizes import configured_sizes, gpu_conflict
 
 
 def check_platform() -> None:
@@ -81,6 +82,12 @@ def check_pools(config: BatonConfig) -> None:
         raise ConfigurationError(
             "pools.gateway: its workers would be named like gateways; choose another name"
         )
+
+
+def check_gpus(config: BatonConfig) -> None:
+    """Raises ConfigurationError for workers that would take each other's GPU."""
+    if (conflict := gpu_conflict(config, configured_sizes(config))) is not None:
+        raise ConfigurationError(conflict, param="engine.device")
 
 
 def _port_sentence(host: str, port: int, error: OSError) -> str:

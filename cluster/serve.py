@@ -74,6 +74,7 @@ def check(config: BatonConfig) -> tuple[BatonConfig, tuple[int, ...]]:
     preflight.check_platform()
     preflight.check_backend(config, importlib.util.find_spec)
     preflight.check_pools(config)
+    preflight.check_gpus(config)
     ports = preflight.gateway_ports(config)
     gateway, engine = config.gateway.model_copy(update={"port": ports[0]}), config.engine
     if engine.threads == 0:

@@ -44,7 +44,24 @@ def sizes_to_begin_with(config: BatonConfig, stored: PoolWishes | None) -> dict[
     if not _decodes(config, sizes):
         logger.warning("what was wished before leaves no decode worker; starting as configured")
         return configured_sizes(config)
+    if (conflict := gpu_conflict(config, sizes)) is not None:
+        logger.warning("what was wished before cannot be: %s; starting as configured", conflict)
+        return configured_sizes(config)
     return sizes
+
+
+def gpu_conflict(config: BatonConfig, sizes: Mapping[str, int]) -> str | None:
+    """Why workers on such pools would take each other's GPU, in a sentence; None: they do not.
+    Ray shows each process the GPUs that it has given it; plain processes all see the same."""
+    num_workers = sum(
+        sizes[name] for name in config.pools if config.for_pool(name).engine.device == "cuda"
+    )
+    if config.cluster.backend != "processes" or num_workers <= 1:
+        return None
+    return (
+        f"{num_workers} workers with engine.device cuda would take the same GPU: plain processes "
+        "are given none each; use --backend ray with num_gpus in their pools, or one worker"
+    )
 
 
 def _decodes(config: BatonConfig, sizes: Mapping[str, int]) -> bool:
@@ -76,6 +93,8 @@ def wished_sizes(
                 param=name,
             )
     sizes = {**present, **wish}
+    if (conflict := gpu_conflict(config, sizes)) is not None:
+        raise InvalidRequestError(conflict, param=next(iter(wish), None))
     if not _decodes(config, sizes):
         raise InvalidRequestError(
             "that would leave no decode worker: every answer is decoded there; keep 1 or more",

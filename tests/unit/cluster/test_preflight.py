@@ -72,6 +72,14 @@ def test_pool_whose_workers_would_be_named_like_gateways_is_refused() -> None:
         preflight.check_pools(parse_config({"pools": pools}))
 
 
+def test_workers_that_would_take_each_others_gpu_are_refused() -> None:
+    pools = {"prefill": {"replicas": 0}, "decode": {"replicas": 2}}
+    settings = {"engine": {"device": "cuda"}, "pools": pools}
+    preflight.check_gpus(parse_config({**settings, "cluster": {"backend": "ray"}}))
+    with pytest.raises(ConfigurationError, match="--backend ray with num_gpus"):
+        preflight.check_gpus(parse_config({**settings, "cluster": {"backend": "processes"}}))
+
+
 def test_missing_ray_names_both_ways_out() -> None:
     config = parse_config({})
     with pytest.raises(ConfigurationError, match="--backend processes"):

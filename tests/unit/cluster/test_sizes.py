@@ -14,6 +14,7 @@ from baton.errors import InvalidRequestError
 from baton.records import PoolWish, PoolWishes
 from cluster.sizes import (
     free_ids,
+    gpu_conflict,
     pool_of,
     sizes_to_begin_with,
     who_leaves,
@@ -54,6 +55,31 @@ def test_wish_for_a_pool_that_is_gone_or_has_another_role_is_forgotten() -> None
 def test_wish_over_a_maximum_that_was_lowered_is_cut() -> None:
     stored = wishes_of(config(1, 2), {"prefill": 1, "decode": 5})
     assert sizes_to_begin_with(config(1, 2, most=3), stored)["decode"] == 3
+
+
+def gpu_config(backend: str = "processes", *, num_decode: int = 1) -> BatonConfig:
+    return parse_config(
+        {
+            "engine": {"device": "cuda"},
+            "cluster": {"backend": backend},
+            "pools": {"prefill": {"replicas": 0}, "decode": {"replicas": num_decode}},
+        }
+    )
+
+
+def test_workers_of_plain_processes_that_would_share_a_gpu_are_refused() -> None:
+    refused = gpu_conflict(gpu_config(), {"prefill": 0, "decode": 2})
+    assert refused is not None
+    assert "2 workers" in refused
+    assert gpu_conflict(gpu_config(), {"prefill": 0, "decode": 1}) is None
+    assert gpu_conflict(gpu_config("ray"), {"prefill": 0, "decode": 2}) is None
+    with pytest.raises(InvalidRequestError, match="same GPU"):
+        wished_sizes(gpu_config(), {"prefill": 0, "decode": 1}, {"decode": 2})
+
+
+def test_a_wish_from_before_is_forgotten_where_workers_would_share_a_gpu() -> None:
+    stored = wishes_of(gpu_config("ray"), {"prefill": 0, "decode": 2})
+    assert sizes_to_begin_with(gpu_config(), stored) == {"prefill": 0, "decode": 1}
 
 
 def test_wishes_that_leave_no_decode_worker_any_more_are_forgotten() -> None:
