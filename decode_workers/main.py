@@ -13,6 +13,7 @@ from baton.worker.process import run
 from decode_workers.scheduler import DecodeScheduler
 from decode_workers.service import DecodeService
 from decode_workers.worker import DecodeWorker
+from engine.native.copies import native_copies
 from engine.setup import plan_engine
 from engine.worker_parts import WorkerParts
 from kv_transfer.ends import HandoffEnds
@@ -85,6 +86,7 @@ async def serve(
         metrics=parts.metrics,
         faults=parts.faults,
         host=host,
+        copy_blocks=native_copies(),
     )
     receiver = ends.receiver(on_ready=on_ready, on_failed=on_failed, on_drained=on_drained)
     lender = ends.lender(on_freed=on_freed, on_wanted=on_wanted)

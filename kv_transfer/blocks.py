@@ -1,6 +1,6 @@
 """Blocks of a KV pool as arrays of 64-bit words: copying and checksumming them.
 
-Words of 8 bytes, because copying is faster with them than byte by byte; both
+Words of 8 bytes, because copying is faster with them than byte by byte; all
 operations release the GIL. A whole block is one run of bytes. Of a block that
 is filled in part, only the valid tokens are touched::
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,17 @@ from baton.kv_layout import KvLayout
 from kv_transfer.ranges import BlockRange, valid_tokens
 
 Words = npt.NDArray[Any]
+CopyBlocks = Callable[[Words, Words, Sequence[int], Sequence[int]], None]
+"""Copies rows of the second array, those of the second list, to those of the first. Raises
+IndexError where there is no such row."""
+
+
+def copy_each_block(
+    target: Words, source: Words, blocks: Sequence[int], source_blocks: Sequence[int]
+) -> None:
+    """A CopyBlocks that lets go of the GIL for each block, and takes it again."""
+    for block, source_block in zip(blocks, source_blocks, strict=True):
+        target[block] = source[source_block]
 
 
 class PoolView:
@@ -30,16 +42,35 @@ class PoolView:
     Args:
         layout: of that pool; peers' pools may have other numbers of blocks.
         memory: at least ``layout.num_bytes``; kept alive by this view.
+        copy_blocks: copies whole blocks into this pool; by default one after the other.
     """
 
-    def __init__(self, layout: KvLayout, memory: memoryview | mmap.mmap) -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        memory: memoryview | mmap.mmap,
+        *,
+        copy_blocks: CopyBlocks | None = None,
+    ) -> None:
         self.layout = layout
+        self._copy_blocks = copy_blocks or copy_each_block
         row_bytes = layout.head_dim * layout.item_bytes
         kind = np.int64 if row_bytes % 8 == 0 else np.uint8
         words = np.frombuffer(memory, dtype=kind, count=layout.num_bytes // kind().itemsize)
         rows = layout.num_kv_heads * layout.num_layers * layout.num_kv_parts
         self._blocks = words.reshape(layout.num_blocks + 1, -1)
         self._rows = words.reshape(layout.num_blocks + 1, rows, layout.block_size, -1)
+
+    def copy_range(self, source: PoolView, blocks: BlockRange) -> None:
+        """Copies the valid tokens of all blocks of the range. Raises IndexError where either
+        pool has no such block."""
+        num_whole = (blocks.end_token - blocks.start_token) // self.layout.block_size
+        self._copy_blocks(
+            *(self._blocks, source._blocks),
+            *(blocks.blocks[:num_whole], blocks.source_blocks[:num_whole]),
+        )
+        if num_left := (blocks.end_token - blocks.start_token) % self.layout.block_size:
+            self.copy_from(source, blocks.source_blocks[-1], blocks.blocks[-1], num_left)
 
     def copy_from(self, source: PoolView, source_block: int, block: int, num_tokens: int) -> None:
         """Copies the first ``num_tokens`` tokens of one block of ``source``.

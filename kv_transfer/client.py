@@ -33,7 +33,7 @@ from baton.kv_layout import KvLayout
 from baton.logprobs import TokenLogprobs
 from baton.telemetry import WorkerMetrics
 from kv_transfer import handshake, messages, receiver
-from kv_transfer.blocks import PoolView
+from kv_transfer.blocks import CopyBlocks, PoolView
 from kv_transfer.hosts import host_id
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
@@ -100,6 +100,7 @@ class KvReceiver:
         on_failed: Callable[[TransferKey, BatonError], None],
         on_drained: Callable[[TransferKey], None],
         host: str = "127.0.0.1",
+        copy_blocks: CopyBlocks | None = None,
         outcomes: Callable[[str], Counter] | None = None,
         idle_s: float = IDLE_S,
     ) -> None:
@@ -118,7 +119,8 @@ class KvReceiver:
             config.lease_s,
             config.operation_s,
         )
-        pool, timeout_s = PoolView(layout, memory.buffer), config.operation_s
+        pool = PoolView(layout, memory.buffer, copy_blocks=copy_blocks)
+        timeout_s = config.operation_s
         transports: list[PullTransport] = [
             SharedMemoryPull(pool=pool, secret=secret, timeout_s=timeout_s, faults=faults),
             nixl_links.NixlPull(

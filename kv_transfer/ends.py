@@ -16,6 +16,7 @@ from baton.faults import Faults
 from baton.kv_layout import KvLayout
 from baton.logprobs import TokenLogprobs
 from baton.telemetry import WorkerMetrics
+from kv_transfer.blocks import CopyBlocks
 from kv_transfer.client import KvReceiver
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
@@ -43,6 +44,8 @@ class HandoffEnds:
     metrics: WorkerMetrics
     faults: Faults
     host: str = "127.0.0.1"
+    copy_blocks: CopyBlocks | None = None
+    """What receivers copy whole blocks with, where they can read the sender's memory."""
 
     def sender(self, *, on_freed: Callable[[TransferKey, str], None]) -> KvSender:
         """Of a prefill worker, for what it has computed."""
@@ -65,6 +68,7 @@ class HandoffEnds:
         return KvReceiver(
             **self._common(),
             session=self.session,
+            copy_blocks=self.copy_blocks,
             faults=self.faults,
             on_ready=on_ready,
             on_failed=on_failed,
@@ -78,6 +82,7 @@ class HandoffEnds:
         return KvReceiver(
             **self._common(),
             session=self.session,
+            copy_blocks=self.copy_blocks,
             faults=self.faults.named("decode", "pull"),
             outcomes=self.metrics.pulls,
             on_ready=on_ready,

@@ -9,6 +9,7 @@ input may end inside one, so no block is ever moved in two pieces::
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -28,6 +29,19 @@ class BlockRange:
     @property
     def num_tokens(self) -> int:
         return self.end_token - self.start_token
+
+    def parts(self, num_blocks: int, block_size: int) -> Iterator[BlockRange]:
+        """The range in pieces of at most ``num_blocks`` blocks, in their order."""
+        for first in range(0, len(self.source_blocks), num_blocks):
+            here = slice(first, first + num_blocks)
+            start_token = self.start_token + first * block_size
+            yield BlockRange(
+                start_token,
+                min(self.end_token, start_token + num_blocks * block_size),
+                self.source_blocks[here],
+                self.blocks[here],
+                self.checksums[here],
+            )
 
 
 def valid_tokens(start_token: int, end_token: int, block_size: int) -> list[int]:

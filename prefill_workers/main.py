@@ -10,6 +10,7 @@ from baton.config import BatonConfig
 from baton.errors import BatonError
 from baton.worker.address import advertised_host
 from baton.worker.process import run
+from engine.native.copies import native_copies
 from engine.setup import plan_engine
 from engine.worker_parts import WorkerParts
 from kv_transfer.ends import HandoffEnds
@@ -77,6 +78,7 @@ async def serve(
         metrics=parts.metrics,
         faults=parts.faults,
         host=host,
+        copy_blocks=native_copies(),
     )
     sender = ends.sender(on_freed=on_freed)
     puller = ends.puller(on_ready=on_pulled, on_failed=on_pull_failed, on_drained=on_pull_drained)

@@ -10,6 +10,7 @@ prints JSON. Copying goes on without a pause: a served hand-off copies a chunk i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import threading
@@ -27,8 +28,12 @@ from benchmarks.figures import percentile
 from benchmarks.handoff.cases import COPY_CORE, PREFILL_CORE, SHAPES, FreeList, Load
 from benchmarks.handoff.prefill_side import pin
 from benchmarks.handoff.report import Beside
+from engine.native.copies import native_copies
+from engine.native.kernels import use_kernels
 from kv_transfer.blocks import PoolView
 from kv_transfer.memory import KvMemory
+from kv_transfer.ranges import BlockRange
+from kv_transfer.transports import shared_memory
 
 ALONE, THREAD, PROCESS = "nothing", "a thread of it", "another process"
 _POOL_BYTES = 256 << 20
@@ -42,9 +47,14 @@ class Copier:
         layout = SHAPES["smollm2"].layout_within(_POOL_BYTES)
         self._memories = [KvMemory(layout.num_bytes) for _ in range(2)]
         np.frombuffer(self._memories[0].buffer, dtype=np.uint64)[:] = 1
-        self._source, self._target = (PoolView(layout, each.buffer) for each in self._memories)
+        source, target = (each.buffer for each in self._memories)
+        self._source = PoolView(layout, source)
+        self._target = PoolView(layout, target, copy_blocks=native_copies())
         every = Load(layout.num_blocks * layout.block_size, 1, 1)
-        self._lists = [FreeList(layout, seed).take(every, 1)[0] for seed in (1, 2)]
+        of, to = (tuple(FreeList(layout, seed).take(every, 1)[0]) for seed in (1, 2))
+        at_once = max(1, shared_memory.AT_ONCE_BYTES // layout.block_bytes)
+        whole = BlockRange(0, every.tokens, of, to)
+        self._parts = list(whole.parts(at_once, layout.block_size))
         self._block_bytes = layout.block_bytes
         self._stopped = False
         self._thread = threading.Thread(target=self._run)
@@ -62,18 +72,16 @@ class Copier:
     def _run(self) -> None:
         pin(COPY_CORE)
         num_copied, began = 0, time.perf_counter()
-        while not self._stopped:
-            for source_block, block in zip(*self._lists, strict=True):
-                if self._stopped:
-                    break
-                self._target.copy_from(
-                    self._source, source_block, block, self._target.layout.block_size
-                )
-                num_copied += 1
+        for part in itertools.cycle(self._parts):
+            if self._stopped:
+                break
+            self._target.copy_range(self._source, part)
+            num_copied += len(part.blocks)
         self.gb_s = num_copied * self._block_bytes / (time.perf_counter() - began) / 1e9
 
 
 def _copy_apart(connection: Connection) -> None:
+    use_kernels("auto")
     copier = Copier()
     copier.start()
     connection.send("started")

@@ -31,6 +31,8 @@ from benchmarks.handoff import prefill_side
 from benchmarks.handoff.bare import BareGloo, BareNixl, Memcpy
 from benchmarks.handoff.cases import COPY_CORE, TRANSFER, FreeList, Load
 from benchmarks.handoff.prefill_side import SECRET, WORKER_ID, Serving, digest_of, pin
+from engine.native.copies import native_copies
+from engine.native.kernels import use_kernels
 from kv_transfer.client import KvReceiver
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory, map_read_only
@@ -147,6 +149,7 @@ class DecodeSide:
 
     def __init__(self, layout: KvLayout, connection: Connection) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)  # as in workers
+        use_kernels("auto")
         self._layout = layout
         self._connection = connection
         self._memory = KvMemory(layout.num_bytes)
@@ -200,6 +203,7 @@ class DecodeSide:
             on_ready=lambda key, *_: own.ready(key),
             on_failed=lambda key, error: own.fail(error),
             on_drained=lambda key: None,
+            copy_blocks=native_copies(),
         )
         await own.receiver.start()
         own.copying.watch(own.receiver._settings.transports[transport])

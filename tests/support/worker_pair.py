@@ -28,6 +28,7 @@ from decode_workers.scheduler import DecodeScheduler
 from decode_workers.service import DecodeService
 from decode_workers.worker import DecodeWorker
 from engine.engine import Engine, Sampled, Scheduled
+from engine.native.copies import native_copies
 from engine.parallel.followers import Followers
 from engine.setup import EnginePlan, plan_engine
 from kv_transfer.ends import HandoffEnds
@@ -231,6 +232,7 @@ class WorkerPair:
             session=SessionConfig(),
             metrics=rig.metrics,
             faults=faults or rig.faults,
+            copy_blocks=native_copies(),
         )
 
     @staticmethod

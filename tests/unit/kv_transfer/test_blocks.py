@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from baton.errors import TransferCorruptError
 from baton.kv_layout import KvLayout
 from kv_transfer.blocks import PoolView
-from kv_transfer.ranges import valid_tokens
+from kv_transfer.ranges import BlockRange, valid_tokens
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -53,6 +53,35 @@ def test_copy_moves_the_valid_tokens_and_no_other_byte(
     pool = PoolView(layout, memoryview(memory))
     pool.copy_from(PoolView(layout, memoryview(source)), from_block, to_block, num_tokens)
     np.testing.assert_array_equal(by_token(layout, memory), expected)
+
+
+@given(layout=layouts, data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_range_is_copied_block_by_block_in_whatever_pieces(
+    layout: KvLayout, data: st.DataObject
+) -> None:
+    source, memory = filled(layout, 1), filled(layout, 2)
+    every = list(range(layout.num_blocks))
+    num_tokens = data.draw(st.integers(0, layout.num_blocks * layout.block_size))
+    counts = valid_tokens(0, num_tokens, layout.block_size)
+    source_blocks = tuple(data.draw(st.permutations(every)))[: len(counts)]
+    blocks = tuple(data.draw(st.permutations(every)))[: len(counts)]
+    expected = by_token(layout, memory).copy()
+    for source_block, block, count in zip(source_blocks, blocks, counts, strict=True):
+        expected[block, :, :count] = by_token(layout, source)[source_block, :, :count]
+    pool = PoolView(layout, memoryview(memory))
+    whole = BlockRange(0, num_tokens, source_blocks, blocks)
+    for part in whole.parts(data.draw(st.integers(1, 5)), layout.block_size):
+        pool.copy_range(PoolView(layout, memoryview(source)), part)
+    np.testing.assert_array_equal(by_token(layout, memory), expected)
+
+
+def test_parts_keep_their_blocks_and_checksums() -> None:
+    whole = BlockRange(32, 74, (5, 6, 7), (1, 2, 3), (11, 12, 13))
+    assert list(whole.parts(2, 16)) == [
+        BlockRange(32, 64, (5, 6), (1, 2), (11, 12)),
+        BlockRange(64, 74, (7,), (3,), (13,)),
+    ]
 
 
 @given(layout=layouts, data=st.data())
