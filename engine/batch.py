@@ -54,11 +54,12 @@ class Batch:
 
 def build_batch(scheduled: SequenceOf[Scheduled], layout: KvLayout) -> Batch:
     """Packs a step of at least one sequence; each must hold the blocks it needs."""
-    assert len({id(item.seq) for item in scheduled}) == len(scheduled), "a sequence comes twice"
-    for item in scheduled:
-        _check(item, layout)
-    ordered = sorted(scheduled, key=_place)
+    decodes = [item for item in scheduled if _is_decode(item)]
+    # The longest context first: neighbours are alike in length.
+    decodes.sort(key=_num_computed, reverse=True)
+    ordered = [*decodes, *(item for item in scheduled if not _is_decode(item))]
     spans: list[Span] = []
+    last_rows: dict[int, int] = {}
     # Lists: a step's calls of numpy and torch on so few elements cost more than what they compute.
     token_ids: list[int] = []
     positions: list[int] = []
@@ -66,32 +67,25 @@ def build_batch(scheduled: SequenceOf[Scheduled], layout: KvLayout) -> Batch:
     for seq, num_tokens in ordered:
         start = seq.num_computed_tokens
         own = range(start, start + num_tokens)
+        assert 0 < num_tokens <= seq.num_remaining, f"{seq.key}: {num_tokens} tokens"
+        assert own.stop <= len(seq.block_table) * layout.block_size, f"{seq.key}: no blocks"
         spans.append(Span(len(token_ids), num_tokens, own.stop))
         token_ids += seq.token_ids[start : own.stop]
         positions += own
         slots += _slots(seq, own, layout)
-    last_rows = {
-        id(i.seq): s.first_row + s.num_tokens - 1 for i, s in zip(ordered, spans, strict=True)
-    }
-    sampled = tuple(item.seq for item in scheduled if item.num_tokens == item.seq.num_remaining)
-    block_table = _block_table([item.seq for item in ordered], spans, layout)
+        last_rows[id(seq)] = len(token_ids) - 1
+    assert len(last_rows) == len(scheduled), "a sequence comes twice"
+    sampled = tuple(seq for seq, num_tokens in scheduled if num_tokens == seq.num_remaining)
     return Batch(
         token_ids=torch.tensor(token_ids),
         positions=torch.tensor(positions),
         slot_mapping=torch.tensor(slots),
-        block_table=block_table,
+        block_table=_block_table([seq for seq, _ in ordered], spans, layout.block_size),
         spans=tuple(spans),
-        num_decodes=sum(map(_is_decode, ordered)),
+        num_decodes=len(decodes),
         sampled=sampled,
         sampled_rows=torch.tensor([last_rows[id(seq)] for seq in sampled], dtype=torch.int64),
     )
-
-
-def _check(item: Scheduled, layout: KvLayout) -> None:
-    seq = item.seq
-    assert 0 < item.num_tokens <= seq.num_remaining, f"{seq.key}: {item.num_tokens} tokens"
-    num_context = seq.num_computed_tokens + item.num_tokens
-    assert layout.num_blocks_for(num_context) <= len(seq.block_table), f"{seq.key}: no blocks"
 
 
 def _is_decode(item: Scheduled) -> bool:
@@ -100,19 +94,17 @@ def _is_decode(item: Scheduled) -> bool:
     return item.num_tokens == 1 and item.seq.num_computed_tokens >= item.seq.num_prompt_tokens
 
 
-def _place(item: Scheduled) -> tuple[bool, int]:
-    """Decodes before chunks, the longest context first: neighbours are alike in length."""
-    is_decode = _is_decode(item)
-    return not is_decode, -item.seq.num_computed_tokens if is_decode else 0
+def _num_computed(item: Scheduled) -> int:
+    return item.seq.num_computed_tokens
 
 
-def _block_table(seqs: list[Sequence], spans: list[Span], layout: KvLayout) -> Tensor:
-    counts = [layout.num_blocks_for(span.num_context) for span in spans]
+def _block_table(seqs: list[Sequence], spans: list[Span], block_size: int) -> Tensor:
+    counts = [-(-span.num_context // block_size) for span in spans]
     width = max(counts)
-    rows: list[int] = []
+    rows = array("i")
     for seq, count in zip(seqs, counts, strict=True):
-        rows += seq.block_table[:count] + seq.block_table[:1] * (width - count)
-    return torch.frombuffer(array("i", rows), dtype=torch.int32).view(len(seqs), width)
+        rows.extend(seq.block_table[:count] + seq.block_table[:1] * (width - count))
+    return torch.frombuffer(rows, dtype=torch.int32).view(len(seqs), width)
 
 
 def _slots(seq: Sequence, positions: range, layout: KvLayout) -> list[int]:

@@ -4,7 +4,7 @@
 - *gather + gloo + scatter*: the sender gathers blocks into a buffer, sends it through a bare
   two-rank gloo group, and the receiver scatters it, piece by piece, each with one thread.
 - *contiguous gloo*: as many bytes from one run of memory into another, through the same group.
-- *NIXL alone*: one read of all these blocks, asked after without a pause.
+- *NIXL alone*: ``bare_nixl.py``.
 
 A piece is 4 MiB: of whole blocks, at least one. Larger ones leave the caches between gathering
 and sending: 16 MiB goes at half the rate.
@@ -13,7 +13,6 @@ and sending: 16 MiB goes at half the rate.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -22,8 +21,6 @@ import torch
 import torch.distributed
 
 from baton.kv_layout import KvLayout
-from kv_transfer.ranges import BlockRange
-from kv_transfer.transports import nixl, ucx
 
 _dist: Any = torch.distributed  # its stubs lack most of what is used here
 PIECE_BYTES = 4 << 20
@@ -122,41 +119,3 @@ class BareGloo:
     ) -> None:
         for ids in torch.split(torch.tensor(blocks), self._per_piece):
             move(ids, self._staging[: len(ids)])
-
-
-class BareNixl:
-    """One agent, and the pool that it reads into or that is read. Raises LinkError where there
-    is no NIXL."""
-
-    def __init__(self, layout: KvLayout, memory: memoryview, *, name: str, serves: bool) -> None:
-        self._layout = layout
-        self._agent = nixl.Agent(
-            name,
-            layout=layout,
-            memory=memory,
-            environment=ucx.environment("127.0.0.1", "any", os.environ),
-            serves=serves,
-        )
-        self._peer = ""
-        self._source = self._agent.area
-
-    @property
-    def address(self) -> tuple[str, bytes, int]:
-        """By which a reading one connects: name, metadata, where the pool lies."""
-        return self._agent.name, self._agent.metadata, self._agent.area.address
-
-    def connect(self, name: str, metadata: bytes, pool_address: int) -> None:
-        self._agent.connect(metadata)
-        self._peer, self._source = name, nixl.Area(self._layout, pool_address)
-
-    def read(self, source_blocks: Sequence[int], blocks: Sequence[int]) -> None:
-        """Returns when all bytes have come."""
-        end = len(blocks) * self._layout.block_size
-        whole = BlockRange(0, end, tuple(source_blocks), tuple(blocks))
-        handle = self._agent.read(self._peer, *nixl.runs(whole, self._agent.area, self._source))
-        while not self._agent.is_done(handle):
-            pass
-        self._agent.release(handle)
-
-    def close(self) -> None:
-        self._agent.close()

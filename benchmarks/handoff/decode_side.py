@@ -28,9 +28,10 @@ from baton.protocol import new_epoch
 from baton.telemetry import WorkerMetrics
 from baton.worker.engine_thread import SWITCH_INTERVAL_S
 from benchmarks.handoff import prefill_side
-from benchmarks.handoff.bare import BareGloo, BareNixl, Memcpy
-from benchmarks.handoff.cases import COPY_CORE, TRANSFER, FreeList, Load
-from benchmarks.handoff.prefill_side import SECRET, WORKER_ID, Serving, digest_of, pin
+from benchmarks.handoff.bare import BareGloo, Memcpy
+from benchmarks.handoff.bare_nixl import NixlAlone
+from benchmarks.handoff.cases import COPY_CORE, TRANSFER, FreeList, Load, pin
+from benchmarks.handoff.prefill_side import SECRET, WORKER_ID, Serving, digest_of
 from engine.native.copies import native_copies
 from engine.native.kernels import use_kernels
 from kv_transfer.client import KvReceiver
@@ -160,7 +161,7 @@ class DecodeSide:
         self._memcpy = Memcpy(layout, self._source.ctypes.data, self._pool.ctypes.data)
         self._source_free, self._free = FreeList(layout, 2), FreeList(layout, 3)
         self._receiving: dict[str, _Receiving] = {}
-        self._bare_nixl: BareNixl | None = None
+        self._nixl_alone: NixlAlone | None = None
         self.absent: dict[str, str] = {}
         with tempfile.TemporaryDirectory(prefix="baton-handoff-") as folder:
             self._send("join_bare", f"{folder}/store")
@@ -209,8 +210,8 @@ class DecodeSide:
         own.copying.watch(own.receiver._settings.transports[transport])
 
     async def close(self) -> None:
-        if self._bare_nixl is not None:
-            self._bare_nixl.close()
+        if self._nixl_alone is not None:
+            self._nixl_alone.close()
         for own in self._receiving.values():
             assert own.receiver is not None
             await own.receiver.close()
@@ -247,26 +248,20 @@ class DecodeSide:
         def run(source_blocks: list[int], blocks: list[int]) -> float:
             began_at = time.monotonic()
             self._memcpy.run(source_blocks, blocks)
-            return began_at
+            return time.monotonic() - began_at
 
         with _on_copy_core():
             return self._bound(load, run)
 
     def nixl(self, load: Load) -> Moved:
-        """Where NIXL is among the transports."""
-        if self._bare_nixl is None:
-            memory = self._memory.buffer
-            self._bare_nixl = BareNixl(self._layout, memory, name="bare/decode", serves=False)
-            self._bare_nixl.connect(*self._ask("serve_bare_nixl"))
-        bare = self._bare_nixl
+        """Where NIXL is among the transports. Raises TransferError."""
+        return self._bound(load, self.nixl_alone().read)
 
-        def run(source_blocks: list[int], blocks: list[int]) -> float:
-            began_at = time.monotonic()
-            bare.read(source_blocks, blocks)
-            return began_at
-
-        with _on_copy_core():
-            return self._bound(load, run)
+    def nixl_alone(self) -> NixlAlone:
+        """Made when it is first wanted."""
+        if self._nixl_alone is None:
+            self._nixl_alone = NixlAlone(self._layout, self._ask("serve_bare_nixl"))
+        return self._nixl_alone
 
     def gloo(self, load: Load, *, contiguous: bool) -> Moved:
         def run(source_blocks: list[int], blocks: list[int]) -> float:
@@ -275,19 +270,20 @@ class DecodeSide:
                 self._bare.receive_contiguous(len(blocks))
             else:
                 self._bare.receive_scattered(blocks)
+            ended_at = time.monotonic()
             began_at: float = self._answer()
-            return began_at
+            return ended_at - began_at
 
         return self._bound(load, run)
 
     # ------------------------------------------------------------------------- helpers
 
     def _bound(self, load: Load, run: Callable[[list[int], list[int]], float]) -> Moved:
+        """``run`` moves blocks and returns the seconds that it took."""
         total_s = 0.0
         for requests in load.waves():
             source_blocks = list(chain(*self._source_free.take(load, requests)))
-            began_at = run(source_blocks, list(chain(*self._free.take(load, requests))))
-            total_s += time.monotonic() - began_at
+            total_s += run(source_blocks, list(chain(*self._free.take(load, requests))))
         return Moved(self._num_bytes(load), total_s, total_s, total_s * 1000)
 
     async def _begin(

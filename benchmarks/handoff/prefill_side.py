@@ -24,8 +24,9 @@ from baton.kv_layout import KvLayout
 from baton.protocol import PROTOCOL_VERSION, new_epoch
 from baton.telemetry import WorkerMetrics
 from baton.worker.engine_thread import SWITCH_INTERVAL_S
-from benchmarks.handoff.bare import BareGloo, BareNixl
-from benchmarks.handoff.cases import PREFILL_CORE, TRANSFER
+from benchmarks.handoff.bare import BareGloo
+from benchmarks.handoff.bare_nixl import Address, BareNixl
+from benchmarks.handoff.cases import PREFILL_CORE, TRANSFER, pin
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
 from kv_transfer.service import KvSender
@@ -50,12 +51,6 @@ class Memory:
     """Where the pool can be opened for reading, by the same user."""
 
     path: str
-
-
-def pin(core: int) -> None:
-    """This thread, and those that it starts, to one core; nothing where there is no such one."""
-    if core in os.sched_getaffinity(0):
-        os.sched_setaffinity(0, {core})
 
 
 def digest_of(layout: KvLayout) -> bytes:
@@ -134,7 +129,7 @@ class PrefillSide:
             self._bare.send_scattered(blocks)
         return began_at
 
-    def serve_bare_nixl(self) -> tuple[str, bytes, int]:
+    def serve_bare_nixl(self) -> Address:
         """By which the decode process connects."""
         self._bare_nixl = BareNixl(
             self._layout, self.memory.buffer, name="bare/prefill", serves=True

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support.transports import needs_nixl
 
+from baton.errors import TransferError
 from baton.kv_layout import KvLayout
 from benchmarks.handoff.cases import Load
 from benchmarks.handoff.decode_side import DecodeSide
@@ -47,8 +48,12 @@ async def test_every_contender_moves_the_blocks_that_it_says_it_moves() -> None:
 @needs_nixl
 async def test_nixl_alone_moves_the_blocks_that_it_says_it_moves() -> None:
     with DecodeSide.open(LAYOUT) as side:
+        alone = side.nixl_alone()
         blocks, source_blocks = side._free.peek(4), side._source_free.peek(4)
-        side._pool[:] = 0
         assert side.nixl(LOAD).num_bytes == NUM_BYTES
-        np.testing.assert_array_equal(side._pool[blocks], side._source[source_blocks])
+        moved = np.frombuffer(alone.memory, np.uint64).reshape(LAYOUT.num_blocks + 1, -1)
+        np.testing.assert_array_equal(moved[blocks], side._source[source_blocks])
+        alone._process.kill()
+        with pytest.raises(TransferError, match="not come to its end"):
+            side.nixl(LOAD)
         await side.close()
