@@ -7,6 +7,7 @@ import os
 
 from baton.config import BatonConfig
 from baton.errors import BatonError
+from baton.heap import leave_to_last
 from baton.logprobs import TokenLogprobs
 from baton.worker.address import advertised_host
 from baton.worker.process import run
@@ -111,6 +112,7 @@ async def serve(
     lender.register(server)
     await lender.start()
     await receiver.start()
+    leave_to_last()
     try:
         await parts.host(worker, redis_url=redis_url).run(server, advertise_host=host, stop=stop)
     finally:

@@ -8,6 +8,7 @@ import time
 
 from baton.config import BatonConfig
 from baton.errors import BatonError
+from baton.heap import leave_to_last
 from baton.worker.address import advertised_host
 from baton.worker.process import run
 from engine.native.copies import native_copies
@@ -109,6 +110,7 @@ async def serve(
     sender.register(server)
     await sender.start()
     await puller.start()
+    leave_to_last()
     try:
         await parts.host(worker, redis_url=redis_url).run(server, advertise_host=host, stop=stop)
     finally:

@@ -316,9 +316,12 @@ class ChoiceRun:
 
     async def _wait(self, until: float | None = None) -> None:
         """Until something has happened, or until that time. Raises what ``abort`` was given."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(until):
-                await self._wake.wait()
+        if until is None:  # for every token: a timeout costs more than all the rest here
+            await self._wake.wait()
+        else:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self._wake.wait()
         self._wake.clear()
         self._check()
 

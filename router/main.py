@@ -26,7 +26,7 @@ from baton.config import BatonConfig, load_config
 from baton.credentials import API_KEY, CLUSTER_SECRET, credential
 from baton.errors import BatonError, CheckpointError
 from baton.faults import Faults
-from baton.heap import release_free_memory
+from baton.heap import leave_to_last, release_free_memory
 from baton.logs import configure
 from baton.telemetry import GatewayMetrics
 from baton.worker.process import required_environment
@@ -150,6 +150,7 @@ async def serve(
         lifecycle=lifecycle,
         api_key=api_key,
     )
+    leave_to_last()
     try:
         await registry.start()
         peers.start()

@@ -27,7 +27,7 @@ from router.gateway.generation import Generation
 from router.gateway.logprobs import LoggedToken
 from router.gateway.plan import Plan, usage
 from router.gateway.services import Services
-from router.gateway.sse import DONE, KEEP_ALIVE, EventStream, event, to_json
+from router.gateway.sse import DONE, KEEP_ALIVE, EventStream, event, event_after, to_json
 from router.tokenization.stop_strings import StopStrings
 
 _log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class GenerationResponse(Response):
             "model": services.model_id,
             "system_fingerprint": services.fingerprint,
         }
+        self._encoded_head = to_json(self._head)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises BatonError only while nothing has been sent."""
@@ -95,11 +96,14 @@ class GenerationResponse(Response):
                 with_timeline=self._with_timeline,
             )
             context.num_prompt_tokens = sum(map(len, plan.prompts))
-            runs = self._runs(plan)
+            runs, streams = self._runs(plan), self._job.request.stream
             try:
-                async with Generation(runs, services.orchestrator) as generation:
+                silence_s = services.config.gateway.sse_keepalive_s if streams else None
+                async with Generation(
+                    runs, services.orchestrator, silence_s=silence_s
+                ) as generation:
                     exchange = _Exchange(call, plan, runs, generation)
-                    if self._job.request.stream:
+                    if streams:
                         await self._stream(exchange, stream)
                     else:
                         await self._whole(exchange, send)
@@ -142,13 +146,13 @@ class GenerationResponse(Response):
         with_usage = {"usage": None} if self._job.request.include_usage else {}
         extras: Mapping[str, Any] = with_usage | self._prompt_token_ids(exchange.plan)
         num_unfinished = len(exchange.runs)
-        while (deltas := await self._next(exchange.generation, stream)) is not None:
-            events = []
+        while (deltas := await exchange.generation.batch()) is not None:
+            events = [] if deltas else [KEEP_ALIVE]
             for delta in deltas:
                 num_unfinished -= delta.finish_reason is not None
                 if num_unfinished == 0 and not with_usage:
                     extras = {**extras, **self._timeline(exchange)}
-                events.append(event(self._chunk(delta, extras)))
+                events.append(event_after(self._encoded_head, self._chunk(delta, extras)))
                 extras = with_usage
             await stream.write(b"".join(events))
         end = DONE
@@ -158,19 +162,10 @@ class GenerationResponse(Response):
         await exchange.call.answered()
         await stream.write(end, last=True)
 
-    async def _next(self, generation: Generation, stream: EventStream) -> list[Delta] | None:
-        """The next deltas; meanwhile a comment at every silent interval."""
-        while True:
-            silence = asyncio.timeout(self._services.config.gateway.sse_keepalive_s)
-            try:
-                async with silence:
-                    return await generation.batch()
-            except TimeoutError:
-                await stream.write(KEEP_ALIVE)
-
     def _chunk(self, delta: Delta, extras: Mapping[str, Any]) -> dict[str, Any]:
+        """What of it is not in every one's head."""
         choice = self._with_tokens(self._job.chunk_choice(delta), delta.token_ids, delta.logged)
-        return {**self._head, "choices": [choice], **extras}
+        return {"choices": [choice], **extras}
 
     def _with_tokens(
         self, choice: dict[str, Any], token_ids: Sequence[int], logged: Sequence[LoggedToken]

@@ -34,6 +34,11 @@ def event(value: Mapping[str, Any]) -> bytes:
     return b"data: " + to_json(value) + b"\n\n"
 
 
+def event_after(head: bytes, rest: Mapping[str, Any]) -> bytes:
+    """``head``, an object as JSON, and ``rest`` as one object; neither is empty."""
+    return b"data: " + head[:-1] + b"," + to_json(rest)[1:] + b"\n\n"
+
+
 class EventStream:
     """The response; its status is sent with its first bytes, and no sooner."""
 

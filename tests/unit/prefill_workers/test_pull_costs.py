@@ -94,3 +94,14 @@ def test_patience_is_what_computing_would_take() -> None:
         computes(each, 1e-3)
     assert each.patience_s(2000) == pytest.approx(2000 * 1e-3 + 4 * 0.01, rel=0.1)
     assert each.patience_s(1) == SHORTEST_S
+
+
+def test_one_pull_in_a_machine_s_pause_is_soon_forgotten() -> None:
+    clock = Clock()
+    paused = costs(clock)
+    computes(paused, 1e-3)
+    paused.moved(160, 30.0)
+    assert not paused.moving_pays(160)
+    clock.now += 4 * HALF_LIFE_S
+    computes(paused, 1e-3)
+    assert paused.moving_pays(160)
