@@ -528,4 +528,4 @@ async def test_late_pull_counts_as_dearer_than_computing_and_a_refused_one_as_no
         job = await pulling(rig)
         began_at = rig.pulls._pulls[job.transfer.way_back].began_at
         rig.pulls.failed(job.transfer.way_back, began_at + waited_s)
-        assert rig.pulls.costs.moving_pays(1000) is pays
+        assert rig.pulls.costs.moving_pays(100) is pays
