@@ -131,7 +131,31 @@ def sentences(results: Results) -> str:
     parts.append(
         f"A prompt goes at {share:.2f} of its bound (the goal of {PROMPT_GOAL} is {said})."
     )
+    if all(bound.own_decode_ms for bound in results.bounds):
+        parts.append(_beside_own_products(results))
     return " ".join(parts)
+
+
+def _beside_own_products(results: Results) -> str:
+    """How much of it all is not the engine's own products."""
+    own_ms = [
+        statistics.median(bound.own_decode_ms[str(streams)] for bound in results.bounds)
+        for streams in results.loads
+    ]
+    own_prompt_ms = statistics.median(bound.own_prompt_ms for bound in results.bounds)
+    ratios = [
+        results.ms(BATON, streams) / ms for streams, ms in zip(results.loads, own_ms, strict=True)
+    ]
+    return (
+        f"The engine's own products alone take {_listed(own_ms, 1)} ms, and {own_prompt_ms:.0f} for "
+        f"the prompt: beside those a step takes {_listed(ratios, 2)}, and a prompt goes at "
+        f"{own_prompt_ms / results.ms(BATON, 0):.2f}."
+    )
+
+
+def _listed(figures: Sequence[float], digits: int) -> str:
+    *most, last = (f"{figure:.{digits}f}" for figure in figures)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def outside(results: Results) -> str:

@@ -44,6 +44,28 @@ def test_the_section_says_what_the_figures_say(results: Results) -> None:
     assert "A prompt goes at 0.75 of its bound (the goal of 0.7 is reached)." in text
 
 
+def test_the_engines_own_products_are_told_beside_the_bound(results: Results) -> None:
+    assert "own products" not in report.section(results)
+    own = tuple(
+        replace(each, own_decode_ms={"1": 7.5, "32": 12.4}, own_prompt_ms=280.0)
+        for each in results.bounds
+    )
+    text = report.section(replace(results, bounds=own))
+    assert (
+        "The engine's own products alone take 7.5 and 12.4 ms, and 280 for the prompt: beside "
+        "those a step takes 2.00 and 2.50, and a prompt goes at 0.70."
+    ) in text
+    assert "A step at 1 takes 1.50 of its bound (the goal of 1.5 is reached)." in text
+
+
+def test_curves_are_beside_whichever_products_are_faster() -> None:
+    faster = replace(
+        bound(10.0), own_decode_ms={"1": 7.5, "32": 22.0}, own_prompt_ms=280.0
+    ).faster()
+    assert (faster.decode_ms, faster.prompt_ms) == ({"1": 7.5, "32": 20.0}, 280.0)
+    assert faster.packed.endswith("whichever is faster")
+
+
 def test_a_slow_prompt_misses_its_goal(results: Results) -> None:
     slow = tuple(replace(s, ms=s.ms * 1.2) if not s.streams else s for s in results.samples)
     assert "the goal of 0.7 is missed" in report.section(replace(results, samples=slow))
