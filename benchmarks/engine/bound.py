@@ -6,8 +6,9 @@ prints JSON. The products are those of a dense decoder: of each layer one of que
 together, one of the attention's output, one of gate and up together and one of down, and the
 head's; random weights of the model's shapes, each matrix with memory of its own. They are packed
 for oneDNN, as torch's compiler does it: that is the bound, and no work of ours. What the same
-takes as the engine packs and multiplies them is told beside it. A decode step multiplies every matrix by as many rows as there are streams. A prompt goes
-through in chunks of the engine's size, and the head sees its last row alone.
+takes as the engine packs and multiplies them is told beside it. A decode step multiplies every
+matrix by as many rows as there are streams. A prompt goes through in chunks of the engine's size,
+and the head sees its last row alone.
 """
 
 from __future__ import annotations

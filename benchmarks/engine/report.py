@@ -147,8 +147,8 @@ def _beside_own_products(results: Results) -> str:
         results.ms(BATON, streams) / ms for streams, ms in zip(results.loads, own_ms, strict=True)
     ]
     return (
-        f"The engine's own products alone take {_listed(own_ms, 1)} ms, and {own_prompt_ms:.0f} for "
-        f"the prompt: beside those a step takes {_listed(ratios, 2)}, and a prompt goes at "
+        f"The engine's own products alone take {_listed(own_ms, 1)} ms, and {own_prompt_ms:.0f} "
+        f"for the prompt: beside those a step takes {_listed(ratios, 2)}, and a prompt goes at "
         f"{own_prompt_ms / results.ms(BATON, 0):.2f}."
     )
 
