@@ -88,6 +88,79 @@ def build_batch(scheduled: SequenceOf[Scheduled], layout: KvLayout) -> Batch:
     )
 
 
+class Batches:
+    """Packs one engine's steps. One that decodes the sequences of the step before it, in the same
+    order, is that step moved on by a token: to pack it anew takes several times as long.
+
+    The arrays of a Batch are valid until the next one is built.
+    """
+
+    def __init__(self, layout: KvLayout) -> None:
+        self._layout = layout
+        self._last: Batch | None = None
+        self._rows: list[tuple[Sequence, list[int]]] = []
+        """Of ``_last``, if that can be moved on: each row's sequence, and its block table. Such a
+        list is no other sequence's, and what it begins with never changes."""
+
+    def build(self, scheduled: SequenceOf[Scheduled]) -> Batch:
+        """As ``build_batch``."""
+        batch = self._moved_on(scheduled)
+        if batch is None:
+            batch = build_batch(scheduled, self._layout)
+            # Who has computed nothing behind its shared blocks writes to the scratch block.
+            if batch.num_decodes == len(scheduled) == len(batch.sampled) and all(
+                seq.num_computed_tokens >= seq.num_shared_tokens for seq, _ in scheduled
+            ):
+                seqs = sorted(batch.sampled, key=_num_computed_of, reverse=True)
+                self._rows = [(seq, seq.block_table) for seq in seqs]
+            else:
+                self._rows = []
+        self._last = batch
+        return batch
+
+    def _moved_on(self, scheduled: SequenceOf[Scheduled]) -> Batch | None:
+        last = self._last
+        if last is None or not self._rows or len(scheduled) != len(self._rows):
+            return None
+        for (seq, num_tokens), before in zip(scheduled, last.sampled, strict=True):
+            if seq is not before or num_tokens != 1:
+                return None
+        size, width = self._layout.block_size, last.block_table.shape[1]
+        if last.spans[0].num_context + 1 > width * size:
+            return None
+        token_ids: list[int] = []
+        for (seq, block_table), span in zip(self._rows, last.spans, strict=True):
+            if (
+                seq.block_table is not block_table
+                or seq.num_computed_tokens != span.num_context
+                or len(seq.token_ids) != span.num_context + 1
+            ):
+                return None
+            token_ids.append(seq.token_ids[-1])
+        positions, slots = last.positions.numpy(), last.slot_mapping.numpy()
+        positions += 1
+        slots += 1
+        for row in (positions % size == 0).nonzero()[0].tolist():
+            index = positions[row] // size
+            block = self._rows[row][1][index]
+            slots[row] = block * size
+            last.block_table[row, index] = block
+        return Batch(
+            token_ids=torch.tensor(token_ids),
+            positions=last.positions,
+            slot_mapping=last.slot_mapping,
+            block_table=last.block_table,
+            spans=tuple([Span(row, 1, context + 1) for row, _, context in last.spans]),
+            num_decodes=last.num_decodes,
+            sampled=last.sampled,
+            sampled_rows=last.sampled_rows,
+        )
+
+
+def _num_computed_of(seq: Sequence) -> int:
+    return seq.num_computed_tokens
+
+
 def _is_decode(item: Scheduled) -> bool:
     """One token behind the prompt. A single one of the prompt is a chunk like the rest of it, whose
     attention rounds elsewhere: so a prompt's KV is the same wherever it is cut."""

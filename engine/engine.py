@@ -16,7 +16,7 @@ from baton.checkpoint.checkpoint import Checkpoint
 from baton.heap import release_free_memory
 from baton.kv_layout import KvLayout
 from engine.attention.paged_cpu import attention_of
-from engine.batch import Batch, build_batch
+from engine.batch import Batch, Batches, build_batch
 from engine.gpu.plan import GpuPlan
 from engine.kv_cache.kv_cache import KvCache
 from engine.models.decoder import Decoder
@@ -69,6 +69,7 @@ class Engine:
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
         self.kv = KvCache(layout, memory, domain)
+        self._batches = Batches(layout)
         self._followers = followers
         groups = followers.groups if followers is not None else RankGroups()
         with torch.inference_mode():
@@ -107,7 +108,7 @@ class Engine:
             pending = self._gpu.begin(scheduled)
             self._advance(scheduled)  # while the GPU computes
             return self._append(pending.wait())
-        batch = build_batch(scheduled, self.kv.layout)
+        batch = self._batches.build(scheduled)
         logits = self._forward(batch, batch.sampled_rows)
         sampled = sample(logits, batch.sampled)
         self._advance(scheduled)

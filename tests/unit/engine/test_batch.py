@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.tiny_engine import prompt
 
 from baton.kv_layout import KvLayout
-from engine.batch import Span, build_batch
+from engine.batch import Batches, Span, build_batch
 from engine.sequence import Scheduled, Sequence
 
 LAYOUT = KvLayout(32, 1, 1, 4, 2, "float32")
@@ -92,3 +94,64 @@ def test_a_sequence_twice_in_a_step_is_refused() -> None:
     seq = running(6, 3, [0, 1])
     with pytest.raises(AssertionError, match="twice"):
         build_batch([Scheduled(seq, 1), Scheduled(seq, 1)], LAYOUT)
+
+
+def computed(scheduled: list[Scheduled], free: list[int]) -> None:
+    """What an engine and a scheduler do after and before a step."""
+    for seq, num_tokens in scheduled:
+        seq.num_computed_tokens += num_tokens
+        if seq.num_remaining == 0:
+            seq.token_ids.append(seq.token_ids[-1] % 97 + 1)
+        if LAYOUT.num_blocks_for(seq.num_tokens) > len(seq.block_table):
+            seq.block_table.append(free.pop())
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_steps_after_each_other_are_what_each_is_by_itself(data: st.DataObject) -> None:
+    batches, free = Batches(LAYOUT), list(range(100, 1000))
+    running: list[Sequence] = []
+    for _ in range(data.draw(st.integers(1, 25))):
+        what = data.draw(st.sampled_from(["step", "step", "step", "join", "leave", "lose", "swap"]))
+        if what == "join" or not running:
+            length = data.draw(st.integers(1, 9))
+            seq = prompt([data.draw(st.integers(0, 96)) for _ in range(length)])
+            seq.block_table = [free.pop() for _ in range(LAYOUT.num_blocks_for(length))]
+            # A prompt that is cached to its end has its last token computed into scratch.
+            seq.num_shared_tokens = length if data.draw(st.booleans()) and length % 4 == 0 else 0
+            seq.num_computed_tokens = max(0, seq.num_shared_tokens - 1)
+            running.append(seq)
+        elif what == "leave":
+            running.pop(data.draw(st.integers(0, len(running) - 1)))
+        elif what == "lose":
+            lost = running[data.draw(st.integers(0, len(running) - 1))]
+            lost.block_table = [free.pop() for _ in lost.block_table]
+            lost.num_computed_tokens = lost.num_shared_tokens = 0
+        elif what == "swap":
+            running.reverse()
+        if not running:
+            continue
+        scheduled = [Scheduled(seq, seq.num_remaining) for seq in running]
+        built, alone = batches.build(scheduled), build_batch(scheduled, LAYOUT)
+        assert built.spans == alone.spans
+        assert built.num_decodes == alone.num_decodes
+        assert built.sampled == alone.sampled
+        for name in ("token_ids", "positions", "slot_mapping", "sampled_rows"):
+            assert torch.equal(getattr(built, name), getattr(alone, name)), name
+        for row, span in enumerate(alone.spans):
+            count = LAYOUT.num_blocks_for(span.num_context)
+            own, wanted = built.block_table[row], alone.block_table[row]
+            assert own[:count].tolist() == wanted[:count].tolist()
+            assert set(own[count:].tolist()) <= {int(wanted[0])}
+        if data.draw(st.integers(0, 9)):  # else the step has failed, and is tried again
+            computed(scheduled, free)
+
+
+def test_a_step_of_the_same_decodes_is_the_one_before_it_moved_on() -> None:
+    seqs = [running(6, 5, [9, 3]), running(3, 2, [5])]
+    batches, free = Batches(LAYOUT), list(range(20, 30))
+    first = batches.build([Scheduled(seq, 1) for seq in seqs])
+    computed([Scheduled(seq, 1) for seq in seqs], free)
+    second = batches.build([Scheduled(seq, 1) for seq in seqs])
+    assert second.positions is first.positions
+    assert second.positions.tolist() == [6, 3]
