@@ -98,9 +98,8 @@ class Batches:
     def __init__(self, layout: KvLayout) -> None:
         self._layout = layout
         self._last: Batch | None = None
-        self._rows: list[tuple[Sequence, list[int]]] = []
-        """Of ``_last``, if that can be moved on: each row's sequence, and its block table. Such a
-        list is no other sequence's, and what it begins with never changes."""
+        self._rows: list[Sequence] = []
+        """Of ``_last``, if that can be moved on."""
 
     def build(self, scheduled: SequenceOf[Scheduled]) -> Batch:
         """As ``build_batch``."""
@@ -111,8 +110,7 @@ class Batches:
             if batch.num_decodes == len(scheduled) == len(batch.sampled) and all(
                 seq.num_computed_tokens >= seq.num_shared_tokens for seq, _ in scheduled
             ):
-                seqs = sorted(batch.sampled, key=_num_computed_of, reverse=True)
-                self._rows = [(seq, seq.block_table) for seq in seqs]
+                self._rows = sorted(batch.sampled, key=_num_computed_of, reverse=True)
             else:
                 self._rows = []
         self._last = batch
@@ -129,12 +127,9 @@ class Batches:
         if last.spans[0].num_context + 1 > width * size:
             return None
         token_ids: list[int] = []
-        for (seq, block_table), span in zip(self._rows, last.spans, strict=True):
-            if (
-                seq.block_table is not block_table
-                or seq.num_computed_tokens != span.num_context
-                or len(seq.token_ids) != span.num_context + 1
-            ):
+        for seq, (_, _, context) in zip(self._rows, last.spans, strict=True):
+            # One that has lost its blocks meanwhile begins anew.
+            if seq.num_computed_tokens != context or len(seq.token_ids) != context + 1:
                 return None
             token_ids.append(seq.token_ids[-1])
         positions, slots = last.positions.numpy(), last.slot_mapping.numpy()
@@ -142,7 +137,7 @@ class Batches:
         slots += 1
         for row in (positions % size == 0).nonzero()[0].tolist():
             index = positions[row] // size
-            block = self._rows[row][1][index]
+            block = self._rows[row].block_table[index]
             slots[row] = block * size
             last.block_table[row, index] = block
         return Batch(

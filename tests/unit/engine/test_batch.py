@@ -117,7 +117,8 @@ def test_steps_after_each_other_are_what_each_is_by_itself(data: st.DataObject) 
             length = data.draw(st.integers(1, 9))
             seq = prompt([data.draw(st.integers(0, 96)) for _ in range(length)])
             seq.block_table = [free.pop() for _ in range(LAYOUT.num_blocks_for(length))]
-            # A prompt that is cached to its end has its last token computed into scratch.
+            seq.num_prompt_tokens = data.draw(st.integers(1, length))
+            # An input that is cached to its end has its last token computed into scratch.
             seq.num_shared_tokens = length if data.draw(st.booleans()) and length % 4 == 0 else 0
             seq.num_computed_tokens = max(0, seq.num_shared_tokens - 1)
             running.append(seq)
