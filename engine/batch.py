@@ -106,13 +106,9 @@ class Batches:
         batch = self._moved_on(scheduled)
         if batch is None:
             batch = build_batch(scheduled, self._layout)
-            # Who has computed nothing behind its shared blocks writes to the scratch block.
-            if batch.num_decodes == len(scheduled) == len(batch.sampled) and all(
-                seq.num_computed_tokens >= seq.num_shared_tokens for seq, _ in scheduled
-            ):
-                self._rows = sorted(batch.sampled, key=_num_computed_of, reverse=True)
-            else:
-                self._rows = []
+            is_decoding = batch.num_decodes == len(scheduled) == len(batch.sampled)
+            by_context = sorted(batch.sampled, key=_num_computed_of, reverse=True)
+            self._rows = by_context if is_decoding else []
         self._last = batch
         return batch
 
