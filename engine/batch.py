@@ -131,6 +131,7 @@ class Batches:
         positions, slots = last.positions.numpy(), last.slot_mapping.numpy()
         positions += 1
         slots += 1
+        # Whose block is new; so is that behind shared blocks, which end with their last token.
         for row in (positions % size == 0).nonzero()[0].tolist():
             index = positions[row] // size
             block = self._rows[row].block_table[index]
