@@ -182,8 +182,8 @@ class PrefillWorker:
         if chunks:
             self._outbox.flush()  # what commands had to say does not wait for the step
             self._outbox.set_load(self._load())
-            self._faults.hit("prefill.chunk")
             began = time.perf_counter()
+            self._faults.hit("prefill.chunk")
             sampled = self._engine.step(chunks)
             took_s = time.perf_counter() - began
             self._metrics.step_seconds.observe(took_s)

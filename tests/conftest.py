@@ -51,8 +51,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return next((_TOGETHER[start] for start in _TOGETHER if file.startswith(start)), file)
 
         def _assign_work_unit(self, node: Any) -> None:
-            """The groups first: they are long, and what is left at the end is then short."""
-            for group in (_FIRST, _SERVERS):
+            """The long ones first: what is left at the end is then short."""
+            for group in (*_BY_THEMSELVES, _FIRST, _SERVERS):
                 if group in self.workqueue:
                     self.workqueue.move_to_end(group, last=False)
             super()._assign_work_unit(node)

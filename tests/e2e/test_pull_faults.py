@@ -15,6 +15,8 @@ from support.server import BatonServer, wait_until
 
 BLOCK_SIZE = 16
 MOST_TRIES = 5
+SLOW = {"action": "delay", "seconds": 1.0}
+"""Computing, so that a pull pays, however busy the machine is."""
 PREFILL, DECODE = "prefill-0", "decode-0"
 CASES = [
     ("pull.copy", PREFILL, "kill"),
@@ -55,10 +57,11 @@ def test_pull_whose_worker_goes_costs_no_token(
     server: BatonServer, tmp_path: Path, point: str, victim: str, action: str
 ) -> None:
     first_token = 1000 + 500 * len(point)
+    server.inject(prefill__chunk=SLOW)
     server.complete(prompt=second_turn(server, first_token), max_tokens=1)  # workers connect
     reached, pid = tmp_path / "reached", server.worker_pid(victim)
     fault = {"action": action, "worker": victim, "reached": str(reached)}
-    server.inject(**{point.replace(".", "__"): fault})
+    server.inject(prefill__chunk=SLOW, **{point.replace(".", "__"): fault})
     try:
         for number in range(1, MOST_TRIES + 1):  # what has measured copies as slow is computed
             prompt = second_turn(server, first_token + 40 * number)

@@ -119,11 +119,13 @@ def hit(server: BatonServer, victim: str, number: signal.Signals) -> Callable[[]
 
 
 MORE_ON_RAY = ["processes", pytest.param("ray", marks=pytest.mark.exhaustive)]
-"""In the order of the fixture's: those that share a server come one after the other."""
+"""In the order of the fixture's: those that share a server come one after the other. That a worker
+of Ray's dies under streams is in ``test_ranks.py`` too."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("server", MORE_ON_RAY, indirect=True)
 def test_streams_outlive_a_killed_decode_worker(
     server: BatonServer, expected: list[list[int]]
 ) -> None:

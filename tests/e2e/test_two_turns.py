@@ -11,6 +11,8 @@ from support.server import BatonServer
 
 BLOCK_SIZE = 16
 MOST_TRIES = 5
+SLOW = {"action": "delay", "seconds": 1.0}
+"""Computing, so that a pull pays, however busy the machine is."""
 OUTCOMES = ("ready", "connecting", "late")
 """Of pulls that did not fail."""
 Counts = dict[str, dict[str, float]]
@@ -69,6 +71,7 @@ def test_second_turn_reuses_the_first_on_both_sides(serving: Serving) -> None:
     assert decode["cached"] % BLOCK_SIZE == 0
     assert prefill["cached"] + prefill["received"] == cached
     assert prefill["computed"] == num_prompt - cached
+    server.inject(prefill__chunk=SLOW)
     for question in range(MOST_TRIES):
         if long_answer_is_pulled(server, question):
             break

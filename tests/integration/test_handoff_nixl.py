@@ -294,8 +294,12 @@ async def test_stream_that_breaks_is_followed_by_a_link_to_the_same_agent(
     await hand_over(prefill, decode)
     for number in range(2, 5):
         (connection,) = prefill.sender._servicer._connections
+        (peer,) = decode.receiver._peers.values()
+        link = peer.link
         connection.lose("broken by the test")
+        # Both sides have to have noticed, or the loss would be the next transfer's.
         await until(lambda: not prefill.sender._servicer._connections)
+        await until(lambda peer=peer, link=link: peer.link is not link)  # type: ignore[misc]
         await hand_over(prefill, decode, number)
 
 
