@@ -144,7 +144,8 @@ def _setting(results: Results) -> str:
         "to the last READY, so it has every message of the protocol in it; *to READY* is one "
         "request's, from its announcement and commit. memcpy reads and writes the same pages as "
         "the shared-memory transport, by one thread; *NIXL alone* is one read of all blocks by a "
-        "bare agent, asked after without a pause. Rates are bytes moved; they are medians of "
+        "bare agent in a process of its own, asked after without a pause. Rates are bytes moved; "
+        "they are medians of "
         f"{results.rounds} rounds in which all take turns."
     )
 
