@@ -79,8 +79,9 @@ class EngineConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """Where weights and KV lie and steps are computed. `cuda`: one NVIDIA GPU, in workers that
     prefill and decode by themselves, since no transport reads a GPU's memory yet; it needs the
-    package triton, on Ray the pool's `num_gpus`, and was never run on a GPU. `auto`: a GPU where
-    there is one and all of this worker is built for it, else the CPU."""
+    package triton, on Ray the pool's `num_gpus` (of plain processes one worker may have a GPU), and
+    was never run on a GPU. `auto`: a GPU where there is one and all of this worker is built for it,
+    else the CPU."""
     experimental: list[Literal["nccl"]] = []
     """What is written and was never run, and is refused unless it stands here. `nccl`: a GPU for
     each rank of a worker (`tensor_parallel_size`), with sums over NCCL."""

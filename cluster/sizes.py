@@ -51,16 +51,17 @@ def sizes_to_begin_with(config: BatonConfig, stored: PoolWishes | None) -> dict[
 
 
 def gpu_conflict(config: BatonConfig, sizes: Mapping[str, int]) -> str | None:
-    """Why workers on such pools would take each other's GPU, in a sentence; None: they do not.
+    """Why workers on such pools could take each other's GPU, in a sentence; None: they do not.
     Ray shows each process the GPUs that it has given it; plain processes all see the same."""
     num_workers = sum(
-        sizes[name] for name in config.pools if config.for_pool(name).engine.device == "cuda"
+        sizes[name] for name in config.pools if config.for_pool(name).engine.device != "cpu"
     )
     if config.cluster.backend != "processes" or num_workers <= 1:
         return None
     return (
-        f"{num_workers} workers with engine.device cuda would take the same GPU: plain processes "
-        "are given none each; use --backend ray with num_gpus in their pools, or one worker"
+        f"{num_workers} workers whose engine.device is not cpu would take the same GPU: plain "
+        "processes are given none each; use --backend ray with num_gpus in their pools, "
+        "engine.device: cpu, or one worker"
     )
 
 

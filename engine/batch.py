@@ -39,7 +39,8 @@ class Batch:
     ``block_table`` is int32 [spans, most blocks], padded with the span's own first block:
     what a wrong value in a block can reach is the sequence that holds it, never another.
     The first ``num_decodes`` spans have one token each. ``sampled`` are the sequences
-    whose input is complete with this step, ``sampled_rows`` their last rows (int64).
+    whose input is complete with this step, ``sampled_rows`` their last rows (int64). Of
+    ``Batches`` the arrays are valid until it builds the next.
     """
 
     token_ids: Tensor
@@ -98,8 +99,9 @@ class Batches:
     def __init__(self, layout: KvLayout) -> None:
         self._layout = layout
         self._last: Batch | None = None
-        self._rows: list[Sequence] = []
-        """Of ``_last``, if that can be moved on."""
+        self._rows: list[tuple[Sequence, list[int]]] = []
+        """Of ``_last``, if that can be moved on: each row's sequence and its block table. One that
+        loses its blocks gets another list, though it may come back to the same position."""
 
     def build(self, scheduled: SequenceOf[Scheduled]) -> Batch:
         """As ``build_batch``."""
@@ -107,8 +109,8 @@ class Batches:
         if batch is None:
             batch = build_batch(scheduled, self._layout)
             is_decoding = batch.num_decodes == len(scheduled) == len(batch.sampled)
-            by_context = sorted(batch.sampled, key=_num_computed_of, reverse=True)
-            self._rows = by_context if is_decoding else []
+            by_context = sorted(batch.sampled, key=_context, reverse=True)
+            self._rows = [(seq, seq.block_table) for seq in by_context] if is_decoding else []
         self._last = batch
         return batch
 
@@ -123,18 +125,22 @@ class Batches:
         if last.spans[0].num_context + 1 > width * size:
             return None
         token_ids: list[int] = []
-        for seq, (_, _, context) in zip(self._rows, last.spans, strict=True):
-            # One that has lost its blocks meanwhile begins anew.
-            if seq.num_computed_tokens != context or len(seq.token_ids) != context + 1:
+        for (seq, block_table), (_, _, context) in zip(self._rows, last.spans, strict=True):
+            if (
+                seq.block_table is not block_table
+                or seq.num_computed_tokens != context
+                or len(seq.token_ids) != context + 1
+                or len(block_table) * size <= context
+            ):
                 return None
             token_ids.append(seq.token_ids[-1])
         positions, slots = last.positions.numpy(), last.slot_mapping.numpy()
         positions += 1
         slots += 1
-        # Whose block is new; so is that behind shared blocks, which end with their last token.
+        # A token that went to the scratch block was the last of its own: the next begins another.
         for row in (positions % size == 0).nonzero()[0].tolist():
             index = positions[row] // size
-            block = self._rows[row].block_table[index]
+            block = self._rows[row][1][index]
             slots[row] = block * size
             last.block_table[row, index] = block
         return Batch(
@@ -149,7 +155,7 @@ class Batches:
         )
 
 
-def _num_computed_of(seq: Sequence) -> int:
+def _context(seq: Sequence) -> int:
     return seq.num_computed_tokens
 
 

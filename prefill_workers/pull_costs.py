@@ -83,8 +83,9 @@ class PullCosts:
         self._computed.observe(num_tokens, seconds)
 
     def moved(self, num_tokens: int, seconds: float) -> None:
-        """A pull has taken so long, from its beginning to its end. One that the machine's pause
-        held up counts as no slower than what computes the next ones: that is soon forgotten."""
+        """A pull has taken so long, from its beginning to its end. One that a pause of the machine
+        held up counts as twice the patience with it: dearer than computing, and forgotten within
+        minutes, which the pause itself would not be."""
         self._moved.observe(num_tokens, min(seconds, 2 * self.patience_s(num_tokens)))
 
     def moving_pays(self, num_tokens: int) -> bool:

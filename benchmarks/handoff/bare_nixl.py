@@ -94,9 +94,12 @@ class NixlAlone:
 
     def read(self, source_blocks: Sequence[int], blocks: Sequence[int]) -> float:
         """Reads them all and returns the seconds that it took. Raises TransferError."""
-        self._connection.send((source_blocks, blocks))
-        seconds: float | None = self._answer(_LONGEST_S)
+        seconds: float | None = None
+        with suppress(BrokenPipeError):
+            self._connection.send((source_blocks, blocks))
+            seconds = self._answer(_LONGEST_S)
         if seconds is None:
+            self._kill()  # or a late answer would be taken for a later read's
             raise TransferError("a bare read of NIXL has not come to its end")
         return seconds
 
@@ -119,10 +122,10 @@ class NixlAlone:
 
 def _read_for(connection: Connection, layout: KvLayout, source: Address) -> None:
     """The process: until the other end of the pipe is closed."""
-    pin(COPY_CORE)
     memory = KvMemory(layout.num_bytes)
     agent = BareNixl(layout, memory.buffer, name=f"bare/{os.getpid()}", serves=False)
     agent.connect(*source)
+    pin(COPY_CORE)
     agent.read([0], [0])
     np.frombuffer(memory.buffer, np.uint8)[:] = 0
     connection.send(f"/proc/{os.getpid()}/fd/{memory.fd}")

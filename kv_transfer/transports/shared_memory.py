@@ -39,7 +39,8 @@ from kv_transfer.v1 import transfer_pb2 as pb
 
 NAME = "shared_memory"
 AT_ONCE_BYTES = 8 << 20
-"""Copied in one go, in some half a millisecond; between two the GIL is taken."""
+"""Copied in one go, in a millisecond or two; between two the GIL is taken, and between blocks where
+there is no kernel that copies."""
 
 
 class SharedMemoryPullLink(PullLink):
@@ -75,7 +76,7 @@ class SharedMemoryPullLink(PullLink):
         return operation
 
     def quiesce(self, operation: Operation) -> Quiescence:
-        """The copying thread looks at ``stopped`` every half a millisecond."""
+        """The copying thread looks at ``stopped`` every few milliseconds."""
         operation.stopped = True
         return Quiescence.ENDED if operation.finished else Quiescence.ENDING
 

@@ -54,7 +54,7 @@ class Generation:
         *,
         silence_s: float | None = None,
     ) -> None:
-        """``silence_s``: after so long without a delta ``batch`` returns none."""
+        """``silence_s``: after so long without a delta ``batch`` returns an empty list."""
         assert runs
         self._runs = runs
         self._orchestrator = orchestrator
@@ -80,8 +80,8 @@ class Generation:
         return self
 
     async def batch(self) -> list[Delta] | None:
-        """The next deltas, all that are there; none after a silence; None after every choice's
-        last.
+        """The next deltas, all that are there; an empty list after a silence; None after every
+        choice's last.
 
         Cancelling it loses nothing. Raises the BatonError of a choice that failed.
         """

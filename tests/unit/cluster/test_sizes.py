@@ -57,12 +57,12 @@ def test_wish_over_a_maximum_that_was_lowered_is_cut() -> None:
     assert sizes_to_begin_with(config(1, 2, most=3), stored)["decode"] == 3
 
 
-def gpu_config(backend: str = "processes", *, num_decode: int = 1) -> BatonConfig:
+def gpu_config(backend: str = "processes", *, device: str = "cuda") -> BatonConfig:
     return parse_config(
         {
-            "engine": {"device": "cuda"},
+            "engine": {"device": device},
             "cluster": {"backend": backend},
-            "pools": {"prefill": {"replicas": 0}, "decode": {"replicas": num_decode}},
+            "pools": {"prefill": {"replicas": 0}, "decode": {"replicas": 1}},
         }
     )
 
@@ -73,6 +73,8 @@ def test_workers_of_plain_processes_that_would_share_a_gpu_are_refused() -> None
     assert "2 workers" in refused
     assert gpu_conflict(gpu_config(), {"prefill": 0, "decode": 1}) is None
     assert gpu_conflict(gpu_config("ray"), {"prefill": 0, "decode": 2}) is None
+    assert gpu_conflict(gpu_config(device="auto"), {"prefill": 0, "decode": 2}) is not None
+    assert gpu_conflict(gpu_config(device="cpu"), {"prefill": 0, "decode": 2}) is None
     with pytest.raises(InvalidRequestError, match="same GPU"):
         wished_sizes(gpu_config(), {"prefill": 0, "decode": 1}, {"decode": 2})
 

@@ -127,7 +127,8 @@ def test_steps_after_each_other_are_what_each_is_by_itself(data: st.DataObject) 
         elif what == "lose":
             lost = running[data.draw(st.integers(0, len(running) - 1))]
             lost.block_table = [free.pop() for _ in lost.block_table]
-            lost.num_computed_tokens = lost.num_shared_tokens = 0
+            if data.draw(st.booleans()):  # else all of it is found in the cache, elsewhere
+                lost.num_computed_tokens = lost.num_shared_tokens = 0
         elif what == "swap":
             running.reverse()
         if not running:
@@ -146,6 +147,18 @@ def test_steps_after_each_other_are_what_each_is_by_itself(data: st.DataObject) 
             assert set(own[count:].tolist()) <= {int(wanted[0])}
         if data.draw(st.integers(0, 9)):  # else the step has failed, and is tried again
             computed(scheduled, free)
+
+
+def test_a_sequence_that_comes_back_to_its_place_with_other_blocks_is_packed_anew() -> None:
+    """Preempted between two steps, it found its prefix in the cache again: in other blocks."""
+    seq, batches = running(8, 7, [9, 3]), Batches(LAYOUT)
+    batches.build([Scheduled(seq, 1)])
+    computed([Scheduled(seq, 1)], [20])
+    seq.block_table = [5, 6, 9]
+    scheduled = [Scheduled(seq, 1)]
+    built, alone = batches.build(scheduled), build_batch(scheduled, LAYOUT)
+    assert built.block_table.tolist() == alone.block_table.tolist() == [[5, 6, 9]]
+    assert built.slot_mapping.tolist() == alone.slot_mapping.tolist() == [36]
 
 
 def test_a_step_of_the_same_decodes_is_the_one_before_it_moved_on() -> None:
