@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.goodput_results import Results, System
-from benchmarks.page import markdown_table
+from benchmarks.page import listed, markdown_table
 
 Verdict = Literal["better", "worse", "unseen"]
 
@@ -127,7 +127,7 @@ def _chunks(systems: Sequence[System]) -> str:
 
 def _meaning(results: Results) -> str:
     num = results.num_requests
-    windows = _listed([f"{num / rate:.1f} s" for rate in results.rates])
+    windows = listed([f"{num / rate:.1f} s" for rate in results.rates])
     return (
         "*Goodput* is the good requests, and *tokens per second* are all tokens, over the time "
         "that a burst took: from its beginning until its last request was over, and no less than "
@@ -250,7 +250,7 @@ def _sentence(results: Results, rate: float, one: str, other: str) -> str:
     for verdict, rows in found.items():
         if rows and verdict != "unseen":
             named = [f"{row.name} ({_medians(results, rate, row, one, other)})" for row in rows]
-            said.append(f"**{verdict}** in {_listed(named)}")
+            said.append(f"**{verdict}** in {listed(named)}")
     leaning = _leaning(results, rate, found["unseen"], one, other)
     if not said:
         return (
@@ -272,18 +272,13 @@ def _leaning(results: Results, rate: float, rows: Sequence[_Row], one: str, othe
         if row.unit.number(a) != row.unit.number(b):
             named = f"{row.name} ({_medians(results, rate, row, one, other)})"
             lean["better" if (a < b) == row.is_time else "worse"].append(named)
-    said = [f"{word} in {_listed(names)}" for word, names in lean.items() if names]
+    said = [f"{word} in {listed(names)}" for word, names in lean.items() if names]
     return f"; there the medians of *{one}* are {', and '.join(said)}" if said else ""
 
 
 def _medians(results: Results, rate: float, row: _Row, one: str, other: str) -> str:
     a, b = (_middle(results, rate, name, row) for name in (one, other))
     return f"{a} against {b}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _misses(results: Results) -> str:

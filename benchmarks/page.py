@@ -45,6 +45,12 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
+def listed(names: Sequence[str]) -> str:
+    """At least one, as a sentence has them."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def _parts(name: str, page: Path) -> tuple[str, str, str]:
     begin, end = f"<!-- {name} -->\n\n", f"\n\n<!-- end of {name} -->"
     before, begun, rest = page.read_text().partition(begin)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -108,9 +109,11 @@ class Batches:
         batch = self._moved_on(scheduled)
         if batch is None:
             batch = build_batch(scheduled, self._layout)
-            is_decoding = batch.num_decodes == len(scheduled) == len(batch.sampled)
-            by_context = sorted(batch.sampled, key=_context, reverse=True)
-            self._rows = [(seq, seq.block_table) for seq in by_context] if is_decoding else []
+            self._rows = []
+            if batch.num_decodes == len(scheduled) == len(batch.sampled):
+                rows = zip(batch.sampled_rows.tolist(), batch.sampled, strict=True)
+                by_row = sorted(rows, key=itemgetter(0))
+                self._rows = [(seq, seq.block_table) for _, seq in by_row]
         self._last = batch
         return batch
 
@@ -153,10 +156,6 @@ class Batches:
             sampled=last.sampled,
             sampled_rows=last.sampled_rows,
         )
-
-
-def _context(seq: Sequence) -> int:
-    return seq.num_computed_tokens
 
 
 def _is_decode(item: Scheduled) -> bool:

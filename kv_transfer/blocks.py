@@ -64,12 +64,12 @@ class PoolView:
     def copy_range(self, source: PoolView, blocks: BlockRange) -> None:
         """Copies the valid tokens of all blocks of the range. Raises IndexError where either
         pool has no such block."""
-        num_whole = (blocks.end_token - blocks.start_token) // self.layout.block_size
+        num_whole, num_left = divmod(blocks.num_tokens, self.layout.block_size)
         self._copy_blocks(
             *(self._blocks, source._blocks),
             *(blocks.blocks[:num_whole], blocks.source_blocks[:num_whole]),
         )
-        if num_left := (blocks.end_token - blocks.start_token) % self.layout.block_size:
+        if num_left:
             self.copy_from(source, blocks.source_blocks[-1], blocks.blocks[-1], num_left)
 
     def copy_from(self, source: PoolView, source_block: int, block: int, num_tokens: int) -> None:

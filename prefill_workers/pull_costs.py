@@ -84,9 +84,13 @@ class PullCosts:
 
     def moved(self, num_tokens: int, seconds: float) -> None:
         """A pull has taken so long, from its beginning to its end. One that a pause of the machine
-        held up counts as twice the patience with it: dearer than computing, and forgotten within
-        minutes, which the pause itself would not be."""
-        self._moved.observe(num_tokens, min(seconds, 2 * self.patience_s(num_tokens)))
+        held up counts as a late one: the pause itself would not be forgotten within minutes."""
+        self._moved.observe(num_tokens, min(seconds, self._late_s(num_tokens)))
+
+    def late(self, num_tokens: int) -> None:
+        """A pull was given up after its patience. Nobody knows how long it would have taken: so
+        long that it is not tried for a while."""
+        self._moved.observe(num_tokens, self._late_s(num_tokens))
 
     def moving_pays(self, num_tokens: int) -> bool:
         if num_tokens < self._min_tokens:
@@ -97,6 +101,9 @@ class PullCosts:
     def patience_s(self, num_tokens: int) -> float:
         """With a pull: as long as computing would take."""
         return max(SHORTEST_S, self._computing_s(num_tokens))
+
+    def _late_s(self, num_tokens: int) -> float:
+        return 2 * self.patience_s(num_tokens)
 
     def _computing_s(self, num_tokens: int) -> float:
         """Its part of the steps that it fills."""

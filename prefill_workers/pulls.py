@@ -89,8 +89,7 @@ class Pulls:
         if pull is None:
             return
         if at - pull.began_at >= self.costs.patience_s(pull.num_tokens):
-            # Nobody knows how long it would have taken: so long that it is not tried for a while.
-            self.costs.moved(pull.num_tokens, 2 * (at - pull.began_at))
+            self.costs.late(pull.num_tokens)
         self._abandon(transfer)
         self._scheduler.requeue(pull.job)
 

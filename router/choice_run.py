@@ -316,7 +316,7 @@ class ChoiceRun:
 
     async def _wait(self, until: float | None = None) -> None:
         """Until something has happened, or until that time. Raises what ``abort`` was given."""
-        if until is None:  # for every token: a timeout costs more than all the rest here
+        if until is None:  # so for every token: no timeout is made for one
             await self._wake.wait()
         else:
             with contextlib.suppress(TimeoutError):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.engine.results import Results
-from benchmarks.page import markdown_table
+from benchmarks.page import listed, markdown_table
 
 BATON = "baton"
 DECODE_GOAL = 1.5
@@ -147,15 +147,11 @@ def _beside_own_products(results: Results) -> str:
         results.ms(BATON, streams) / ms for streams, ms in zip(results.loads, own_ms, strict=True)
     ]
     return (
-        f"The engine's own products alone take {_listed(own_ms, 1)} ms, and {own_prompt_ms:.0f} "
-        f"for the prompt: beside those a step takes {_listed(ratios, 2)}, and a prompt goes at "
+        f"The engine's own products alone take {listed([f'{ms:.1f}' for ms in own_ms])} ms, and "
+        f"{own_prompt_ms:.0f} for the prompt: beside those a step takes "
+        f"{listed([f'{ratio:.2f}' for ratio in ratios])}, and a prompt goes at "
         f"{own_prompt_ms / results.ms(BATON, 0):.2f}."
     )
-
-
-def _listed(figures: Sequence[float], digits: int) -> str:
-    *most, last = (f"{figure:.{digits}f}" for figure in figures)
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def outside(results: Results) -> str:

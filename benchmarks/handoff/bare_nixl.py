@@ -15,8 +15,9 @@ import numpy as np
 
 from baton.errors import TransferError
 from baton.kv_layout import KvLayout
-from benchmarks.handoff.cases import COPY_CORE, pin
-from kv_transfer.memory import KvMemory, map_read_only
+from benchmarks.handoff.cases import COPY_CORE
+from benchmarks.handoff.processes import Memory, pin
+from kv_transfer.memory import KvMemory
 from kv_transfer.ranges import BlockRange
 from kv_transfer.transports import nixl, ucx
 
@@ -84,10 +85,9 @@ class NixlAlone:
             self._process = context.Process(target=_read_for, args=arguments, daemon=True)
             self._process.start()
             theirs.close()
-            if (path := self._answer(_START_S)) is not None:
-                descriptor = os.open(path, os.O_RDONLY)
-                self.memory = map_read_only(descriptor, layout.num_bytes)
-                os.close(descriptor)
+            shown: Memory | None = self._answer(_START_S)
+            if shown is not None:
+                self.memory = shown.map(layout.num_bytes)
                 return
             self._kill()
         raise TransferError(f"NIXL alone has read nothing, {_TRIES} times")
@@ -128,7 +128,7 @@ def _read_for(connection: Connection, layout: KvLayout, source: Address) -> None
     pin(COPY_CORE)
     agent.read([0], [0])
     np.frombuffer(memory.buffer, np.uint8)[:] = 0
-    connection.send(f"/proc/{os.getpid()}/fd/{memory.fd}")
+    connection.send(Memory.of(memory))
     with suppress(EOFError):
         while True:
             source_blocks, blocks = connection.recv()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -71,12 +70,6 @@ class Load:
         """How many requests go together, one wave after the other."""
         for first in range(0, self.requests, self.at_once):
             yield min(self.at_once, self.requests - first)
-
-
-def pin(core: int) -> None:
-    """This thread, and those that it starts, to one core; nothing where there is no such one."""
-    if core in os.sched_getaffinity(0):
-        os.sched_setaffinity(0, {core})
 
 
 def load_in(layout: KvLayout, tokens: int, requests: int) -> Load:

@@ -30,13 +30,14 @@ from baton.worker.engine_thread import SWITCH_INTERVAL_S
 from benchmarks.handoff import prefill_side
 from benchmarks.handoff.bare import BareGloo, Memcpy
 from benchmarks.handoff.bare_nixl import NixlAlone
-from benchmarks.handoff.cases import COPY_CORE, TRANSFER, FreeList, Load, pin
+from benchmarks.handoff.cases import COPY_CORE, TRANSFER, FreeList, Load
 from benchmarks.handoff.prefill_side import SECRET, WORKER_ID, Serving, digest_of
+from benchmarks.handoff.processes import Memory, pin
 from engine.native.copies import native_copies
 from engine.native.kernels import use_kernels
 from kv_transfer.client import KvReceiver
 from kv_transfer.keys import TransferKey
-from kv_transfer.memory import KvMemory, map_read_only
+from kv_transfer.memory import KvMemory
 from kv_transfer.ranges import BlockRange
 from kv_transfer.transports.base import Ended, Operation, PullLink, PullTransport
 
@@ -156,7 +157,8 @@ class DecodeSide:
         self._memory = KvMemory(layout.num_bytes)
         self._pool = _blocks(self._memory.buffer, layout)
         self._pool[:] = 0
-        source = _opened(connection.recv().path, layout.num_bytes)
+        shown: Memory = connection.recv()
+        source = shown.map(layout.num_bytes)
         self._source = _blocks(source, layout)
         self._memcpy = Memcpy(layout, self._source.ctypes.data, self._pool.ctypes.data)
         self._source_free, self._free = FreeList(layout, 2), FreeList(layout, 3)
@@ -353,11 +355,3 @@ def _blocks(memory: Any, layout: KvLayout) -> Any:
     """``[block][word of 8 bytes]``."""
     words = np.frombuffer(memory, dtype=np.uint64, count=layout.num_bytes // 8)
     return words.reshape(layout.num_blocks + 1, -1)
-
-
-def _opened(path: str, num_bytes: int) -> Any:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return map_read_only(descriptor, num_bytes)
-    finally:
-        os.close(descriptor)

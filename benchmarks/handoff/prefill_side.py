@@ -4,7 +4,6 @@ rank of the bare gloo group. It does what the decode process tells it over a pip
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,8 @@ from baton.telemetry import WorkerMetrics
 from baton.worker.engine_thread import SWITCH_INTERVAL_S
 from benchmarks.handoff.bare import BareGloo
 from benchmarks.handoff.bare_nixl import Address, BareNixl
-from benchmarks.handoff.cases import PREFILL_CORE, TRANSFER, pin
+from benchmarks.handoff.cases import PREFILL_CORE, TRANSFER
+from benchmarks.handoff.processes import Memory, pin
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
 from kv_transfer.service import KvSender
@@ -44,13 +44,6 @@ class Serving:
     address: str
     epoch: bytes
     absent: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Where the pool can be opened for reading, by the same user."""
-
-    path: str
 
 
 def digest_of(layout: KvLayout) -> bytes:
@@ -156,7 +149,7 @@ async def _run(connection: Connection, side: PrefillSide) -> None:
     loop = asyncio.get_running_loop()
     readable: asyncio.Queue[None] = asyncio.Queue()
     loop.add_reader(connection.fileno(), readable.put_nowait, None)
-    connection.send(Memory(f"/proc/{os.getpid()}/fd/{side.memory.fd}"))
+    connection.send(Memory.of(side.memory))
     try:
         while True:
             await readable.get()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.native.kernels import LONG_WORK, Kernels, kernels
+from engine.native.kernels import Kernels, kernels
 
 _Blocks = npt.NDArray[Any]
 
@@ -50,4 +50,4 @@ def copy_blocks(
 @lru_cache(maxsize=1)
 def _function(kernels: Kernels) -> Any:
     places = (c_void_p, c_void_p, c_void_p, c_void_p)
-    return kernels.function("copy_blocks", *places, c_int64, c_int64).for_work(LONG_WORK)
+    return kernels.function("copy_blocks", *places, c_int64, c_int64).unlocked

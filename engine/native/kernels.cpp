@@ -56,11 +56,3 @@ extern "C" void add_rms_norm_f32_bf16(float* x, const float* delta, const float*
                                       int threads) noexcept {
   add_rms_norm(x, delta, weight, eps, out, rows, features, threads);
 }
-
-extern "C" void copy_blocks(char* target, const char* source, const int64_t* target_blocks,
-                            const int64_t* source_blocks, int64_t blocks,
-                            int64_t bytes) noexcept {
-  for (int64_t i = 0; i < blocks; ++i) {
-    copy_block(target + target_blocks[i] * bytes, source + source_blocks[i] * bytes, bytes);
-  }
-}

@@ -29,7 +29,7 @@ _PANEL = 32
 """Outputs whose weights lie together: ``kPanel`` in products.h."""
 _ROWS = 12
 """That go through the weights together: ``kMostRows`` there."""
-LONG_WORK = 1 << 20
+_LONG_WORK = 1 << 20
 """Elements that are read: from some 0.1 ms on."""
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -79,13 +79,13 @@ class _Function:
         unlocked: ctypes.CDLL,
         result: Any = None,
     ) -> None:
-        self._locked, self._unlocked = (getattr(each, name) for each in (locked, unlocked))
-        for function in (self._locked, self._unlocked):
+        self._locked, self.unlocked = (getattr(each, name) for each in (locked, unlocked))
+        for function in (self._locked, self.unlocked):
             function.argtypes, function.restype = arguments, result
 
     def for_work(self, num_elements: int) -> Any:
         """To call it on so many."""
-        return self._locked if num_elements < LONG_WORK else self._unlocked
+        return self._locked if num_elements < _LONG_WORK else self.unlocked
 
 
 _ByDtype = dict[torch.dtype, _Function]
