@@ -19,6 +19,7 @@ from engine.attention.paged_cpu import attention_of
 from engine.batch import Batch, Batches, build_batch
 from engine.gpu.plan import GpuPlan
 from engine.kv_cache.kv_cache import KvCache
+from engine.logits import Logits
 from engine.models.decoder import Decoder
 from engine.native.kernels import Choice, use_kernels
 from engine.parallel.followers import Followers
@@ -137,11 +138,11 @@ class Engine:
         logits = self._forward(batch, rows)
         scheduled.seq.num_computed_tokens += scheduled.num_tokens
         self.kv.publish(scheduled.seq)
-        return logits.clone()  # the next step's take their place
+        return logits.values.clone()  # the next step's take their place
 
-    def _forward(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+    def _forward(self, batch: Batch, rows: torch.Tensor) -> Logits:
         if self._gpu is not None:
-            return self._gpu.logits(batch, rows)
+            return Logits(self._gpu.logits(batch, rows))
         if self._followers is not None:
             self._followers.send(batch, rows)
         attention = self._attention.begin(batch)

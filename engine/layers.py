@@ -52,9 +52,11 @@ class Linear:
         )
         return product
 
-    def in_float32(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def in_float32(
+        self, x: Tensor, out: Tensor | None = None, highest: Tensor | None = None
+    ) -> Tensor:
         """Like a call, in float32 whatever the weights are; where they are not, in ``out``, if
-        it is given.
+        it is given. ``highest`` is for ``panels`` alone, and as ``Logits`` has it.
 
         Where oneDNN has packed them, what a first product lost by rounding is the result of a
         second one: oneDNN adds before it rounds. At one row that is cheaper than float32
@@ -63,7 +65,8 @@ class Linear:
         if self.panels is not None:
             if out is None:
                 out = torch.empty(len(x), self.panels.num_outputs)
-            return self._multiply(x, out, self.panels)
+            return self._multiply(x, out, self.panels, highest)
+        assert highest is None
         if x.is_cuda and x.dtype != torch.float32:
             product = torch.mm(x, self._weight.t(), out_dtype=torch.float32)
             return product if self._bias is None else product.add_(self._bias)
@@ -78,9 +81,11 @@ class Linear:
         )
         return result.add_(lost)
 
-    def _multiply(self, x: Tensor, out: Tensor, panels: Panels) -> Tensor:
+    def _multiply(
+        self, x: Tensor, out: Tensor, panels: Panels, highest: Tensor | None = None
+    ) -> Tensor:
         assert self._native is not None
-        self._native.multiply(x, panels.weight, out, panels.bias)
+        self._native.multiply(x, panels.weight, out, panels.bias, highest)
         return out
 
 

@@ -117,7 +117,7 @@ class GpuSteps:
             to_device(batch.positions, device),
             to_device(rows, device),
             attention,
-        )
+        ).values
 
     def _decode_rows(self, size: int) -> Tensor:
         inputs = self._inputs
@@ -127,7 +127,7 @@ class GpuSteps:
         every = torch.arange(size, device=self._device)
         return self._model.forward(
             inputs.token_ids[:size], inputs.positions[:size], every, attention
-        )
+        ).values
 
 
 class PendingStep:

@@ -14,6 +14,7 @@ from torch import Tensor
 from baton.checkpoint.model_config import ModelConfig
 from engine.attention.interface import AttentionStep
 from engine.layers import Angles, RMSNorm, Rotary
+from engine.logits import Logits
 from engine.models.at_once import native_layers
 from engine.models.expert_parallel import SplitSparseMlp
 from engine.models.latent_attention import LatentAttention
@@ -100,12 +101,12 @@ class Decoder:
         positions: Tensor,
         sampled_rows: Tensor,
         attention: AttentionStep,
-    ) -> Tensor:
+    ) -> Logits:
         """Computes a packed step of ``token_ids`` at ``positions``, int64 [tokens] each.
 
-        Writes every token's KV through ``attention``. Returns the logits, float32
-        [len(sampled_rows), vocabulary], of the rows that are asked for; where there are
-        several ranks the first alone gets them, the others none. The next step overwrites them.
+        Writes every token's KV through ``attention``. Returns the logits of the rows that are
+        asked for; where there are several ranks the first alone gets them, the others none. The
+        next step overwrites them.
         """
         # The residual stream is float32 whatever the weights are: kept in bfloat16, its
         # 2 × layers additions would make the logits' error 1.6 times as large.
@@ -119,6 +120,6 @@ class Decoder:
             for layer in self._layers:
                 delta = layer(x, delta, angles, attention)
         if len(sampled_rows) == 0:
-            return torch.empty(0, self.vocab_size)
+            return Logits(torch.empty(0, self.vocab_size))
         assert delta is not None, "a model without layers"
         return self._logits(self._norm(x[sampled_rows], delta[sampled_rows]))

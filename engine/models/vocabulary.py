@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.layers import Linear
+from engine.logits import Logits
 from engine.parallel.group import RankGroups
 
 
@@ -32,11 +33,8 @@ def embedding_of(weight: Tensor, groups: RankGroups) -> Callable[[Tensor], Tenso
     return embed
 
 
-def head_of(weight: Tensor, groups: RankGroups) -> Callable[[Tensor], Tensor]:
-    """[rows, hidden] → logits, float32 [rows, vocabulary]; on the first rank only.
-
-    The next call overwrites them.
-    """
+def head_of(weight: Tensor, groups: RankGroups) -> Callable[[Tensor], Logits]:
+    """[rows, hidden] → logits; on the first rank only. The next call overwrites them."""
     if groups.world.size == 1:
         return _Head(weight)
     vocab_size, shard = len(weight), groups.shard
@@ -45,11 +43,11 @@ def head_of(weight: Tensor, groups: RankGroups) -> Callable[[Tensor], Tensor]:
     padded = F.pad(own, (0, 0, 0, width - len(own)))
     head = _Head(padded)
 
-    def logits(x: Tensor) -> Tensor:
-        parts = groups.world.gather(head(x))
+    def logits(x: Tensor) -> Logits:
+        parts = groups.world.gather(head(x).values)
         if parts is None:
-            return torch.empty(0, vocab_size)
-        return torch.cat(parts, dim=1)[:, :vocab_size]
+            return Logits(torch.empty(0, vocab_size))
+        return Logits(torch.cat(parts, dim=1)[:, :vocab_size])
 
     return logits
 
@@ -63,11 +61,17 @@ class _Head:
 
     def __init__(self, weight: Tensor) -> None:
         self._linear = Linear(weight)
+        panels = self._linear.panels
         self._logits = torch.empty(0, len(weight))
+        self._highest = torch.empty(0, len(panels.weight)) if panels is not None else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Logits:
         if x.is_cuda:
-            return self._linear.in_float32(x)
-        if len(self._logits) < len(x):
-            self._logits = torch.empty(len(x), self._logits.shape[1])
-        return self._linear.in_float32(x, self._logits[: len(x)])
+            return Logits(self._linear.in_float32(x))
+        rows = len(x)
+        if len(self._logits) < rows:
+            self._logits = torch.empty(rows, self._logits.shape[1])
+            if self._highest is not None:
+                self._highest = torch.empty(rows, self._highest.shape[1])
+        highest = self._highest[:rows] if self._highest is not None else None
+        return Logits(self._linear.in_float32(x, self._logits[:rows], highest), highest)

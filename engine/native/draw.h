@@ -1,8 +1,8 @@
 // The next token of each row of logits: the highest, or one drawn. draw.py is its only caller and
 // engine/sampling/draw.py says what is drawn from.
 //
-// A row is read once for the highest logit of each block, and once for the sum of each block's
-// weights; then one block is looked through. Under top_k or top_p only candidates are, which the
+// A row is read once for the highest logit of each block, unless the head's product has told it, and
+// once for the sum of each block's weights; then one block is looked through. Under top_k or top_p only candidates are, which the
 // blocks' maxima or the sum tell from the rest. Sums are float64, in an order that depends on the
 // row alone.
 
@@ -18,8 +18,11 @@ namespace {
 class RowDraw {
  public:
   // The token's id, -1 where the logits are no distribution's.
-  int64_t draw(const float* logits, int64_t size, const RowToDraw& row) {
-    highest_.find(logits, size);
+  int64_t draw(const float* logits, const float* told, int64_t size, const RowToDraw& row) {
+    if (told == nullptr)
+      highest_.find(logits, size);
+    else
+      highest_.take(told, size);
     if (row.temperature == 0) return highest_.place(logits, size);
     if (!std::isfinite(highest_.of_row)) return -1;
     const Scale scale(highest_.of_row, row);
@@ -125,23 +128,27 @@ class RowDraw {
 
 // Threads have gone to sleep since the model's last product: to wake them takes 0.1 ms, and 1 ms
 // where others use their cores. One thread draws 32 tokens of 49,152 in half of that.
-int threads_to_draw(const RowToDraw* rows, int64_t num_rows, int64_t size, int threads) {
+int threads_to_draw(const RowToDraw* rows, int64_t num_rows, int64_t size, bool is_told,
+                    int threads) {
   constexpr int64_t kWorthWaking = int64_t{1} << 23;
   int64_t work = 0;
-  for (int64_t row = 0; row < num_rows; ++row) work += rows[row].temperature > 0 ? 3 * size : size;
+  for (int64_t row = 0; row < num_rows; ++row)
+    work += size * ((is_told ? 0 : 1) + (rows[row].temperature > 0 ? 2 : 0));
   return work < kWorthWaking ? 1 : std::min<int64_t>(threads, num_rows);
 }
 
 }  // namespace
 
-extern "C" void draw_tokens(const float* logits, int64_t row_stride, int64_t size,
-                            const RowToDraw* rows, int64_t num_rows, int64_t* out,
-                            int threads) noexcept {
-#pragma omp parallel num_threads(threads_to_draw(rows, num_rows, size, threads))
+extern "C" void draw_tokens(const float* logits, int64_t row_stride, const float* told,
+                            int64_t told_stride, int64_t size, const RowToDraw* rows,
+                            int64_t num_rows, int64_t* out, int threads) noexcept {
+  const bool is_told = told != nullptr;
+#pragma omp parallel num_threads(threads_to_draw(rows, num_rows, size, is_told, threads))
   {
     RowDraw drawing;
 #pragma omp for schedule(dynamic)
     for (int64_t row = 0; row < num_rows; ++row)
-      out[row] = drawing.draw(logits + row * row_stride, size, rows[row]);
+      out[row] = drawing.draw(logits + row * row_stride,
+                              is_told ? told + row * told_stride : nullptr, size, rows[row]);
   }
 }

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 Choice = Literal["auto", "native", "torch"]
 Chosen = Literal["native", "torch"]
 
-_PANEL = 32
-"""Outputs whose weights lie together: ``kPanel`` in products.h."""
+PANEL = 32
+"""Outputs whose weights lie together: ``kPanel`` in products.h, ``kTold`` in weights.h."""
 _ROWS = 12
 """That go through the weights together: ``kMostRows`` there."""
 _LONG_WORK = 1 << 20
@@ -131,7 +131,7 @@ class Kernels:
         self._pack = self._multiply = None
         if hasattr(library, "pack_panels"):
             pack = (c_void_p, c_void_p, c_int64, c_int64, c_int)
-            product = (*(c_void_p,) * 4, c_int64, c_int64, c_int64, c_int)
+            product = (*(c_void_p,) * 5, c_int64, c_int64, c_int64, c_int)
             self._pack = _Function("pack_panels", pack, library, unlocked)
             self._multiply = by_dtype("multiply_panels", *product)
             chunk = (
@@ -153,19 +153,26 @@ class Kernels:
         if self._pack is None or weight.dtype != torch.bfloat16 or inputs % 2:
             return None
         weight = weight.contiguous()
-        shape = -(-outputs // _PANEL), inputs // 2, _PANEL, 2
+        shape = -(-outputs // PANEL), inputs // 2, PANEL, 2
         panels = self._weights.empty(*shape, dtype=weight.dtype)
         self._pack.for_work(weight.numel())(
             weight.data_ptr(), panels.data_ptr(), outputs, inputs, torch.get_num_threads()
         )
         return panels
 
-    def multiply(self, x: Tensor, panels: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    def multiply(
+        self,
+        x: Tensor,
+        panels: Tensor,
+        out: Tensor,
+        bias: Tensor | None = None,
+        highest: Tensor | None = None,
+    ) -> None:
         """``x Wᵀ + b``, added up in float32, to ``out`` (contiguous [rows, outputs], float32 or
         bfloat16).
 
-        ``x``: bfloat16 [rows, inputs]; ``bias``: float32 [outputs]. A row's result does not
-        depend on the others.
+        ``x``: bfloat16 [rows, inputs]; ``bias``: float32 [outputs]. ``highest``, if it is given,
+        is written too, as ``Logits`` has it. A row's result does not depend on the others.
         """
         assert self._multiply is not None
         x = x.contiguous()
@@ -174,11 +181,16 @@ class Kernels:
         assert out.is_contiguous()
         assert out.shape[0] == rows
         assert bias is None or (bias.dtype == torch.float32 and bias.shape == (outputs,))
-        assert panels.shape == (-(-outputs // _PANEL), inputs // 2, _PANEL, 2)
+        assert panels.shape == (-(-outputs // PANEL), inputs // 2, PANEL, 2)
+        if highest is not None:
+            assert out.dtype == highest.dtype == torch.float32
+            assert highest.is_contiguous()
+            assert highest.shape == (rows, len(panels))
         # The weights are read once for each dozen rows.
         self._multiply[out.dtype].for_work(panels.numel() * (rows // _ROWS + 1))(
             *(x.data_ptr(), panels.data_ptr(), bias.data_ptr() if bias is not None else None),
-            *(out.data_ptr(), rows, outputs, inputs, torch.get_num_threads()),
+            *(out.data_ptr(), highest.data_ptr() if highest is not None else None),
+            *(rows, outputs, inputs, torch.get_num_threads()),
         )
 
     def add_rms_norm(

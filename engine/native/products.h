@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -73,9 +74,24 @@ constexpr Multiply<T> kMultiplies[kMostRows] = {
     multiply<5, T>, multiply<6, T>, multiply<7, T>, multiply<8, T>,
     multiply<9, T>, multiply<10, T>, multiply<11, T>, multiply<12, T>};
 
+// The highest of `count` products, at most a panel's; NaN where one of these is.
+float highest_of_panel(const float* products, int64_t count) {
+  if (count < kPanel) {
+    float own[kPanel];
+    std::fill(std::copy(products, products + count, own), own + kPanel, -__builtin_inff());
+    return highest_of_panel(own, kPanel);
+  }
+  const Floats first = load(products), second = load(products + kLanes);
+  if (_mm512_cmp_ps_mask((__m512)first, (__m512)second, _CMP_UNORD_Q)) return __builtin_nanf("");
+  return highest(at_least(first, second));
+}
+
+// In float32 `told` gets the highest product of each row and panel, [rows][panels], unless null.
 template <class T>
 void multiply_panels(const bfloat16* x, const bfloat16* panels, const float* bias, T* out,
-                     int64_t rows, int64_t outputs, int64_t inputs, int threads) {
+                     int64_t rows, int64_t outputs, int64_t inputs, int threads,
+                     float* told = nullptr) {
+  const int64_t num_panels = (outputs + kPanel - 1) / kPanel;
   const int64_t tiles = (rows + kMostRows - 1) / kMostRows;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t first = 0; first < outputs; first += kPanel) {
@@ -86,6 +102,10 @@ void multiply_panels(const bfloat16* x, const bfloat16* panels, const float* bia
       kMultiplies<T>[count - 1](x + row * inputs, inputs, inputs, panel,
                                 bias == nullptr ? nullptr : bias + first,
                                 out + row * outputs + first, outputs, outputs - first, ahead);
+      if constexpr (std::is_same_v<T, float>)
+        for (int64_t own = row; told != nullptr && own < row + count; ++own)
+          told[own * num_panels + first / kPanel] =
+              highest_of_panel(out + own * outputs + first, outputs - first);
     }
   }
 }
@@ -106,10 +126,10 @@ extern "C" void pack_panels(const bfloat16* weight, bfloat16* panels, int64_t ou
 
 #define BATON_PRODUCTS(SUFFIX, T)                                                              \
   extern "C" void multiply_panels_##SUFFIX(const bfloat16* x, const bfloat16* panels,           \
-                                           const float* bias, T* out, int64_t rows,             \
-                                           int64_t outputs, int64_t inputs,                     \
+                                           const float* bias, T* out, float* told,              \
+                                           int64_t rows, int64_t outputs, int64_t inputs,       \
                                            int threads) noexcept {                              \
-    multiply_panels(x, panels, bias, out, rows, outputs, inputs, threads);                      \
+    multiply_panels(x, panels, bias, out, rows, outputs, inputs, threads, told);                \
   }
 
 BATON_PRODUCTS(f32, float)

@@ -17,6 +17,7 @@ struct RowToDraw {
 namespace {
 
 constexpr int64_t kColumns = 256;  // of a block
+constexpr int64_t kTold = 32;      // columns whose highest logit products.h can tell
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLeastTemperature = 1e-30f;  // as with torch
 constexpr float kLowest = -87.0f;  // of logarithms of weights; those below are 0
@@ -60,6 +61,21 @@ struct Highest {
     }
     for (int lane = 0; lane < kLanes; ++lane)
       if (unordered[lane] != 0) of_row = __builtin_nanf("");
+  }
+
+  // What `find` would, from the highest of each `kTold` columns; NaN where one of these is.
+  void take(const float* told, int64_t size) {
+    constexpr int64_t kOfBlock = kColumns / kTold;
+    of_block.assign(blocks_of(size), -kInfinity);
+    of_row = -kInfinity;
+    bool has_nan = false;
+    for (int64_t i = 0; i < (size + kTold - 1) / kTold; ++i) {
+      float& own = of_block[i / kOfBlock];
+      own = std::max(own, told[i]);
+      has_nan |= is_nan(told[i]);
+    }
+    for (const float own : of_block) of_row = std::max(of_row, own);
+    if (has_nan) of_row = __builtin_nanf("");
   }
 
   // The first that is as high; of rows with a NaN, the first of these.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from baton.errors import InternalError
+from engine.logits import Logits
 from engine.native.draw import NO_DISTRIBUTION, draw_tokens
 from engine.native.kernels import kernels
 from engine.sampling.params import SamplingParams
@@ -34,8 +35,8 @@ _BLOCK = 256
 them, take a tenth of the time of running sums of all columns."""
 
 
-def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-    """One token id per row of ``logits`` ([rows, vocabulary], float32), which stay as they are.
+def draw(logits: Logits, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    """One token id per row of ``logits``, which stay as they are.
 
     ``positions`` count emitted tokens from 0. Temperature 0 takes the highest
     logit, the lowest id among equals. Otherwise the distribution is
@@ -53,7 +54,8 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[i
     Raises InternalError where logits are NaN, or the highest is infinite, and no token can
     be drawn; the greedy one of a row with NaN is the first of these.
     """
-    assert logits.shape[0] == len(params) == len(positions)
+    values = logits.values
+    assert len(values) == len(params) == len(positions)
     uniforms = [
         uniform(param, position) if param.temperature > 0 else 0.0
         for param, position in zip(params, positions, strict=True)
@@ -63,9 +65,9 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[i
         return draw_tokens(native, logits, params, uniforms)
     drawn = [row for row, param in enumerate(params) if param.temperature > 0]
     is_greedy = len(drawn) < len(params)
-    token_ids: list[int] = logits.argmax(dim=-1).tolist() if is_greedy else [0] * len(params)
+    token_ids: list[int] = values.argmax(dim=-1).tolist() if is_greedy else [0] * len(params)
     if drawn:
-        rows = logits[drawn] if is_greedy else logits
+        rows = values[drawn] if is_greedy else values
         chosen = _draw(rows, [params[row] for row in drawn], [uniforms[row] for row in drawn])
         for row, token_id in zip(drawn, chosen, strict=True):
             token_ids[row] = token_id

@@ -221,8 +221,8 @@ class Processors:
 
 def apply_all(
     logits: Tensor, rows: Iterable[tuple[int, dict[type[LogitsProcessor], LogitsProcessor]]]
-) -> None:
-    """Changes the named rows of ``logits`` in place as their processors ask."""
+) -> bool:
+    """Changes the named rows of ``logits`` in place as their processors ask, if one does."""
     of_kind: dict[type[LogitsProcessor], list[tuple[int, LogitsProcessor]]] = defaultdict(list)
     for row, processors in rows:
         for kind, processor in processors.items():
@@ -230,3 +230,4 @@ def apply_all(
     for kind in KINDS:
         if edits := of_kind[kind]:
             kind.apply(logits, [row for row, _ in edits], [each for _, each in edits])
+    return any(of_kind.values())

@@ -11,23 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
-from torch import Tensor
-
+from engine.logits import Logits
 from engine.sampling.draw import draw
 from engine.sampling.logprobs import RawLogprobs
 from engine.sampling.processors import Processors, apply_all
 from engine.sequence import Sampled, Sequence
 
 
-def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[Sampled]:
+def sample(logits: Logits, seqs: SequenceOf[Sequence]) -> list[Sampled]:
     """The token after each sequence's last; the sequences are left as they are.
 
-    ``logits``, float32 [len(seqs), vocabulary], are used up: they may be changed.
+    ``logits``, a row each, are used up: they may be changed.
     """
     params = [seq.sampling for seq in seqs]
-    raw = RawLogprobs.of(logits, params)
+    raw = RawLogprobs.of(logits.values, params)
     edits = [(row, processors_of(seq).at(seq.token_ids)) for row, seq in enumerate(seqs)]
-    apply_all(logits, edits)
+    if apply_all(logits.values, edits):
+        logits = Logits(logits.values)
     token_ids = draw(logits, params, [seq.num_emitted_tokens for seq in seqs])
     told = raw.of_tokens(token_ids) if raw is not None else {}
     return [

@@ -16,6 +16,7 @@ from support.cpu_kernels import computing_with
 from torch import Tensor
 
 from baton.errors import InternalError
+from engine.logits import Logits
 from engine.native import build
 from engine.native.draw import draw_tokens
 from engine.native.kernels import Choice, Kernels
@@ -66,7 +67,7 @@ def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def by_torch(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
     with computing_with("torch"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(draw_module, "uniform", lambda _, position: uniforms[position])
-        return draw(logits, params, list(range(len(params))))
+        return draw(Logits(logits), params, list(range(len(params))))
 
 
 def some_logits(rows: int, size: int, generator: torch.Generator) -> Tensor:
@@ -113,7 +114,7 @@ def test_tokens_are_those_that_torch_draws_but_where_rounding_decides(
     rows = 64 if size > 1000 else 400
     logits, params = some_logits(rows, size, generator), some_params(rows, size, numbers)
     uniforms = [numbers.random() for _ in range(rows)]
-    found = draw_tokens(native, logits, params, uniforms)
+    found = draw_tokens(native, Logits(logits), params, uniforms)
     expected = by_torch(logits, params, uniforms)
     others = [row for row in range(rows) if found[row] != expected[row]]
     assert len(others) <= rows // 50
@@ -142,7 +143,7 @@ def test_a_row_s_uniform_numbers_lead_to_its_tokens_in_their_shares(
     """A grid of numbers inverts to the same tokens: shares are equal to within its steps."""
     row = some_logits(8, 3000, torch.Generator().manual_seed(3))[kind]
     grid = [(i + 0.37) / 500 for i in range(500)]
-    found = draw_tokens(native, row.expand(500, -1), [params] * 500, grid)
+    found = draw_tokens(native, Logits(row.expand(500, -1)), [params] * 500, grid)
     assert found == sorted(found)
     expected = by_torch(row.expand(500, -1), [params] * 500, grid)
     assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 1
@@ -156,16 +157,16 @@ def test_a_row_s_token_depends_neither_on_others_nor_on_threads(
     logits = some_logits(48, 100_001, torch.Generator().manual_seed(1))  # worth threads
     params, uniforms = some_params(48, 100_001, numbers), [numbers.random() for _ in range(48)]
     alone = [
-        draw_tokens(native, logits[row : row + 1], [params[row]], [uniforms[row]])[0]
+        draw_tokens(native, Logits(logits[row : row + 1]), [params[row]], [uniforms[row]])[0]
         for row in range(48)
     ]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert draw_tokens(native, logits, params, uniforms) == alone
+        assert draw_tokens(native, Logits(logits), params, uniforms) == alone
     finally:
         torch.set_num_threads(before)
-    backwards = draw_tokens(native, logits.flip(0), params[::-1], uniforms[::-1])
+    backwards = draw_tokens(native, Logits(logits.flip(0)), params[::-1], uniforms[::-1])
     assert backwards[::-1] == alone
 
 
@@ -175,9 +176,42 @@ def test_rows_may_lie_apart_and_logits_stay_as_they_are(native: Kernels) -> None
     before = memory.clone()
     params, uniforms = some_params(16, 300, numbers), [numbers.random() for _ in range(16)]
     for logits in (memory[:, 7:307], memory[:, ::3]):
-        expected = draw_tokens(native, logits.contiguous(), params, uniforms)
-        assert draw_tokens(native, logits, params, uniforms) == expected
+        expected = draw_tokens(native, Logits(logits.contiguous()), params, uniforms)
+        assert draw_tokens(native, Logits(logits), params, uniforms) == expected
     assert torch.equal(memory, before)
+
+
+def told(logits: Tensor) -> Logits:
+    """With the highest of each 32 columns, as a product tells them."""
+    padded = torch.nn.functional.pad(logits, (0, -logits.shape[1] % 32), value=-math.inf)
+    return Logits(logits, padded.view(len(logits), -1, 32).amax(dim=-1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_highest_logits_that_are_told_lead_to_the_same_tokens(native: Kernels, size: int) -> None:
+    numbers = random.Random(size)
+    logits = some_logits(64, size, torch.Generator().manual_seed(size))
+    params, uniforms = some_params(64, size, numbers), [numbers.random() for _ in range(64)]
+    expected = draw_tokens(native, Logits(logits), params, uniforms)
+    assert draw_tokens(native, told(logits), params, uniforms) == expected
+
+
+def test_highest_logits_that_are_told_are_what_a_greedy_token_is_looked_up_by(
+    native: Kernels,
+) -> None:
+    logits = told(torch.arange(700.0)[None])
+    assert logits.highest is not None
+    logits.highest[0, 18:] = -math.inf  # from column 576 on, so that 575 is the highest
+    assert draw_tokens(native, logits, [GREEDY], [0.0]) == [575]
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, 299])
+def test_a_nan_is_told_with_the_highest_logits(native: Kernels, place: int) -> None:
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(place))
+    logits[1, place] = math.nan
+    assert draw_tokens(native, told(logits), [GREEDY] * 2, [0.0] * 2)[1] == place
+    with pytest.raises(InternalError, match="not numbers"):
+        draw_tokens(native, told(logits), [SamplingParams(0)] * 2, [0.5] * 2)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -187,9 +221,11 @@ def test_greedy_is_the_first_of_the_highest_wherever_it_is(native: Kernels, size
     for row, place in enumerate(places):
         logits[row, place:] = logits[row, place:].clamp(max=9.0)
         logits[row, [place, size - 1]] = 9.0
-    assert draw_tokens(native, logits, [GREEDY] * len(places), [0.0] * len(places)) == places
+    assert (
+        draw_tokens(native, Logits(logits), [GREEDY] * len(places), [0.0] * len(places)) == places
+    )
     banned = torch.full((1, size), -math.inf)
-    assert draw_tokens(native, banned, [GREEDY], [0.0]) == [0]
+    assert draw_tokens(native, Logits(banned), [GREEDY], [0.0]) == [0]
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2.0**-53])
@@ -199,7 +235,9 @@ def test_ends_of_the_unit_interval_lead_to_possible_tokens(native: Kernels, numb
     logits[:, 300:1500] = torch.rand(200, 1200, generator=generator) * 30
     logits[:, 512:768] = -math.inf
     for params in (SamplingParams(0), SamplingParams(0, top_k=900), SamplingParams(0, top_p=0.999)):
-        for row, token in enumerate(draw_tokens(native, logits, [params] * 200, [number] * 200)):
+        for row, token in enumerate(
+            draw_tokens(native, Logits(logits), [params] * 200, [number] * 200)
+        ):
             assert logits[row, token] > -math.inf
 
 
@@ -214,8 +252,8 @@ def test_logits_that_are_no_distribution_s_are_refused(
     logits = torch.stack([torch.zeros(len(row)), torch.tensor(row)])
     with computing_with(choice):
         with pytest.raises(InternalError, match="not numbers"):
-            draw(logits, [params] * 2, [0, 0])
-        assert draw(logits, [params, GREEDY], [0, 0])[1] == logits[1].argmax()
+            draw(Logits(logits), [params] * 2, [0, 0])
+        assert draw(Logits(logits), [params, GREEDY], [0, 0])[1] == logits[1].argmax()
 
 
 def test_a_step_of_every_kind_of_row_goes_to_the_kernel_at_once() -> None:
@@ -226,5 +264,5 @@ def test_a_step_of_every_kind_of_row_goes_to_the_kernel_at_once() -> None:
     found = {}
     for choice in ("native", "torch"):
         with computing_with(choice):
-            found[choice] = draw(logits, params, list(range(64)))
+            found[choice] = draw(Logits(logits), params, list(range(64)))
     assert sum(a != b for a, b in zip(found["native"], found["torch"], strict=True)) <= 1

@@ -269,6 +269,24 @@ def test_products_are_added_up_and_written_in_float32(
         assert torch.equal(alone[0], out[row]), "a row's result depends on the others"
 
 
+@pytest.mark.parametrize("rows", [1, 12, 13, 31])
+@pytest.mark.parametrize("outputs", [1, 15, 16, 17, 31, 32, 500])
+def test_products_tell_the_highest_of_each_panel(native: Kernels, rows: int, outputs: int) -> None:
+    torch.manual_seed(rows + outputs)
+    weight, x = -torch.rand(outputs, 70).bfloat16(), torch.rand(rows, 70).bfloat16()
+    weight[-1, 5] = 0.0
+    x[-1, 5] = torch.inf  # which makes its last product NaN, and the others -inf
+    panels = native.panels(weight)
+    if panels is None:
+        pytest.skip("this processor does not multiply bfloat16")
+    out, highest = torch.empty(rows, outputs), torch.full((rows, len(panels)), 7.0)
+    native.multiply(x, panels, out, highest=highest)
+    padded = torch.nn.functional.pad(out, (0, -outputs % 32), value=-torch.inf)
+    expected = padded.view(rows, -1, 32).amax(dim=-1)
+    assert expected[-1, -1].isnan()
+    assert torch.equal(highest.nan_to_num(nan=1.0), expected.nan_to_num(nan=1.0))
+
+
 @pytest.mark.parametrize("rows", [1, 5, 30])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_linear_layer_rounds_its_float32_sums_once(

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cpu_kernels import computing_with
 
+from engine.logits import Logits
 from engine.sampling import draw as draw_module
 from engine.sampling.draw import draw, uniform
 from engine.sampling.params import SamplingParams
@@ -40,7 +41,7 @@ def draw_many(row: torch.Tensor, params: SamplingParams, num_draws: int) -> torc
     counts = torch.zeros(row.shape[0], dtype=torch.int64)
     for first in range(0, num_draws, 1000):
         positions = list(range(first, first + 1000))
-        drawn = draw(row.expand(1000, -1), [params] * 1000, positions)
+        drawn = draw(Logits(row.expand(1000, -1)), [params] * 1000, positions)
         counts += torch.bincount(torch.tensor(drawn), minlength=row.shape[0])
     return counts
 
@@ -96,7 +97,7 @@ def reachable(
     """The tokens that a fine grid of uniform numbers leads to."""
     grid = [(i + 0.5) / 3000 for i in range(3000)]
     monkeypatch.setattr(draw_module, "uniform", lambda _, position: grid[position])
-    return set(draw(row.expand(3000, -1), [params] * 3000, list(range(3000))))
+    return set(draw(Logits(row.expand(3000, -1)), [params] * 3000, list(range(3000))))
 
 
 @pytest.mark.parametrize("num_candidates", [4, 256])
@@ -156,8 +157,8 @@ def test_a_row_draws_the_same_alone_and_among_fifteen_others(params: SamplingPar
     ]
     for row in range(16):
         mixed = [*others[:row], params, *others[row + 1 :]]
-        alone = draw(logits[row : row + 1], [params], [41])
-        assert draw(logits, mixed, [41] * 16)[row] == alone[0]
+        alone = draw(Logits(logits[row : row + 1]), [params], [41])
+        assert draw(Logits(logits), mixed, [41] * 16)[row] == alone[0]
 
 
 @settings(max_examples=50)
@@ -172,9 +173,9 @@ def test_a_draw_depends_on_seed_choice_and_position_alone(
 ) -> None:
     logits = torch.linspace(-2, 2, 100)[None]
     params = SamplingParams(seed, choice_index, temperature)
-    first = draw(logits, [params], [position])
-    draw(logits, [SamplingParams(seed=0)], [0])
-    assert draw(logits, [params], [position]) == first
+    first = draw(Logits(logits), [params], [position])
+    draw(Logits(logits), [SamplingParams(seed=0)], [0])
+    assert draw(Logits(logits), [params], [position]) == first
 
 
 def test_the_uniform_number_is_pinned_and_varies_with_each_part_of_the_place() -> None:
@@ -193,7 +194,7 @@ def test_the_uniform_number_is_pinned_and_varies_with_each_part_of_the_place() -
 
 def test_greedy_takes_the_lowest_of_equal_ids() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
-    assert draw(logits, [SamplingParams(0, temperature=0.0)] * 2, [0, 0]) == [1, 0]
+    assert draw(Logits(logits), [SamplingParams(0, temperature=0.0)] * 2, [0, 0]) == [1, 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
@@ -201,7 +202,7 @@ def test_a_tiny_temperature_equals_argmax(temperature: float) -> None:
     torch.manual_seed(1)
     logits = torch.randn(20, 300) * 4
     params = [SamplingParams(seed, temperature=temperature) for seed in range(20)]
-    assert draw(logits, params, [0] * 20) == logits.argmax(-1).tolist()
+    assert draw(Logits(logits), params, [0] * 20) == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53, 0.5])
@@ -212,7 +213,7 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(
     logits = torch.tensor([[-math.inf, 0.3, -math.inf, 0.1, -math.inf]])
     for params in (SamplingParams(0), SamplingParams(0, top_k=2), SamplingParams(0, top_p=0.999)):
         expected = 3 if number > 0.9 else 1
-        assert draw(logits, [params], [0]) == [expected]
+        assert draw(Logits(logits), [params], [0]) == [expected]
 
 
 def test_greedy_and_drawn_rows_share_a_batch() -> None:
@@ -220,9 +221,9 @@ def test_greedy_and_drawn_rows_share_a_batch() -> None:
     logits = torch.randn(3, 50)
     drawn = SamplingParams(seed=9, temperature=1.0)
     greedy = SamplingParams(seed=9, temperature=0.0)
-    mixed = draw(logits, [greedy, drawn, greedy], [4, 4, 4])
+    mixed = draw(Logits(logits), [greedy, drawn, greedy], [4, 4, 4])
     assert [mixed[0], mixed[2]] == logits[[0, 2]].argmax(-1).tolist()
-    assert [mixed[1]] == draw(logits[1:2], [drawn], [4])
+    assert [mixed[1]] == draw(Logits(logits[1:2]), [drawn], [4])
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 5000])
@@ -259,7 +260,7 @@ def test_a_support_of_thousands_is_exact_before_all_tokens_are_sorted() -> None:
     params = SamplingParams(seed=4, temperature=1.0, top_p=0.2)
     inside = support(logits, params)
     assert 256 < len(inside) < 256 * 16
-    drawn = draw(logits.expand(500, -1), [params] * 500, list(range(500)))
+    drawn = draw(Logits(logits.expand(500, -1)), [params] * 500, list(range(500)))
     assert set(drawn) <= inside
     below = {token for token in drawn if logits[token] < logits[list(inside)].median()}
     assert below, "nothing of the support's lower half was drawn"

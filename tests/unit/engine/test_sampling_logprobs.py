@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.tiny_engine import prompt
 
+from engine.logits import Logits
 from engine.sampling.params import SamplingParams
 from engine.sampling.sampler import sample
 
@@ -32,7 +33,7 @@ def test_each_row_gets_as_many_as_it_wants_of_the_raw_distribution() -> None:
     wanted = [None, 0, 3, 20, None, 50]
     seqs = [prompt([3, 4, 5], params(number, row)) for row, number in enumerate(wanted)]
     raw = LOGITS.double().log_softmax(-1)
-    for row, drawn in enumerate(sample(LOGITS.clone(), seqs)):
+    for row, drawn in enumerate(sample(Logits(LOGITS.clone()), seqs)):
         if wanted[row] is None:
             assert drawn.logprobs is None
             continue
@@ -48,21 +49,21 @@ def test_each_row_gets_as_many_as_it_wants_of_the_raw_distribution() -> None:
 def test_wanting_them_changes_no_draw() -> None:
     with_them = [prompt([3, 4], params(5, row)) for row in range(6)]
     without = [prompt([3, 4], params(None, row)) for row in range(6)]
-    first = [one.token_id for one in sample(LOGITS.clone(), with_them)]
-    assert first == [one.token_id for one in sample(LOGITS.clone(), without)]
+    first = [one.token_id for one in sample(Logits(LOGITS.clone()), with_them)]
+    assert first == [one.token_id for one in sample(Logits(LOGITS.clone()), without)]
 
 
 def test_equals_are_told_in_order_of_their_ids() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0]])
     seq = prompt([0], SamplingParams(seed=0, temperature=0.0, num_logprobs=4))
-    (drawn,) = sample(logits, [seq])
+    (drawn,) = sample(Logits(logits), [seq])
     assert drawn.logprobs is not None
     assert [token_id for token_id, _ in drawn.logprobs.top] == [1, 3, 2, 4]
 
 
 def test_a_row_is_told_the_same_alone_and_among_others() -> None:
     seqs = [prompt([3, 4], params(row, row)) for row in range(6)]
-    together = [one.logprobs for one in sample(LOGITS.clone(), seqs)]
+    together = [one.logprobs for one in sample(Logits(LOGITS.clone()), seqs)]
     for row in range(6):
-        (alone,) = sample(LOGITS[row : row + 1].clone(), [prompt([3, 4], params(row, row))])
+        (alone,) = sample(Logits(LOGITS[row : row + 1].clone()), [prompt([3, 4], params(row, row))])
         assert alone.logprobs == together[row]

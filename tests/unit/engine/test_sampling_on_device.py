@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_engine import prompt
 
+from engine.logits import Logits
 from engine.sampling import on_device
 from engine.sampling.draw import draw
 from engine.sampling.on_device import DeviceDraw, begin_sample
@@ -38,7 +39,7 @@ def test_any_rows_draw_the_tokens_of_the_host(params: list[SamplingParams], seed
     logits = some_logits(len(params), seed)
     logits[:, 7] = logits[:, 300] = logits.amax(dim=-1)  # equals
     positions = list(range(len(params)))
-    expected = draw(logits, params, positions)
+    expected = draw(Logits(logits), params, positions)
     assert DeviceDraw(logits, params, positions).wait() == expected
 
 
@@ -47,7 +48,7 @@ def test_a_support_beyond_what_was_sorted_is_told_all_the_same(top_p: float) -> 
     """Of nearly equal tokens 90% are 360, of which 256 are sorted at first."""
     logits = some_logits(8, 3, scale=0.01)
     params = [SamplingParams(seed=n, top_p=top_p) for n in range(8)]
-    expected = draw(logits, params, [0] * 8)
+    expected = draw(Logits(logits), params, [0] * 8)
     begun = DeviceDraw(logits, params, [0] * 8)
     assert begun._told.wait()[-1] == (top_p == 0.9), "a second look is for those alone"
     assert begun.wait() == expected
@@ -71,7 +72,7 @@ def test_sequences_get_what_the_host_samples_with_processors_and_log_probabiliti
             seq.token_ids += [8, 9]
         return seqs
 
-    expected = sample(some_logits(4, 5), sequences())
+    expected = sample(Logits(some_logits(4, 5)), sequences())
     told = begin_sample(some_logits(4, 5), sequences()).wait()
     assert [(each.token_id, each.logprobs) for each in told] == [
         (each.token_id, each.logprobs) for each in expected

@@ -15,6 +15,7 @@ from support.exact_sampling import distribution, edited, greedy
 from support.tiny_engine import prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.logits import Logits
 from engine.native.kernels import kernels
 from engine.sampling.params import SamplingParams
 from engine.sampling.processors import KINDS, Processors, apply_all
@@ -76,7 +77,7 @@ def sequence(
 
 
 def draw_one(logits: torch.Tensor, seq: Sequence) -> int:
-    return sample(logits[None].clone(), [seq])[0].token_id
+    return sample(Logits(logits[None].clone()), [seq])[0].token_id
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -88,7 +89,7 @@ def test_twenty_thousand_draws_fit_the_exact_distribution(name: str) -> None:
         seqs = [sequence(SamplingParams(seed=first + at, **SETTINGS[name])) for at in range(batch)]
         for seq in seqs:
             seq.processors = shared  # of equal tokens, and quicker than 20,000 of them
-        drawn = sample(logits.repeat(batch, 1), seqs)
+        drawn = sample(Logits(logits.repeat(batch, 1)), seqs)
         counts += torch.bincount(
             torch.tensor([one.token_id for one in drawn]), minlength=VOCABULARY
         )
@@ -196,13 +197,22 @@ def test_a_row_draws_the_same_alone_and_among_fifteen_others(name: str) -> None:
         mixed = [sequence(each) for each in everyone]
         mixed[row] = sequence(params)
         alone = draw_one(logits[row], sequence(params))
-        assert sample(logits.clone(), mixed)[row].token_id == alone
+        assert sample(Logits(logits.clone()), mixed)[row].token_id == alone
 
 
 def test_every_kind_is_used_by_some_setting() -> None:
     processors = Processors(SamplingParams(seed=0, **SETTINGS["all"]), PROMPT)
     assert list(processors.at(PROMPT)) == list(KINDS)
     assert Processors(SamplingParams(seed=0), PROMPT).at(PROMPT) == {}
+
+
+def test_a_changed_row_is_not_drawn_by_the_highest_logits_that_the_model_told() -> None:
+    logits = torch.zeros(2, 64)
+    logits[:, 40] = 3.0
+    highest = logits.view(2, 2, 32).amax(dim=-1)
+    biased = SamplingParams(seed=0, temperature=0.0, logit_bias=((40, -5.0), (7, 1.0)))
+    seqs = [prompt(PROMPT, biased), prompt(PROMPT, SamplingParams(seed=0, temperature=0.0))]
+    assert [one.token_id for one in sample(Logits(logits, highest), seqs)] == [7, 40]
 
 
 class _Passes(TorchDispatchMode):
@@ -225,5 +235,5 @@ def test_greedy_rows_cost_one_pass_over_the_logits() -> None:
     logits = torch.randn(32, 1000, generator=torch.Generator().manual_seed(4))
     seqs = [prompt(PROMPT, SamplingParams(seed=0, temperature=0.0)) for _ in range(32)]
     with _Passes(logits.numel()) as passes:
-        sample(logits, seqs)
+        sample(Logits(logits), seqs)
     assert passes.names == (["argmax"] if kernels() is None else [])
