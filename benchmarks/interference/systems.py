@@ -1,8 +1,9 @@
 """The systems that are compared, each with the same two cores, and where their processes run.
 
 Everything that is measured, the client included, runs on these two cores, however many the
-machine has. Where prefill and decode have a core each, whoever else there is shares the core of
-prefill: it has the slack, and a token waits for nobody but its own step.
+machine has. Where Baton's prefill and decode have a core each, whoever else there is shares the core
+of prefill: it has the slack, and a token waits for nobody but its own step. vLLM's prefill has none
+at this load, so that its proxy and the client would starve there: they run on both.
 """
 
 from __future__ import annotations
@@ -54,10 +55,12 @@ class System:
             return everything, everything
         if self.engine == "baton":
             return "prefill worker (1 thread), gateway, controller, Redis, client", "decode worker"
-        return "prefill instance (1 thread), proxy, client", "decode instance"
+        others = "proxy and client, on both"
+        return f"prefill instance (1 thread); {others}", f"decode instance (1 thread); {others}"
 
     def client_cores(self, cores: Sequence[int]) -> set[int]:
-        return {cores[0]} if self.is_disaggregated else set(cores)
+        is_beside_prefill = self.is_disaggregated and self.engine == "baton"
+        return {cores[0]} if is_beside_prefill else set(cores)
 
 
 @dataclass(frozen=True, slots=True)

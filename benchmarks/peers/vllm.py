@@ -67,8 +67,8 @@ def instance(wanted: Instance, folder: Path) -> Iterator[Running]:
 
 @contextmanager
 def disaggregated(folder: Path, *, cores: Sequence[int]) -> Iterator[Sequence[Running]]:
-    """A prefill instance and the proxy on the first of the cores, a decode instance on the
-    second. Yields the proxy, which is to be asked, and both instances. Raises as ``instance``."""
+    """A prefill instance on the first of the cores, a decode instance on the second, and the proxy
+    on both. Yields the proxy, which is to be asked, and both instances. Raises as ``instance``."""
     first, second = cores
     wanted = (
         Instance("vllm-prefill", {first}, hands_over=True),
@@ -81,7 +81,7 @@ def disaggregated(folder: Path, *, cores: Sequence[int]) -> Iterator[Sequence[Ru
             *(sys.executable, "-m", "benchmarks.peers.proxy", "--port", str(port)),
             *("--prefill", prefill.url, "--decode", decode.url),
         ]
-        with this_thread_on({first}):
+        with this_thread_on(set(cores)):
             proxy = stack.enter_context(
                 servers.peer("proxy", command, {}, port=port, folder=folder)
             )
