@@ -11,6 +11,7 @@ grpcio, but neither Ray nor Redis nor FastAPI. Without a GPU it ends with exit s
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import shlex
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from baton.errors import BatonError
+from baton.errors import BatonError, ConfigurationError
 from benchmarks import page
 from benchmarks.gpu import report
 from benchmarks.gpu.shapes import SHAPES, decode_bytes, prefill_operations
@@ -62,7 +63,18 @@ def run(models: SequenceOf[str], *, steps: int, repeats: int, command: str) -> r
     copied, multiplied = timing.copied_bytes_per_s(), timing.multiplied_per_s()
     found = tuple(kernels.measured_kernels())
     torch.cuda.empty_cache()
-    rows = [row for name in models for row in _rows(name, copied, multiplied, steps, repeats)]
+    rows: list[report.Decode | report.Prefill] = []
+    left_out: list[str] = []
+    for name in models:
+        try:
+            for row in _rows(name, copied, multiplied, steps, repeats):
+                rows.append(row)
+        except (torch.OutOfMemoryError, ConfigurationError) as error:
+            left_out.append(f"{name} ({str(error).splitlines()[0]})")
+        gc.collect()
+        torch.cuda.empty_cache()
+    if not rows:
+        raise ConfigurationError(f"nothing could be measured: {'; '.join(left_out)}")
     has_flashinfer = importlib.util.find_spec("flashinfer") is not None
     return report.Results(
         measured=measured,
@@ -75,6 +87,7 @@ def run(models: SequenceOf[str], *, steps: int, repeats: int, command: str) -> r
         decodes=tuple(row for row in rows if isinstance(row, report.Decode)),
         prefills=tuple(row for row in rows if isinstance(row, report.Prefill)),
         kernels=found,
+        left_out=tuple(left_out),
     )
 
 

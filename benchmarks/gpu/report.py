@@ -63,6 +63,8 @@ class Results(page.KeptResults):
     decodes: tuple[Decode, ...]
     prefills: tuple[Prefill, ...]
     kernels: tuple[Kernel, ...]
+    left_out: tuple[str, ...] = ()
+    """Models that are not measured, or not to their end, each with why."""
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> Self:
@@ -71,6 +73,7 @@ class Results(page.KeptResults):
             "decodes": tuple(Decode(**each) for each in data["decodes"]),
             "prefills": tuple(Prefill(**each) for each in data["prefills"]),
             "kernels": tuple(Kernel(**each) for each in data["kernels"]),
+            "left_out": tuple(data.get("left_out", ())),
         }
         return cls(**{**data, **made})
 
@@ -88,8 +91,11 @@ def report(results: Results) -> str:
         f"{results.attention}. Memory was copied at {results.copied_gb_s:,.0f} GB/s (read and "
         f"written), large matrices were multiplied at {results.multiplied_tflop_s:,.0f} "
         "TFLOP/s. A step's *bytes* are every weight once and the KV that it reads; times are "
-        "medians, the host's part and the read-back of the tokens included."
+        "medians, the host's part and the read-back of the tokens included. A prompt is computed "
+        "in one step, where a worker takes engine.max_num_batched_tokens at a time."
     )
+    if results.left_out:
+        setting += f" Not measured to the end: {'; '.join(results.left_out)}."
     parts = [setting, _decodes(results), _prefills(results), _kernels(results)]
     return "\n\n".join(parts)
 

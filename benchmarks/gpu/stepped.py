@@ -1,6 +1,7 @@
 """One engine on the GPU, in this process, with random weights: its steps, timed on the host.
 
-A step is what a worker's is: it packs its inputs, computes, draws, and reads the tokens back.
+A step is what a worker's is: it packs its inputs, computes, draws, and reads the tokens back. But a
+prompt is one step, whatever ``engine.max_num_batched_tokens`` is by default.
 """
 
 from __future__ import annotations

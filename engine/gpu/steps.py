@@ -2,7 +2,8 @@
 
 1. ``begin`` copies a step's inputs from page-locked memory, launches its forward pass and the
    draw of its tokens, and the copy of their ids to the host. It waits for nothing.
-2. The host does what does not depend on the tokens.
+2. The host does what does not depend on the tokens: it publishes full blocks, and prepares the
+   inputs of a next step of the same decodes.
 3. ``PendingStep.wait`` returns them: the one moment at which the host waits.
 
 Steps of decodes alone are CUDA graphs (``graphs.py``) up to ``max_num_seqs`` sequences; others,
@@ -91,7 +92,9 @@ class GpuSteps:
             return PendingStep(begin_sample(logits, batch.sampled), range(len(batch.sampled)))
         rows = self._inputs.fill(sequences)
         by_row = [seq for _, seq in sorted(zip(rows, sequences, strict=True), key=_first)]
-        return PendingStep(begin_sample(self._graphs.run(len(by_row)), by_row), rows)
+        pending = PendingStep(begin_sample(self._graphs.run(len(by_row)), by_row), rows)
+        self._inputs.prepare(sequences, rows)  # while the GPU computes
+        return pending
 
     def logits(self, batch: Batch, rows: Tensor) -> Tensor:
         """Float32 [len(rows), vocabulary], on the GPU; ``batch`` and ``rows`` are on the host.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from baton.logprobs import TokenLogprobs
+from engine.gpu.transfers import to_device
 from engine.sampling.params import SamplingParams
 
 
@@ -21,7 +22,8 @@ class RawLogprobs:
     def __init__(self, logits: Tensor, rows: list[int], num_top: list[int]) -> None:
         self._rows = rows
         self._num_top = num_top
-        chosen = logits if len(rows) == len(logits) else logits[rows]
+        is_every = len(rows) == len(logits)
+        chosen = logits if is_every else logits[to_device(torch.tensor(rows), logits.device)]
         self._values = chosen.log_softmax(dim=-1)
 
     @classmethod

@@ -36,6 +36,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.gpu.transfers import to_device
 from engine.sampling.params import SamplingParams
 
 _FIRST_CAPACITY = 64
@@ -66,7 +67,8 @@ class LogitsProcessor(ABC):
         """Changes ``logits[rows[i]]`` in place as ``processors[i]``, all of this kind, asks.
 
         ``logits``, float32 [batch, vocabulary], have been changed by the kinds before; -inf
-        forbids a token.
+        forbids a token. What a GPU is given for it goes there by ``to_device``: the host does
+        not wait for the step.
         """
 
 
@@ -92,9 +94,9 @@ class MinTokens(LogitsProcessor):
 
     @staticmethod
     def apply(logits: Tensor, rows: Sequence[int], processors: Sequence[MinTokens]) -> None:
-        row_of = _repeat(rows, [len(each.token_ids) for each in processors]).to(logits.device)
-        token_ids = torch.cat([each.token_ids for each in processors]).to(logits.device)
-        logits[row_of, token_ids] = -torch.inf
+        row_of = _repeat(rows, [len(each.token_ids) for each in processors], logits.device)
+        token_ids = to_device(torch.cat([each.token_ids for each in processors]), logits.device)
+        logits[row_of, token_ids] = logits.new_full((), -torch.inf)
 
 
 class LogitBias(LogitsProcessor):
@@ -113,9 +115,9 @@ class LogitBias(LogitsProcessor):
 
     @staticmethod
     def apply(logits: Tensor, rows: Sequence[int], processors: Sequence[LogitBias]) -> None:
-        row_of = _repeat(rows, [len(each.token_ids) for each in processors]).to(logits.device)
-        token_ids = torch.cat([each.token_ids for each in processors]).to(logits.device)
-        values = torch.cat([each.values for each in processors]).to(logits.device)
+        row_of = _repeat(rows, [len(each.token_ids) for each in processors], logits.device)
+        token_ids = to_device(torch.cat([each.token_ids for each in processors]), logits.device)
+        values = to_device(torch.cat([each.values for each in processors]), logits.device)
         logits[row_of, token_ids] += values
 
 
@@ -172,17 +174,18 @@ class Penalties(LogitsProcessor):
     def apply(logits: Tensor, rows: Sequence[int], processors: Sequence[Penalties]) -> None:
         lengths = [len(each.token_ids) for each in processors]
         device = logits.device
-        row_of = _repeat(rows, lengths).to(device)
+        row_of = _repeat(rows, lengths, device)
         ids = np.concatenate([each.token_ids for each in processors])
-        token_ids = torch.from_numpy(ids).to(device)
-        counts = torch.from_numpy(np.concatenate([each.counts for each in processors])).to(device)
-        repetition = _repeat([each.repetition for each in processors], lengths).to(device)
-        frequency = _repeat([each.frequency for each in processors], lengths).to(device)
-        presence = _repeat([each.presence for each in processors], lengths).to(device)
+        token_ids = to_device(torch.from_numpy(ids), device)
+        counts = np.concatenate([each.counts for each in processors])
+        counts_of = to_device(torch.from_numpy(counts), device)
+        repetition = _repeat([each.repetition for each in processors], lengths, device)
+        frequency = _repeat([each.frequency for each in processors], lengths, device)
+        presence = _repeat([each.presence for each in processors], lengths, device)
         values = logits[row_of, token_ids]
         values = torch.where(values > 0, values / repetition, values * repetition)
-        values -= frequency * counts
-        values -= presence * (counts > 0)
+        values -= frequency * counts_of
+        values -= presence * (counts_of > 0)
         logits[row_of, token_ids] = values
 
 
@@ -190,9 +193,12 @@ def _zeros(size: int) -> npt.NDArray[np.int64]:
     return np.zeros(size, dtype=np.int64)
 
 
-def _repeat(values: Sequence[int] | Sequence[float], times: Sequence[int]) -> Tensor:
-    """``values[i]`` for ``times[i]`` times, one after another."""
-    return torch.tensor(values).repeat_interleave(torch.tensor(times))
+def _repeat(
+    values: Sequence[int] | Sequence[float], times: Sequence[int], device: torch.device
+) -> Tensor:
+    """``values[i]`` for ``times[i]`` times, one after another, on ``device``."""
+    repeated = torch.tensor(values).repeat_interleave(torch.tensor(times))
+    return to_device(repeated, device)
 
 
 KINDS: tuple[type[LogitsProcessor], ...] = (MinTokens, LogitBias, Penalties)

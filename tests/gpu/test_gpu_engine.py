@@ -92,9 +92,19 @@ def test_log_probabilities_are_the_cpus(engine: Engine) -> None:
     assert [token_id for token_id, _ in told[0].top] == [token_id for token_id, _ in told[1].top]
 
 
-def test_a_decode_step_waits_for_its_tokens_alone(engine: Engine) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(seed=0, temperature=0.0),
+        SamplingParams(seed=0, top_k=5, top_p=0.9),
+        SamplingParams(seed=0, repetition_penalty=1.2, presence_penalty=0.5),
+        SamplingParams(seed=0, logit_bias=((3, 2.0),), min_tokens=90, stop_token_ids=(5,)),
+    ],
+    ids=["greedy", "limited", "penalties", "bias"],
+)
+def test_a_decode_step_waits_for_its_tokens_alone(engine: Engine, sampling: SamplingParams) -> None:
     """torch warns of every other wait that it knows of."""
-    seqs = [prompt(tokens(20, seed=n)) for n in range(3)]
+    seqs = [prompt(tokens(20, seed=n), sampling) for n in range(3)]
     for seq in seqs:
         step(engine, seq)
     step(engine, *seqs)
