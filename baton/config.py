@@ -198,10 +198,25 @@ class KvTransferConfig(_Section):
     operation_s: float = Field(5.0, gt=0)
     """Bound on one transport operation (gloo's own timeout)."""
 
+    @field_validator("transport", mode="before")
+    @classmethod
+    def _is_built(cls, value: object) -> object:
+        if value in ("nccl", "cuda_ipc"):
+            raise ValueError(
+                f"transport {value} is not built: no transport reads a GPU's memory yet, so "
+                "workers on GPUs hand nothing over; set auto, shared_memory, nixl or gloo"
+            )
+        return value
+
     @model_validator(mode="after")
     def _network_is_kept(self) -> KvTransferConfig:
         if self.network == "rdma" and self.transport == "gloo":
             raise ValueError("network is rdma, and transport gloo is TCP; set transport to nixl")
+        if self.network == "rdma" and self.transport == "shared_memory":
+            raise ValueError(
+                "network is rdma, and transport shared_memory uses no network; set transport to "
+                "nixl, or to auto, where workers of one host may share memory"
+            )
         return self
 
 

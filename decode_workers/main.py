@@ -87,6 +87,7 @@ async def serve(
         metrics=parts.metrics,
         faults=parts.faults,
         host=host,
+        on_fatal=parts.inbox.fail,
         copy_blocks=native_copies(),
     )
     receiver = ends.receiver(on_ready=on_ready, on_failed=on_failed, on_drained=on_drained)

@@ -44,6 +44,7 @@ from kv_transfer.transports import nixl_links
 from kv_transfer.transports.base import LinkError, Operation, PullLink, PullTransport, Quiescence
 from kv_transfer.transports.gloo_links import GlooPull
 from kv_transfer.transports.shared_memory import SharedMemoryPull
+from kv_transfer.usable_transports import TransportsByPeer
 from kv_transfer.v1 import transfer_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,10 @@ class _Transfer:
     """What a failure counts as, where it is no error: cancelled (by the peer), late, connecting."""
 
 
+def only_logged(error: BaseException) -> None:
+    """Where there is no worker to end."""
+
+
 class KvReceiver:
     """The decode side of the hand-off. All methods and callbacks: on the event loop.
 
@@ -76,6 +81,9 @@ class KvReceiver:
         on_ready: (key, first_token_id, first_position, num_received_tokens,
             first_logprobs); the blocks are good, and the caller's.
         on_failed: (key, error); the transfer never becomes ready.
+        on_fatal: (error), from another thread, before any callback that follows from it: nobody
+            knows any more what is still written, so no block may be used from then on, whatever
+            callbacks say; the process has to end.
         on_drained: (key), exactly once after ``on_failed`` or ``cancel``: nothing
             writes the blocks any more. Until then they must not be reused.
 
@@ -99,6 +107,7 @@ class KvReceiver:
         on_ready: Callable[[TransferKey, int, int, int, TokenLogprobs | None], None],
         on_failed: Callable[[TransferKey, BatonError], None],
         on_drained: Callable[[TransferKey], None],
+        on_fatal: Callable[[BaseException], None] = only_logged,
         host: str = "127.0.0.1",
         copy_blocks: CopyBlocks | None = None,
         outcomes: Callable[[str], Counter] | None = None,
@@ -130,6 +139,7 @@ class KvReceiver:
                 host=host,
                 config=config,
                 faults=faults,
+                on_fatal=on_fatal,
             ),
             GlooPull(pool=pool, memory=memory, host=host, timeout_s=timeout_s, faults=faults),
         ]
@@ -141,6 +151,7 @@ class KvReceiver:
             session=session,
             faults=faults,
             transports={each.name: each for each in transports},
+            usable=TransportsByPeer(handshake.allowed_transports(config)),
             idle_s=idle_s,
         )
         self._peers: dict[tuple[str, bytes], PrefillPeer] = {}

@@ -43,6 +43,8 @@ class HandoffEnds:
     session: SessionConfig
     metrics: WorkerMetrics
     faults: Faults
+    on_fatal: Callable[[BaseException], None]
+    """See ``KvReceiver``."""
     host: str = "127.0.0.1"
     copy_blocks: CopyBlocks | None = None
     """What receivers copy whole blocks with, where they can read the sender's memory."""
@@ -69,6 +71,7 @@ class HandoffEnds:
             **self._common(),
             session=self.session,
             copy_blocks=self.copy_blocks,
+            on_fatal=self.on_fatal,
             faults=self.faults,
             on_ready=on_ready,
             on_failed=on_failed,
@@ -83,6 +86,7 @@ class HandoffEnds:
             **self._common(),
             session=self.session,
             copy_blocks=self.copy_blocks,
+            on_fatal=self.on_fatal,
             faults=self.faults.named("decode", "pull"),
             outcomes=self.metrics.pulls,
             on_ready=on_ready,

@@ -2,7 +2,8 @@
 
 1. Wanted: a transfer waits for it. Connecting is tried with back-off until none does.
 2. Greeting: PeerHello and PeerWelcome, then the transport's link. Under "auto",
-   a link that fails is followed by a handshake without its transport.
+   a link that fails is followed by a handshake without its transport, for a while: once no
+   transfer is under way, a stream over another is let go then.
 3. Up: messages flow. It ends when either side, the network or the link fails, and
    then counts as wanted anew if transfers wait.
 4. Idle for ``idle_s`` without transfers, or refused for good: gone.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +30,7 @@ from kv_transfer.keys import TransferKey
 from kv_transfer.stream import PullStream, RefusedError
 from kv_transfer.transports import shared_memory
 from kv_transfer.transports.base import LinkError, PullLink, PullTransport
+from kv_transfer.usable_transports import TransportsByPeer
 from kv_transfer.v1 import transfer_pb2 as pb
 from kv_transfer.v1.transfer_pb2_grpc import TransferStub
 
@@ -65,6 +68,7 @@ class PeerSettings:
     session: SessionConfig
     faults: Faults
     transports: dict[str, PullTransport]
+    usable: TransportsByPeer
     idle_s: float
 
 
@@ -91,7 +95,7 @@ class PrefillPeer:
         """Set while the stream is up."""
         self._settings = settings
         self._owner = owner
-        self._names = list(handshake.allowed_transports(settings.config))
+        self._usable = settings.usable.of((address, epoch))
         self._num_transfers = 0
         self._stream: PullStream | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -123,7 +127,8 @@ class PrefillPeer:
             self._idle_timer.cancel()
         if self._num_transfers == 0 and self.link is not None:
             loop = asyncio.get_running_loop()
-            self._idle_timer = loop.call_later(self._settings.idle_s, self._let_stream_go)
+            idle_s = 0.0 if self._usable.is_one_due else self._settings.idle_s
+            self._idle_timer = loop.call_later(idle_s, self._let_stream_go)
 
     def _let_stream_go(self) -> None:
         self.link = None  # a transfer that begins now waits for the next stream
@@ -173,6 +178,7 @@ class PrefillPeer:
         link: PullLink | None = None
         try:
             link = await self._greet(stream)
+            self._usable.works(link.name)
             self._stream, self.link = stream, link
             self._owner.peer_up(self)
             self._watch_idleness()
@@ -191,16 +197,19 @@ class PrefillPeer:
         try:
             async with asyncio.timeout(settings.config.attach_s):
                 await settings.faults.wait("decode.greet")
-                welcome = await stream.greet(handshake.make_hello(settings.identity, self._names))
+                names = self._usable.names()
+                welcome = await stream.greet(handshake.make_hello(settings.identity, names))
                 await settings.faults.wait("decode.link")
-                return await self._connect(stream, welcome)
+                return await self._connect(stream, welcome, names)
         except TimeoutError:
             waited = f"did not answer in {settings.config.attach_s:g} s"
             raise TransferError(f"{self._named()} {waited}") from None
 
-    async def _connect(self, stream: PullStream, welcome: pb.PeerWelcome) -> PullLink:
+    async def _connect(
+        self, stream: PullStream, welcome: pb.PeerWelcome, offered: Sequence[str]
+    ) -> PullLink:
         settings = self._settings
-        name = self._chosen(welcome)
+        name = self._chosen(welcome, offered)
         peer_layout = handshake.layout_of(welcome, settings.identity)
         try:
             return await settings.transports[name].connect(
@@ -209,15 +218,15 @@ class PrefillPeer:
         except LinkError as error:
             if stream.over:
                 raise await stream.status() from error
-            if name != self._names[-1]:
-                self._names.remove(name)
+            if name != offered[-1]:
+                self._usable.leave_out(name, str(error))
                 raise _NextTransportError(f"{name} does not work: {error}") from error
             failure = IncompatiblePeerError(f"{self._named()}: {name} does not work: {error}")
             if name == shared_memory.NAME:
                 raise RefusedError(failure) from error
             raise failure from error
 
-    def _chosen(self, welcome: pb.PeerWelcome) -> str:
+    def _chosen(self, welcome: pb.PeerWelcome, offered: Sequence[str]) -> str:
         """The transport, if the peer is the right one. Raises RefusedError."""
         if welcome.epoch != self.epoch:
             raise RefusedError(TransferError(f"{self._named()} restarted: its epoch differs"))
@@ -226,8 +235,8 @@ class PrefillPeer:
             welcome, settings.identity, worker_id=self.worker_id, verify=settings.config.verify
         )
         name = welcome.WhichOneof("transport")
-        if reason is None and name not in self._names:
-            reason = f"it chose transport {name}, {' and '.join(self._names)} were offered"
+        if reason is None and name not in offered:
+            reason = f"it chose transport {name}, {' and '.join(offered)} were offered"
         if reason is not None:
             raise RefusedError(IncompatiblePeerError(f"{self._named()}: {reason}"))
         assert name is not None

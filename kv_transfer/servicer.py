@@ -24,6 +24,7 @@ from kv_transfer.connection import DecodeConnection
 from kv_transfer.keys import TransferKey
 from kv_transfer.transports import shared_memory
 from kv_transfer.transports.base import LinkError, ServeLink, ServeTransport
+from kv_transfer.usable_transports import UsableTransports
 from kv_transfer.v1 import transfer_pb2 as pb
 from kv_transfer.v1.transfer_pb2_grpc import TransferServicer
 
@@ -51,6 +52,7 @@ class PullServicer(TransferServicer):
         self._identity = identity
         self._config = config
         self._transports = dict(transports)
+        self._usable = UsableTransports(tuple(transports))
         self._faults = faults
         self._received = received
         self._held_back = held_back
@@ -63,7 +65,7 @@ class PullServicer(TransferServicer):
     async def start(self) -> None:
         """Raises ConfigurationError where a transport that is required cannot work."""
         required = handshake.required_transports(self._config)
-        for name, transport in list(self._transports.items()):
+        for name, transport in self._transports.items():
             if name not in (shared_memory.NAME, *required):
                 continue  # made ready when first used: most clusters never do
             try:
@@ -72,7 +74,7 @@ class PullServicer(TransferServicer):
                 if name in required:
                     raise ConfigurationError(f"kv_transfer requires {name}: {error}") from error
                 logger.warning("%s: no %s here: %s", self._identity.worker_id, name, error)
-                del self._transports[name]
+                self._usable.remove(name)
         self._started = True
 
     async def close(self) -> None:
@@ -146,8 +148,10 @@ class PullServicer(TransferServicer):
     ) -> ServeLink:
         """A link over the first transport that works for both."""
         while True:
-            allowed = tuple(self._transports)
+            allowed = self._usable.names()
             name, reason = handshake.choose_transport(hello, self._identity, allowed)
+            if name is None and self._usable.reason:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, self._usable.reason)
             if name is None:
                 logger.warning("refused %s: %s", hello.worker_id, reason)
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
@@ -159,7 +163,7 @@ class PullServicer(TransferServicer):
                 if name == allowed[-1]:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
                 logger.warning("%s: no %s here: %s", self._identity.worker_id, name, error)
-                self._transports.pop(name, None)
+                self._usable.leave_out(name, str(error))
 
     async def _read(self, connection: DecodeConnection, context: Context) -> None:
         """An empty reason means that the peer closed the stream in order."""

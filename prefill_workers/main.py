@@ -79,6 +79,7 @@ async def serve(
         metrics=parts.metrics,
         faults=parts.faults,
         host=host,
+        on_fatal=parts.inbox.fail,
         copy_blocks=native_copies(),
     )
     sender = ends.sender(on_freed=on_freed)

@@ -26,6 +26,14 @@ class Inbox:
         """Has the engine thread call ``function(*args)``; returns at once."""
         self._queue.put(lambda: function(*args))
 
+    def fail(self, error: BaseException) -> None:
+        """Has the engine thread die of ``error``, and the worker with it; returns at once."""
+
+        def die() -> None:
+            raise error
+
+        self._queue.put(die)
+
     def call(self, function: Callable[..., Any], *args: Any) -> None:
         """Has the event loop call ``function(*args)``; returns at once."""
         if not self._loop.is_closed():

@@ -166,6 +166,7 @@ class NixlPull(PullTransport):
     Args:
         name: of this process's agent.
         host: this process's own address.
+        on_fatal: see ``Reader``.
     """
 
     name: ClassVar[str] = NAME
@@ -179,13 +180,15 @@ class NixlPull(PullTransport):
         host: str,
         config: KvTransferConfig,
         faults: Faults,
+        on_fatal: Callable[[BaseException], None],
     ) -> None:
         self._pool = pool
         self._timeout_s = config.operation_s
         self._faults = faults
         self._closed: _Answer[None] | None = None
         self._reader = Reader(
-            partial(_make_agent, name, pool.layout, memory, host, config, serves=False)
+            partial(_make_agent, name, pool.layout, memory, host, config, serves=False),
+            on_fatal=on_fatal,
         )
 
     async def start(self) -> None:

@@ -16,6 +16,7 @@ without an answer: UCX has been seen to lose one.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 
 from kv_transfer.transports.base import LinkError
 from kv_transfer.transports.nixl import Agent, InDoubtError, Runs
+
+logger = logging.getLogger(__name__)
 
 _PAUSES_S = (50e-6, 1e-3)
 _TIDY_S = 1.0
@@ -76,10 +79,16 @@ class Reader:
 
     Args:
         make: makes the agent, in the thread. Raises LinkError.
+        on_fatal: called, in the thread, when it fails of an error that nobody has foreseen. It
+            has to see to it that no block is used any more: what was being read into may still
+            be written, and nobody knows until when, though all is told to have ended then.
     """
 
-    def __init__(self, make: Callable[[], Agent]) -> None:
+    def __init__(
+        self, make: Callable[[], Agent], *, on_fatal: Callable[[BaseException], None]
+    ) -> None:
         self._make = make
+        self._on_fatal = on_fatal
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed: Callable[[], None] | None = None
@@ -142,6 +151,20 @@ class Reader:
         return self._made
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            logger.exception("the thread that reads over NIXL failed")
+            self._on_fatal(error)
+            self._end_all(error)
+            while self._closed is None:
+                self._jobs.get()()
+                self._end_all(error)
+        assert self._closed is not None
+        self._closed()
+
+    def _serve(self) -> None:
+        """Until it is closed, and nothing reads any more."""
         pause_s = _PAUSES_S[0]
         while self._closed is None or self._posts or self._is_reading or self._doubts:
             moved = self._do_jobs(pause_s)
@@ -153,7 +176,20 @@ class Reader:
             pause_s = _PAUSES_S[0] if moved else min(2 * pause_s, _PAUSES_S[1])
         if self._made is not None:
             self._made.close()
-        self._closed()
+
+    def _end_all(self, error: Exception) -> None:
+        """So that nobody waits for what nobody looks after any more."""
+        for _, _, finished in self._posts:
+            finished(error)
+        for read in self._reads:
+            if not read.is_probe:
+                read.finished(error)
+        for finished, doubt in self._doubts:
+            finished(doubt)
+        for wish in self._wishes:
+            wish.made(LinkError(f"the thread that reads over NIXL failed: {error!r}"))
+        for waiting in (self._posts, self._reads, self._doubts, self._wishes):
+            waiting.clear()
 
     @property
     def _is_reading(self) -> bool:
@@ -179,6 +215,9 @@ class Reader:
             self._made = self._made or self._make()
         except LinkError as error:
             return error
+        except Exception as error:
+            logger.exception("NIXL's agent cannot be made")
+            return LinkError(f"NIXL's agent cannot be made: {error!r}")
         return None
 
     def _ask(self) -> bool:

@@ -12,7 +12,7 @@ import mmap
 import os
 import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ClassVar
 
 from baton.errors import TransferError
@@ -123,6 +123,7 @@ class SharedMemoryPull(PullTransport):
         self._timeout_s = timeout_s
         self._faults = faults
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
+        self._mapper = ThreadPoolExecutor(1, thread_name_prefix="kv-map")
 
     async def connect(
         self,
@@ -136,14 +137,16 @@ class SharedMemoryPull(PullTransport):
         descriptor, connection = await fetch_memory(
             offered.socket_path, secret=self._secret, timeout_s=self._timeout_s
         )
+        mapping: Future[mmap.mmap] | None = None
         try:
-            memory = await asyncio.get_running_loop().run_in_executor(
-                None, _map_and_close, descriptor, offered.num_bytes
-            )
+            mapping = self._mapper.submit(_map_and_close, descriptor, offered.num_bytes)
+            memory = await asyncio.wrap_future(mapping)
         except (OSError, ValueError) as error:
             connection.close()
             raise LinkError(f"the peer's memory cannot be mapped: {error}") from error
         except BaseException:
+            if mapping is None or mapping.cancel():  # it has not begun, and never will
+                os.close(descriptor)
             connection.close()
             raise
         return SharedMemoryPullLink(
@@ -157,6 +160,7 @@ class SharedMemoryPull(PullTransport):
 
     async def close(self) -> None:
         self._executor.shutdown(wait=False)
+        self._mapper.shutdown(wait=False)
 
 
 def _map_and_close(descriptor: int, num_bytes: int) -> mmap.mmap:

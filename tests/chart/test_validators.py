@@ -42,7 +42,12 @@ MISFITS: dict[str, list[tuple[Json, Json, str]]] = {
             {"kv_transfer": {"network": "rdma", "transport": "gloo"}},
             {"config": {"kv_transfer": {"network": "rdma", "transport": "gloo"}}},
             "network is rdma, and transport gloo is TCP; set transport to nixl",
-        )
+        ),
+        (
+            {"kv_transfer": {"network": "rdma", "transport": "shared_memory"}},
+            {"config": {"kv_transfer": {"network": "rdma", "transport": "shared_memory"}}},
+            "network is rdma, and transport shared_memory uses no network; set transport to nixl",
+        ),
     ],
     "SessionConfig._reports_in_time": [
         (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -13,12 +15,17 @@ import pytest
 
 from baton.config import KvTransferConfig, SessionConfig
 from baton.errors import BatonError, IncompatiblePeerError
+from baton.faults import Faults
 from baton.kv_layout import KvLayout
 from baton.protocol import PROTOCOL_VERSION
 from kv_transfer import handshake, peer
+from kv_transfer.blocks import PoolView
 from kv_transfer.keys import TransferKey
+from kv_transfer.memory import KvMemory
 from kv_transfer.transports import memory_socket, nixl_links, shared_memory
 from kv_transfer.transports.base import LinkError
+from kv_transfer.transports.rendezvous import Rendezvous
+from kv_transfer.v1 import transfer_pb2 as pb
 from tests.support import handoff
 from tests.support.handoff import (
     LAYOUT,
@@ -191,6 +198,68 @@ async def test_shared_memory_that_does_not_work_gives_way_to_the_next(
     forced = await decode_in(ends, SHARED)
     error = await refusal(await prefill_in(ends, SHARED), forced)
     assert "shared_memory does not work: no such socket" in error.message
+
+
+async def test_a_transport_that_failed_is_tried_again_after_a_while(
+    ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stream that is busy too, once no transfer is under way."""
+    monkeypatch.setattr(nixl_links, "installed", lambda: False)
+    fetch_memory, tries = shared_memory.fetch_memory, []
+
+    async def fails_once(*args: object, **kwargs: object) -> object:
+        tries.append(args)
+        if len(tries) == 1:
+            raise LinkError("the machine was busy")
+        return await fetch_memory(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shared_memory, "fetch_memory", fails_once)
+    prefill, decode = await prefill_in(ends, AUTO), await decode_in(ends, AUTO)
+    name = "baton_kv_handoff_bytes_total"
+    for number in (1, 2):
+        await hand_over(prefill, decode, number)
+    assert sample(decode.registry, name, transport="gloo") == 2 * 6 * LAYOUT.token_bytes
+    [own] = decode.receiver._peers.values()
+    for failure in own._usable._failures.values():
+        failure.until = 0.0
+    await hand_over(prefill, decode, 3)  # over what there is; then it is let go
+    await until(lambda: not decode.receiver._peers)
+    await hand_over(prefill, decode, 4)
+    assert sample(decode.registry, name, transport="shared_memory") == 6 * LAYOUT.token_bytes
+
+
+async def test_memory_that_nobody_came_to_map_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handshake was given up while the thread that maps was at another's."""
+    ours, theirs = socket.socketpair()
+    descriptor = os.open("/dev/null", os.O_RDONLY)
+
+    async def fetched(*_: object, **__: object) -> tuple[int, socket.socket]:
+        return descriptor, ours
+
+    monkeypatch.setattr(shared_memory, "fetch_memory", fetched)
+    memory = KvMemory(LAYOUT.num_bytes)
+    pool = PoolView(LAYOUT, memory.buffer)
+    pull = shared_memory.SharedMemoryPull(
+        pool=pool, secret=SECRET, timeout_s=5, faults=Faults(None, "decode-0")
+    )
+    offered = pb.PeerWelcome(shared_memory=pb.SharedMemory(num_bytes=LAYOUT.num_bytes))
+    go_on = threading.Event()
+    pull._mapper.submit(go_on.wait, 10)
+    try:
+        connecting = asyncio.create_task(
+            pull.connect(offered, LAYOUT, lambda _: None, Rendezvous(lambda *_: None))
+        )
+        await asyncio.sleep(0.05)
+        connecting.cancel()
+        await asyncio.wait([connecting])
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+        assert ours.fileno() == -1
+    finally:
+        go_on.set()
+        await pull.close()
+        theirs.close()
+        memory.close()
 
 
 async def test_forced_transports_that_differ_are_refused(ends: contextlib.AsyncExitStack) -> None:

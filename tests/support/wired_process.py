@@ -35,6 +35,7 @@ from decode_workers.scheduler import DecodeScheduler
 from engine.kv_cache.kv_cache import KvCache
 from kv_transfer import peer
 from kv_transfer.keys import TransferKey
+from kv_transfer.usable_transports import UsableTransports
 from prefill_workers.scheduler import PrefillScheduler
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class PrefillProcess(Process):
         with self.loop.running():
             sender = world.classes["sender"](**self.handoff_args, on_freed=self._freed)
             sender._servicer._transports = {TRANSPORT: MemoryServe()}
+            sender._servicer._usable = UsableTransports([TRANSPORT])
         self.sender = sender
         sender.register(self)
         scheduler = PrefillScheduler(self.kv, **LIMITS)

@@ -232,6 +232,7 @@ class WorkerPair:
             session=SessionConfig(),
             metrics=rig.metrics,
             faults=faults or rig.faults,
+            on_fatal=rig.inbox.fail,
             copy_blocks=native_copies(),
         )
 

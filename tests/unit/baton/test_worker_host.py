@@ -17,6 +17,7 @@ from support.redis_server import RedisServer
 from baton.config import BatonConfig, parse_config
 from baton.errors import BatonError, ConfigurationError, InternalError
 from baton.records import WorkerRecord, worker_key
+from baton.worker.engine_thread import EngineThread
 from baton.worker.host import Identity, WorkerHost
 from baton.worker.inbox import Inbox
 from cluster.redis_server import free_port
@@ -237,3 +238,16 @@ async def test_engine_that_dies_while_its_worker_leaves_ends_it_at_once(redis_ur
             worker.dies = True
             await asyncio.wait({life}, timeout=15)
             assert life.done()
+
+
+async def test_what_fails_outside_the_engine_ends_it_before_it_hears_of_anything_else() -> None:
+    loop = asyncio.get_running_loop()
+    inbox, died = Inbox(loop), loop.create_future()
+    thread = EngineThread(inbox, step=lambda: False, on_fatal=died.set_result)
+    thread.start()
+    error, heard = OSError("a card is gone"), []
+    inbox.fail(error)
+    inbox.post(heard.append, "later")
+    assert await asyncio.wait_for(died, 10) is error
+    thread.stop(timeout_s=10)
+    assert not heard

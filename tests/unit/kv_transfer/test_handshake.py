@@ -128,9 +128,19 @@ def test_auto_allows_what_is_installed_and_no_tcp_where_rdma_is_required(
     assert handshake.required_transports(rdma) == ("nixl",)
 
 
-def test_rdma_over_gloo_is_refused() -> None:
-    with pytest.raises(ValidationError, match="transport gloo is TCP"):
-        KvTransferConfig(transport="gloo", network="rdma")
+@pytest.mark.parametrize(
+    ("transport", "why"),
+    [("gloo", "gloo is TCP"), ("shared_memory", "shared_memory uses no network")],
+)
+def test_rdma_over_what_is_none_is_refused(transport: str, why: str) -> None:
+    with pytest.raises(ValidationError, match=f"transport {why}; set transport to nixl"):
+        KvTransferConfig.model_validate({"transport": transport, "network": "rdma"})
+
+
+@pytest.mark.parametrize("transport", ["nccl", "cuda_ipc"])
+def test_transports_between_gpus_are_refused_by_name(transport: str) -> None:
+    with pytest.raises(ValidationError, match=f"{transport} is not built: .*hand nothing over"):
+        KvTransferConfig.model_validate({"transport": transport})
 
 
 def test_host_id_is_the_same_in_every_process_of_a_host() -> None:
