@@ -59,18 +59,28 @@ def exact_answers(server: BatonServer, oracle: Oracle) -> list[list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_handoff_from_three_ranks_to_one_is_exact(serving: Serving, oracle: Oracle) -> None:
-    pools = {"prefill": RANKS, "decode": {}}
+@pytest.mark.parametrize(
+    ("pools", "transport"),
+    [
+        ({"prefill": RANKS, "decode": {}}, "shared_memory"),
+        ({"prefill": {}, "decode": RANKS}, "gloo"),
+    ],
+    ids=["three to one", "one to three"],
+)
+def test_handoff_between_three_ranks_and_one_is_exact(
+    serving: Serving, oracle: Oracle, pools: dict[str, dict[str, int]], transport: str
+) -> None:
     server = serving(
         settings={
             "engine": ENGINE,
             "pools": pools,
-            "kv_transfer": {"verify": True},
+            "kv_transfer": {"verify": True, "transport": transport},
             "routing": {"local_prefill_max_tokens": 0},
         }
     )
     exact_answers(server, oracle)
     assert server.metric("baton_kv_handoffs_total", outcome="ready") == len(PROMPTS)
+    assert server.metric("baton_kv_handoff_bytes_total", transport=transport) > 0
 
 
 Started = tuple[BatonServer, list[list[int]]]
