@@ -50,7 +50,7 @@ def prefill_chunks(sequences: SequenceOf[Sequence], budget: int, kv: KvCache) ->
         return num_tokens
 
     if len(sequences) == 1:
-        budget = _even_share(num_left[0], budget, kv.layout.block_size)
+        budget = even_share(num_left[0], budget, kv.layout.block_size)
     reserved = (budget + 1) // 2
     rest = budget - reserved + give(by_rank, reserved)
     give(by_length, rest)
@@ -61,11 +61,12 @@ def prefill_chunks(sequences: SequenceOf[Sequence], budget: int, kv: KvCache) ->
     ]
 
 
-def _even_share(num_tokens: int, budget: int, block_size: int) -> int:
-    """Of a step, in whole blocks where they fit: at least half of the budget, if more is left."""
+def even_share(num_tokens: int, budget: int, block_size: int) -> int:
+    """How many of an input's remaining tokens a step computes where the input is alone: in whole
+    blocks where they fit, at least half of the budget if more is left."""
     num_steps = max(1, -(-num_tokens // max(1, budget)))
     num_blocks = -(-num_tokens // (num_steps * block_size))
-    return min(budget, num_blocks * block_size)
+    return min(budget, num_tokens, num_blocks * block_size)
 
 
 def _leaders(sequences: SequenceOf[Sequence], kv: KvCache) -> list[int]:

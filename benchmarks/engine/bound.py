@@ -7,8 +7,8 @@ together, one of the attention's output, one of gate and up together and one of 
 head's; random weights of the model's shapes, each matrix with memory of its own. They are packed
 for oneDNN, as torch's compiler does it: that is the bound, and no work of ours. What the same
 takes as the engine packs and multiplies them is told beside it. A decode step multiplies every
-matrix by as many rows as there are streams. A prompt goes through in chunks of the engine's size,
-and the head sees its last row alone.
+matrix by as many rows as there are streams. A prompt goes through in the engine's chunks, and the
+head sees its last row alone.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from torch import Tensor
 
 from baton.checkpoint.checkpoint import open_checkpoint
 from baton.checkpoint.model_config import ModelConfig
-from baton.config import DEFAULT_MODEL
+from baton.config import DEFAULT_MODEL, EngineConfig
 from baton.errors import ConfigurationError
 from benchmarks.engine.results import Bound
+from engine.chunked_prefill import even_share
 from engine.layers import Linear
 from engine.native.kernels import use_kernels
 
@@ -106,6 +107,15 @@ def _decode_ms(products: Products, rows: int) -> float:
     return round(median_ms(partial(products.step, inputs, rows), repeats=30), 3)
 
 
+def chunks_of(num_tokens: int, chunk: int) -> list[int]:
+    """How the engine cuts a prompt that is alone, at most ``chunk`` tokens a step."""
+    found: list[int] = []
+    while num_tokens:
+        found.append(even_share(num_tokens, chunk, EngineConfig().block_size))
+        num_tokens -= found[-1]
+    return found
+
+
 def measure(
     model: str, *, rows: Sequence[int], num_prompt_tokens: int, chunk: int, threads: int
 ) -> Bound:
@@ -113,8 +123,7 @@ def measure(
     use_kernels("auto")
     config = open_checkpoint(model).config
     products, own = Products(config, by_onednn), Products(config, Linear)
-    chunks = [min(chunk, num_prompt_tokens - at) for at in range(0, num_prompt_tokens, chunk)]
-    inputs = [products.inputs(length) for length in chunks]
+    inputs = [products.inputs(length) for length in chunks_of(num_prompt_tokens, chunk)]
 
     def prompt(products: Products) -> None:
         for number, each in enumerate(inputs, 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -80,26 +80,35 @@ class Results(KeptResults):
 
 def section(results: Results, plot: Path) -> str:
     rows: list[Sequence[str]] = [("streams", "context", "step, ms", "bound, ms", "step / bound")]
-    for batch in results.batches:
-        own = results.by_context(batch)
-        for step in (own[0], own[-1]):
-            bound_ms = results.bound_ms(step.rows, step.context)
-            rows.append(
-                (
-                    str(step.rows), f"{step.context:,}", f"{step.ms:.1f}", f"{bound_ms:.1f}",
-                    f"{step.ms / bound_ms:.2f}",
-                )
-            )  # fmt: skip
+    for step in _ends(results):
+        bound_ms = results.bound_ms(step.rows, step.context)
+        rows.append(
+            (
+                str(step.rows), f"{step.context:,}", f"{step.ms:.1f}", f"{bound_ms:.1f}",
+                f"{step.ms / bound_ms:.2f}",
+            )
+        )  # fmt: skip
     setting = (
         f"{results.measured.sentence} Steps of one engine in a process of its own, with the CPU "
-        "kernels. The *bound* is the matrix products alone at as many rows, packed "
-        f"{results.bound.packed}, and the KV of all "
+        "kernels. The *bound*, dotted in the plots, is the matrix products alone at as many rows, "
+        f"packed {results.bound.packed}, and the KV of all "
         f"contexts ({results.token_bytes:,} bytes a token) read at the "
         f"{results.bound.copy_gb_s:.0f} GB/s at which memory was copied. Memory is that of a "
         "worker that has just come up (PSS): its KV cache is taken at once, "
         f"{results.block_bytes:,} bytes a block."
     )
     return f"{setting}\n\n![Steps and memory](benchmarks/{plot.name})\n\n{markdown_table(rows)}"
+
+
+def _ends(results: Results) -> Iterator[Step]:
+    """The shortest and the longest context of each batch, and the largest batch."""
+    for batch in results.batches:
+        first, *_, last = results.by_context(batch)
+        yield first
+        yield last
+    largest = results.by_rows(results.batch_context)[-1]
+    if largest.rows not in results.batches:
+        yield largest
 
 
 def draw(results: Results, path: Path) -> None:

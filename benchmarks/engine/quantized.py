@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shlex
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ import psutil
 
 from baton.config import EngineConfig
 from baton.errors import BatonError
+from baton.worker.environment import worker_environment
 from benchmarks import page
 from benchmarks.engine.steps import SteppedEngine
 from benchmarks.measured import Measured, measured_now
@@ -104,6 +106,7 @@ def measured_apart(quantization: str) -> Sample:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.engine.quantized", "--one", quantization],
         check=True, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, **worker_environment(os.environ)},
     )  # fmt: skip
     return Sample(**json.loads(done.stdout))
 

@@ -14,6 +14,7 @@ DECODE_GOAL = 1.5
 """A decode step's time over that of its matrix products, at most."""
 PROMPT_GOAL = 0.7
 """The matrix products' time over a prompt's TTFT, at least."""
+_WHY = "where the time and the memory go is in [ADR 14](adr/0014-cpu-kernels.md)."
 OUTSIDE_GOAL_MS = 1.0
 """Of a decode step, besides the model, at most."""
 
@@ -78,6 +79,8 @@ def section(results: Results) -> str:
         f"{' to '.join(str(n) for n in (prompts[0], prompts[-1]))} tokens is asked on an idle "
         "server. The *bound* is what the model's matrix products alone take at as many rows, "
         f"packed {results.bounds[0].packed}, by the same number of threads, in the same minutes; "
+        "*tokens/s* are the streams over their step, so what a server decodes while nobody asks "
+        "for a prompt; "
         "times are medians of "
         f"{len(results.bounds)} rounds in which all take turns. Memory was copied at "
         f"{copied:.0f} GB/s (read and written)."
@@ -147,7 +150,9 @@ def _beside_own_products(results: Results) -> str:
         results.ms(BATON, streams) / ms for streams, ms in zip(results.loads, own_ms, strict=True)
     ]
     return (
-        f"The engine's own products alone take {listed([f'{ms:.1f}' for ms in own_ms])} ms, and "
+        "Goals count from the library's products, which are no work of Baton's. The engine's own "
+        "alone take "
+        f"{listed([f'{ms:.1f}' for ms in own_ms])} ms, and "
         f"{own_prompt_ms:.0f} for the prompt: beside those a step takes "
         f"{listed([f'{ratio:.2f}' for ratio in ratios])}, and a prompt goes at "
         f"{own_prompt_ms / results.ms(BATON, 0):.2f}."
@@ -165,8 +170,10 @@ def outside(results: Results) -> str:
         said = "reached" if ms <= OUTSIDE_GOAL_MS else "missed"
         parts.append(f"{ms:.2f} ms {sampling} ({draw_ms:.2f} of them for the draw: {said})")
     return (
-        f"Besides the model (scheduling, tables, sampling, token events) a step at {rows} takes "
-        f"{'; '.join(parts)}. The goal is {OUTSIDE_GOAL_MS:g} ms."
+        f"Besides the model (scheduling, tables, sampling, making the events of tokens) a step at "
+        f"{rows} takes {'; '.join(parts)}. The goal is {OUTSIDE_GOAL_MS:g} ms. Sending the events "
+        "to gateways is not in it: the worker's event loop does that beside the next step, and "
+        "what it takes from that one is in the times over HTTP alone."
     )
 
 
@@ -175,7 +182,9 @@ def beside_peer(results: Results, peer: str, goals: _Goals) -> str:
     ratios = _ratios(results, peer, goals)
     heads = ("", goals.own, peer, "ratio", "goal", "")
     missed = [ratio.what for ratio in ratios if ratio.missed]
-    said = f"Missed beside *{peer}*: {', '.join(missed)}." if missed else "No goal is missed."
+    said = (
+        f"Missed beside *{peer}*: {', '.join(missed)}; {_WHY}" if missed else "No goal is missed."
+    )
     return f"{markdown_table([heads, *(ratio.cells for ratio in ratios)])}\n\n{said}"
 
 

@@ -22,6 +22,7 @@ import torch
 from tokenizers import Tokenizer
 
 from baton.config import BatonConfig, EngineConfig
+from engine.chunked_prefill import even_share
 from engine.engine import Engine, Scheduled
 from engine.sampling.params import SamplingParams
 from engine.sequence import Sequence
@@ -133,7 +134,8 @@ class SteppedEngine:
         """Up to and with the first sampled token."""
         assert self._engine.kv.ensure_blocks(sequence, sequence.num_tokens)
         while sequence.num_emitted_tokens == 0:
-            self._engine.step([Scheduled(sequence, min(self._chunk, sequence.num_remaining))])
+            share = even_share(sequence.num_remaining, self._chunk, self._plan.layout.block_size)
+            self._engine.step([Scheduled(sequence, share)])
 
     def _sequence(self, num_tokens: int) -> Sequence:
         return self._of(self._rng.choices(_VOCABULARY, k=num_tokens))

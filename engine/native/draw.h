@@ -1,10 +1,10 @@
 // The next token of each row of logits: the highest, or one drawn. draw.py is its only caller and
 // engine/sampling/draw.py says what is drawn from.
 //
-// A row is read once for the highest logit of each block, unless the head's product has told it, and
-// once for the sum of each block's weights; then one block is looked through. Under top_k or top_p only candidates are, which the
-// blocks' maxima or the sum tell from the rest. Sums are float64, in an order that depends on the
-// row alone.
+// A row is read once for the highest logit of each block, unless the head's product has told it,
+// and once for the sum of each block's weights; then one block is looked through. Under top_k or
+// top_p only candidates are, which the blocks' maxima or the sum tell from the rest. Sums are
+// float64, in an order that depends on the row alone.
 
 #pragma once
 

@@ -14,6 +14,10 @@
 #include "layers.h"
 #include "products.h"
 
+#ifdef __AVX512BF16__
+static_assert(kPanel == kTold, "products.h tells the highest logit of each panel");
+#endif
+
 #define BATON_ENTRIES(SUFFIX, T)                                                                 \
   extern "C" void add_rms_norm_##SUFFIX(float* x, const T* delta, const float* weight,           \
                                         float eps, T* out, int64_t rows, int64_t features,       \

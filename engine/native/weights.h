@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kColumns = 256;  // of a block
 constexpr int64_t kTold = 32;      // columns whose highest logit products.h can tell
+static_assert(kColumns % kTold == 0);
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLeastTemperature = 1e-30f;  // as with torch
 constexpr float kLowest = -87.0f;  // of logarithms of weights; those below are 0

@@ -52,7 +52,7 @@ def test_the_engines_own_products_are_told_beside_the_bound(results: Results) ->
     )
     text = report.section(replace(results, bounds=own))
     assert (
-        "The engine's own products alone take 7.5 and 12.4 ms, and 280 for the prompt: beside "
+        "The engine's own alone take 7.5 and 12.4 ms, and 280 for the prompt: beside "
         "those a step takes 2.00 and 2.50, and a prompt goes at 0.70."
     ) in text
     assert "A step at 1 takes 1.50 of its bound (the goal of 1.5 is reached)." in text
@@ -94,7 +94,7 @@ def test_ratios_to_a_peer_say_which_goals_are_reached(results: Results) -> None:
     assert "| a prompt's TTFT (ms) | 400 | 800 | 0.50 | ≤ 0.75 | reached |" in text
     assert "| start (s) | 4.0 | 40.0 | 0.10 | ≤ 0.2 | reached |" in text
     assert "| memory (MB) | 900 | 1,000 | 0.90 | ≤ 0.5 | missed |" in text
-    assert "Missed beside *vllm*: tokens/s at 32, memory (MB)." in text
+    assert "Missed beside *vllm*: tokens/s at 32, memory (MB); where the time" in text
     assert "| vllm (9.8) | 40.0 |" in text
     assert "vllm" not in report.section(results)
 

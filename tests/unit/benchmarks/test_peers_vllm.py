@@ -84,14 +84,14 @@ def chat(url: str) -> dict:
 
 
 @pytest.mark.usefixtures("program")
-def test_prefill_and_decode_have_a_core_each_and_the_proxy_that_of_prefill(
+def test_prefill_and_decode_have_a_core_each_and_the_proxy_both(
     tmp_path: Path, cores: tuple[int, int]
 ) -> None:
     before = os.sched_getaffinity(0)
     with vllm.disaggregated(tmp_path, cores=cores) as (proxy, prefill, decode):
         told, of_prefill = chat(proxy.url), chat(prefill.url)
         pids = [each.pid for each in (proxy, prefill, decode)]
-        assert psutil.Process(proxy.pid).cpu_affinity() == [cores[0]]
+        assert psutil.Process(proxy.pid).cpu_affinity() == list(cores)
         assert os.sched_getaffinity(0) == before
     assert told["cores"] == [cores[1]]
     assert told["bound"] == str(cores[1])
