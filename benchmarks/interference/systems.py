@@ -1,9 +1,9 @@
 """The systems that are compared, each with the same two cores, and where their processes run.
 
 Everything that is measured, the client included, runs on these two cores, however many the
-machine has. Where Baton's prefill and decode have a core each, whoever else there is shares the core
-of prefill: it has the slack, and a token waits for nobody but its own step. vLLM's prefill has none
-at this load, so that its proxy and the client would starve there: they run on both.
+machine has. Where Baton's prefill and decode have a core each, whoever else there is shares the
+core of prefill: it has the slack, and a token waits for nobody but its own step. vLLM's prefill has
+none at this load, so that its proxy and the client would starve there: they run on both.
 """
 
 from __future__ import annotations
