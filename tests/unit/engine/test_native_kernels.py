@@ -15,8 +15,10 @@ from support.cpu_kernels import computing_with
 from baton.errors import ConfigurationError
 from baton.kv_layout import KvLayout
 from engine.layers import Linear, Rotary, swiglu
+from engine.models.vocabulary import head_of
 from engine.native import build
 from engine.native.kernels import Kernels, Pool, kernels, use_kernels
+from engine.parallel.group import RankGroups
 
 V4 = "abm avx2 bmi1 bmi2 f16c fma movbe avx512f avx512bw avx512cd avx512dq avx512vl"
 
@@ -285,6 +287,19 @@ def test_products_tell_the_highest_of_each_panel(native: Kernels, rows: int, out
     expected = padded.view(rows, -1, 32).amax(dim=-1)
     assert expected[-1, -1].isnan()
     assert torch.equal(highest.nan_to_num(nan=1.0), expected.nan_to_num(nan=1.0))
+
+
+def test_the_head_tells_the_highest_logits_of_every_step(native: Kernels) -> None:
+    """Of more rows than before, and of fewer."""
+    if not has_bfloat16(native):
+        pytest.skip("this processor does not multiply bfloat16")
+    torch.manual_seed(0)
+    head = head_of(torch.randn(500, 70).bfloat16(), RankGroups())
+    for rows in (2, 30, 1):
+        logits = head(torch.randn(rows, 70).bfloat16())
+        padded = torch.nn.functional.pad(logits.values, (0, -500 % 32), value=-torch.inf)
+        assert logits.highest is not None
+        assert torch.equal(logits.highest, padded.view(rows, -1, 32).amax(dim=-1))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 30])
