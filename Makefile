@@ -3,8 +3,7 @@
 #               are passed on, ARGS="-n 0" runs them in one
 # make setup    the set-up alone; PYTHON=python3.12 chooses the interpreter
 # make chaos    outages that take minutes; ARGS="-s" shows what they cost
-# make chaos-handoff  200 seeded kills, stops and delays of workers in the midst of hand-offs, then a kill
-#                  and a stop at each point of pulls the other way (20 minutes);
+# make chaos-handoff  200 seeded kills, stops and delays of workers in the midst of hand-offs (15 minutes);
 #                  each names the command that repeats it; CHAOS_SEED=1 draws others; ARGS="-s" shows each
 # make exhaustive  the cases that make test leaves out: minutes
 # make test-gpu the tests that need a GPU, in .venv or in PYTHON
@@ -50,7 +49,7 @@ chaos: setup
 	@exec $(BIN)/python -m pytest -m chaos $(ARGS)
 
 chaos-handoff: setup
-	@exec $(BIN)/python -m pytest -m "" tests/e2e/test_handoff_faults.py tests/e2e/test_pull_faults.py $(ARGS)
+	@exec $(BIN)/python -m pytest -m "" tests/e2e/test_handoff_faults.py $(ARGS)
 
 exhaustive: setup
 	@exec $(BIN)/python -m pytest -m exhaustive $(ARGS)

@@ -13,22 +13,16 @@ import pytest
 from e2e.conftest import Serving
 from support.server import BatonServer, wait_until
 
-from baton.faults import POINTS
-
 BLOCK_SIZE = 16
 MOST_TRIES = 5
 SLOW = {"action": "delay", "seconds": 1.0}
 """Computing, so that a pull pays, however busy the machine is."""
 PREFILL, DECODE = "prefill-0", "decode-0"
-ONLY_OVER_GLOO = "lend.send"
-POINTS_OF_PULLS = sorted({p for p in POINTS if p.startswith(("lend.", "pull."))} - {ONLY_OVER_GLOO})
-TO_CONNECT = ("greet", "link")
-"""Points that are passed once, when the first pull has two workers connect."""
-USUAL = ("pull.copy", "kill")
 CASES = [
-    pytest.param(point, action, marks=() if (point, action) == USUAL else pytest.mark.exhaustive)
-    for point in POINTS_OF_PULLS
-    for action in ("kill", "stop")
+    ("pull.copy", PREFILL, "kill"),
+    pytest.param("lend.offer", DECODE, "kill", marks=pytest.mark.exhaustive),
+    pytest.param("pull.release", PREFILL, "stop", marks=pytest.mark.exhaustive),
+    pytest.param("lend.commit", DECODE, "stop", marks=pytest.mark.exhaustive),
 ]
 ANSWER: dict[str, Any] = {"max_tokens": 10 * BLOCK_SIZE, "ignore_eos": True}
 
@@ -49,17 +43,6 @@ def all_are_ready(server: BatonServer) -> bool:
     return {w["worker_id"] for w in workers if w["ready"]} == {PREFILL, DECODE}
 
 
-def replace_worker(server: BatonServer, worker_id: str) -> None:
-    """By another process, which no worker has a connection to."""
-    pid = server.worker_pid(worker_id)
-    os.kill(pid, signal.SIGKILL)
-    wait_until(
-        lambda: all_are_ready(server) and server.worker_pid(worker_id) != pid,
-        timeout_s=60,
-        what=f"another {worker_id}",
-    )
-
-
 def second_turn(server: BatonServer, first_token: int) -> list[int]:
     """The prompt of one, whose answer decode alone holds."""
     prompt = [first_token + 3 * token for token in range(5 * BLOCK_SIZE + 3)]
@@ -69,18 +52,13 @@ def second_turn(server: BatonServer, first_token: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("point", "action"), CASES)
+@pytest.mark.parametrize(("point", "victim", "action"), CASES)
 def test_pull_whose_worker_goes_costs_no_token(
-    server: BatonServer, tmp_path: Path, point: str, action: str
+    server: BatonServer, tmp_path: Path, point: str, victim: str, action: str
 ) -> None:
-    victim = DECODE if point.startswith("lend.") else PREFILL
-    case = 2 * POINTS_OF_PULLS.index(point) + (action == "stop")
-    first_token = 1000 + 300 * case  # no prompt begins as another case's
+    first_token = 1000 + 500 * len(point)
     server.inject(prefill__chunk=SLOW)
-    if point.endswith(TO_CONNECT):
-        replace_worker(server, DECODE)
-    else:
-        server.complete(prompt=second_turn(server, first_token), max_tokens=1)
+    server.complete(prompt=second_turn(server, first_token), max_tokens=1)  # workers connect
     reached, pid = tmp_path / "reached", server.worker_pid(victim)
     fault = {"action": action, "worker": victim, "reached": str(reached)}
     server.inject(prefill__chunk=SLOW, **{point.replace(".", "__"): fault})
