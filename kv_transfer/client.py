@@ -67,7 +67,7 @@ class _Transfer:
     """What a failure counts as, where it is no error: cancelled (by the peer), late, connecting."""
 
 
-def only_logged(error: BaseException) -> None:
+def _only_logged(error: BaseException) -> None:
     """Where there is no worker to end."""
 
 
@@ -107,7 +107,7 @@ class KvReceiver:
         on_ready: Callable[[TransferKey, int, int, int, TokenLogprobs | None], None],
         on_failed: Callable[[TransferKey, BatonError], None],
         on_drained: Callable[[TransferKey], None],
-        on_fatal: Callable[[BaseException], None] = only_logged,
+        on_fatal: Callable[[BaseException], None] = _only_logged,
         host: str = "127.0.0.1",
         copy_blocks: CopyBlocks | None = None,
         outcomes: Callable[[str], Counter] | None = None,

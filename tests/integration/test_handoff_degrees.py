@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from support.handoff import sample
-from support.rank_pool import RankPool
+from support.rank_pool import RankPool, one_thread_and_own_cache
 from support.tiny_architectures import VARIANTS, save_variant
 from support.tiny_engine import tokens
 from support.tiny_models import write_tiny_llama
@@ -33,13 +32,8 @@ DEGREES = [(1, 2), (2, 1), (4, 2), (2, 4)]
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One compute thread, and a cache of its own for the ranks' processes too."""
-    before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BATON_CACHE", str(tmp_path_factory.mktemp("cache")))
-        torch.set_num_threads(1)
+    with one_thread_and_own_cache(tmp_path_factory.mktemp("cache")):
         yield
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.model_coverage import (
     GGUF,
     ONE_PROCESS,
@@ -26,7 +25,7 @@ from support.model_coverage import (
     cells,
     table,
 )
-from support.rank_pool import RankPool
+from support.rank_pool import RankPool, one_thread_and_own_cache
 from support.scripts import load, run
 from support.tiny_architecture_gguf import gguf_of
 from support.tiny_architectures import VARIANTS, oracle_logits, save_variant
@@ -81,13 +80,8 @@ class Cluster:
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One compute thread, and a cache of its own for the ranks' processes too."""
-    before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BATON_CACHE", str(tmp_path_factory.mktemp("cache")))
-        torch.set_num_threads(1)
+    with one_thread_and_own_cache(tmp_path_factory.mktemp("cache")):
         yield
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

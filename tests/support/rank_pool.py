@@ -9,6 +9,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pytest
 import torch
 from support.tiny_engine import DOMAIN, kv_layout
 from support.triton_cases import interpreted_or_skip
@@ -76,6 +77,17 @@ def leads(
         if followers is not None:
             followers.close()
         memory.close()
+
+
+@contextlib.contextmanager
+def one_thread_and_own_cache(folder: Path) -> Iterator[None]:
+    """For tests that begin ranks' processes meanwhile, which have the cache too."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BATON_CACHE", str(folder))
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
 
 
 class RankPool:
