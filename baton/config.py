@@ -78,13 +78,14 @@ class ControllerConfig(_Section):
 class EngineConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """Where weights and KV lie and steps are computed. `cuda`: one NVIDIA GPU, in workers that
-    prefill and decode by themselves, since no transport reads a GPU's memory yet; it needs the
-    package triton, on Ray the pool's `num_gpus` (of plain processes one worker may have a GPU), and
-    was never run on a GPU. `auto`: a GPU where there is one and all of this worker is built for it,
-    else the CPU."""
-    experimental: list[Literal["nccl"]] = []
+    prefill and decode by themselves; it needs the package triton, on Ray the pool's `num_gpus` (of
+    plain processes one worker may have a GPU), and was never run on a GPU. `auto`: a GPU where
+    there is one and all of this worker is built for it, else the CPU."""
+    experimental: list[Literal["nccl", "gpu_handoff"]] = []
     """What is written and was never run, and is refused unless it stands here. `nccl`: a GPU for
-    each rank of a worker (`tensor_parallel_size`), with sums over NCCL."""
+    each rank of a worker (`tensor_parallel_size`), with sums over NCCL. `gpu_handoff`: prefill and
+    decode workers of one GPU each, between which KV goes over `cuda_ipc`, `nixl` or `gloo`; plain
+    processes all share the first GPU that they see."""
     gpu_attention: Literal["auto", "triton", "flashinfer"] = "auto"
     """What a GPU computes the attention of prompts with: FlashInfer, or our own Triton kernels.
     `auto`: FlashInfer where it is installed and takes the model's heads. Decoding is always
@@ -180,10 +181,10 @@ class PoolConfig(_Section):
 
 
 class KvTransferConfig(_Section):
-    transport: Literal["auto", "shared_memory", "nixl", "gloo"] = "auto"
-    """How bytes move: `shared_memory` on one host; between hosts `nixl` (RDMA or TCP; needs the
-    package nixl-cu12) or `gloo` (TCP). `auto` takes for each pair of workers the first of these
-    that works for both."""
+    transport: Literal["auto", "shared_memory", "cuda_ipc", "nixl", "gloo"] = "auto"
+    """How bytes move: on one host `shared_memory`, or between GPUs `cuda_ipc` (needs the package
+    cuda-bindings); between hosts `nixl` (RDMA or TCP; needs the package nixl-cu12) or `gloo` (TCP).
+    `auto` takes for each pair of workers the first of these that works for both."""
     network: Literal["any", "rdma"] = "any"
     """What `nixl` may use between hosts. `rdma`: a worker without RDMA refuses to start, and no
     byte of a hand-off goes over TCP."""
@@ -201,10 +202,10 @@ class KvTransferConfig(_Section):
     @field_validator("transport", mode="before")
     @classmethod
     def _is_built(cls, value: object) -> object:
-        if value in ("nccl", "cuda_ipc"):
+        if value == "nccl":
             raise ValueError(
-                f"transport {value} is not built: no transport reads a GPU's memory yet, so "
-                "workers on GPUs hand nothing over; set auto, shared_memory, nixl or gloo"
+                "transport nccl is not built: between GPUs of one host use cuda_ipc, between hosts "
+                "nixl (or auto, which chooses)"
             )
         return value
 
@@ -212,10 +213,10 @@ class KvTransferConfig(_Section):
     def _network_is_kept(self) -> KvTransferConfig:
         if self.network == "rdma" and self.transport == "gloo":
             raise ValueError("network is rdma, and transport gloo is TCP; set transport to nixl")
-        if self.network == "rdma" and self.transport == "shared_memory":
+        if self.network == "rdma" and self.transport in ("shared_memory", "cuda_ipc"):
             raise ValueError(
-                "network is rdma, and transport shared_memory uses no network; set transport to "
-                "nixl, or to auto, where workers of one host may share memory"
+                f"network is rdma, and transport {self.transport} uses no network; set transport "
+                "to nixl, or to auto, where workers of one host may share memory"
             )
         return self
 
@@ -369,15 +370,34 @@ class BatonConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _gpus_hand_nothing_over(self) -> BatonConfig:
-        for name, pool in self.pools.items():
-            device = _overridden(self.engine, pool.engine).device
-            if device == "cuda" and pool.replicas and self.num_replicas("prefill"):
+    def _gpus_can_hand_over(self) -> BatonConfig:
+        if not self.num_replicas("prefill"):
+            return self
+        pools = {name: pool for name, pool in self.pools.items() if pool.replicas}
+        engines = {name: _overridden(self.engine, pool.engine) for name, pool in pools.items()}
+        for name, engine in engines.items():
+            if engine.device != "cuda":
+                continue
+            if "gpu_handoff" not in engine.experimental:
                 raise ValueError(
-                    f"engine.device is cuda in pool {name}, and there is a prefill pool: no "
-                    "transport reads a GPU's memory yet, so nothing could be handed over; start "
-                    "without prefill workers (--prefill 0), or set engine.device: cpu"
+                    f"engine.device is cuda in pool {name}, and there is a prefill pool: handing "
+                    "over a GPU's KV is written and was never run; start without prefill workers "
+                    "(--prefill 0), set engine.device: cpu, or, to try it all the same, "
+                    "engine.experimental: [gpu_handoff]"
                 )
+            if pools[name].parallelism.num_ranks > 1:
+                raise ValueError(
+                    f"pool {name} has several ranks, each with KV on a GPU of its own, and there "
+                    "is a prefill pool: such KV is handed to nobody yet; start without prefill "
+                    "workers (--prefill 0), or give its workers one rank"
+                )
+        devices = {name: engine.device for name, engine in engines.items()}
+        if "cuda" in devices.values() and "cpu" in devices.values():
+            each = ", ".join(f"{device} in {name}" for name, device in devices.items())
+            raise ValueError(
+                f"engine.device differs between pools ({each}): KV goes from GPUs to GPUs, and "
+                "from hosts' memory to hosts' memory; set it for all of them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -400,6 +420,15 @@ class BatonConfig(_Section):
         (pool,) = self.pools.values()
         return pool.parallelism
 
+    @property
+    def _may_hand_over_on_gpus(self) -> bool:
+        """Or hands nothing over."""
+        engines = [_overridden(self.engine, pool.engine) for pool in self.pools.values()]
+        return not self.num_replicas("prefill") or (
+            all("gpu_handoff" in engine.experimental for engine in engines)
+            and all(pool.parallelism.num_ranks == 1 for pool in self.pools.values())
+        )
+
     def for_pool(self, name: str) -> BatonConfig:
         """What the workers of that pool go by; it is the only pool in there.
 
@@ -410,8 +439,8 @@ class BatonConfig(_Section):
             raise ConfigurationError(f"there is no pool {name!r}; there are: {known}")
         pool = self.pools[name]
         engine = _overridden(self.engine, pool.engine)
-        if engine.device == "auto" and self.num_replicas("prefill"):
-            engine = _overridden(engine, {"device": "cpu"})  # no KV leaves or enters a GPU yet
+        if engine.device == "auto" and not self._may_hand_over_on_gpus:
+            engine = _overridden(engine, {"device": "cpu"})
         return self.model_copy(
             update={
                 "engine": engine,

@@ -134,7 +134,7 @@ class WorkerMetrics:
             (transport, direction): handoff_bytes.labels(
                 **labels, transport=transport, direction=direction
             )
-            for transport in ("shared_memory", "nixl", "gloo")
+            for transport in ("shared_memory", "cuda_ipc", "nixl", "gloo")
             for direction in ("sent", "received")
         }
         self.handoff_seconds = Histogram(

@@ -138,7 +138,7 @@ def serve(
     ] = None,
     device: Annotated[
         Device | None,
-        typer.Option(help="What computes; cpu by default. A GPU needs --prefill 0."),
+        typer.Option(help="What computes; cpu by default. A GPU is best tried with --prefill 0."),
     ] = None,
     backend: Annotated[
         Backend | None, typer.Option(help="What runs the workers; ray by default.")

@@ -51,10 +51,14 @@ def sizes_to_begin_with(config: BatonConfig, stored: PoolWishes | None) -> dict[
 
 
 def gpu_conflict(config: BatonConfig, sizes: Mapping[str, int]) -> str | None:
-    """Why workers on such pools could take each other's GPU, in a sentence; None: they do not.
-    Ray shows each process the GPUs that it has given it; plain processes all see the same."""
+    """Why workers on such pools could take each other's GPU, in a sentence; None: they do not, or
+    are meant to. Ray shows each process the GPUs that it has given it; plain processes all see the
+    same, and share it where they are to hand over between them (``gpu_handoff``)."""
+    engines = {name: config.for_pool(name).engine for name in config.pools}
     num_workers = sum(
-        sizes[name] for name in config.pools if config.for_pool(name).engine.device != "cpu"
+        sizes[name]
+        for name, engine in engines.items()
+        if engine.device != "cpu" and "gpu_handoff" not in engine.experimental
     )
     if config.cluster.backend != "processes" or num_workers <= 1:
         return None

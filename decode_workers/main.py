@@ -15,11 +15,19 @@ from decode_workers.scheduler import DecodeScheduler
 from decode_workers.service import DecodeService
 from decode_workers.worker import DecodeWorker
 from engine.native.copies import native_copies
-from engine.setup import plan_engine
+from engine.setup import EnginePlan, plan_engine
 from engine.worker_parts import WorkerParts
 from kv_transfer.ends import HandoffEnds
+from kv_transfer.gpu_memory import GpuMemory
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
+
+
+def _memory(plan: EnginePlan) -> KvMemory | GpuMemory:
+    """The KV pool. Raises ConfigurationError where there is too little memory."""
+    if (on_gpu := plan.gpu_memory()) is not None:
+        return GpuMemory(on_gpu)
+    return KvMemory(plan.layout.num_bytes, sealed=plan.parallel.num_ranks == 1)
 
 
 async def serve(
@@ -39,10 +47,7 @@ async def serve(
     plan = await asyncio.to_thread(
         plan_engine, config, secret=secret, parallel=config.own_parallelism
     )
-    layout = plan.handed_over_layout
-    memory = await asyncio.to_thread(
-        KvMemory, layout.num_bytes, sealed=plan.parallel.num_ranks == 1
-    )
+    memory = await asyncio.to_thread(_memory, plan)
     parts = await WorkerParts.build(
         config,
         plan,
@@ -79,7 +84,7 @@ async def serve(
         epoch=parts.identity.epoch,
         digest=plan.digest,
         generation=config.generation,
-        layout=layout,
+        layout=plan.engine_layout,
         memory=memory,
         secret=secret,
         config=config.kv_transfer,

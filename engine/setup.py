@@ -46,11 +46,12 @@ class EnginePlan:
     gpu: GpuPlan | None = None
     """None: the CPU computes."""
 
-    @property
-    def handed_over_layout(self) -> KvLayout:
-        """Of the memory that others hand KV over to or from. A GPU's is none, but a hand-off has
-        to have some: that of one block, which nobody uses."""
-        return self.layout if self.gpu is None else replace(self.layout, num_blocks=1)
+    def gpu_memory(self) -> torch.Tensor | None:
+        """The pool, on the GPU; None where the host has it.
+
+        Raises ConfigurationError where the GPU has too little memory.
+        """
+        return None if self.gpu is None else self.gpu.memory(self.engine_layout)
 
     @property
     def engine_layout(self) -> KvLayout:
@@ -111,7 +112,7 @@ def plan_engine(
         layout=layout,
         digest=layout.digest(
             weights_revision=checkpoint.revision,
-            # No KV leaves or enters a GPU yet: others' digests are not to match.
+            # No transport leads from a GPU to a host's memory: such digests are not to match.
             generation=config.generation + ("" if device.type == "cpu" else " on a GPU"),
             protocol_version=PROTOCOL_VERSION,
         ),

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import grpc.aio
+import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
 from baton.config import BatonConfig
@@ -57,7 +58,7 @@ async def _in_own_thread(function: Callable[..., T], *args: Any, **kwargs: Any) 
 class Ranks:
     """The ranks of this worker beside this process: their processes, and their work."""
 
-    def __init__(self, task: RankTask, worker_id: str, memory_fd: int) -> None:
+    def __init__(self, task: RankTask, worker_id: str, memory_fd: int | None) -> None:
         """Returns once all have come. Raises ConfigurationError."""
         log_ranks(worker_id, task)
         self._processes = RankProcesses(task.parallel.num_ranks - 1, worker_id=worker_id)
@@ -102,15 +103,15 @@ class WorkerParts:
         cls,
         config: BatonConfig,
         plan: EnginePlan,
-        memory: memoryview,
+        memory: memoryview | torch.Tensor,
         *,
-        memory_fd: int,
+        memory_fd: int | None,
         worker_id: str,
         role: Role,
     ) -> WorkerParts:
         """Loads the weights, in a thread. ``memory`` is the KV pool's, kept by the caller;
-        other ranks have mapped ``memory_fd`` when this returns. On a GPU the pool lies there, and
-        ``memory`` is left alone.
+        other ranks have mapped ``memory_fd`` when this returns. On GPUs it is this rank's own
+        pool, ``plan.gpu_memory``.
 
         Raises CheckpointError for weights that cannot be loaded, ConfigurationError where a GPU
         has too little memory.
@@ -128,7 +129,7 @@ class WorkerParts:
                 plan.checkpoint,
                 dtype=plan.dtype,
                 layout=plan.engine_layout,
-                memory=memory if plan.gpu is None else plan.gpu.memory(plan.engine_layout),
+                memory=memory,
                 domain=plan.domain,
                 threads=plan.threads,
                 cpu_kernels=cpu_kernels,

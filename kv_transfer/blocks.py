@@ -1,4 +1,4 @@
-"""Blocks of a KV pool as arrays of 64-bit words: copying and checksumming them.
+"""Blocks of a KV pool of the host as arrays of 64-bit words: copying and checksumming them.
 
 Words of 8 bytes, because copying is faster with them than byte by byte; all
 operations release the GIL. A whole block is one run of bytes. Of a block that
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,39 @@ def copy_each_block(
         target[block] = source[source_block]
 
 
-class PoolView:
+class CheckedBlocks(ABC):
+    """A pool's blocks by their checksums, wherever it lies."""
+
+    layout: KvLayout
+
+    @abstractmethod
+    def valid_bytes(self, block: int, num_tokens: int) -> memoryview:
+        """Of the first ``num_tokens`` tokens of a block, in the layout's order, contiguous."""
+
+    def verify(self, block: int, num_tokens: int, checksum: int) -> None:
+        """Raises TransferCorruptError unless the valid bytes have this checksum."""
+        found = self.checksum(block, num_tokens)
+        if found != checksum:
+            raise TransferCorruptError(
+                f"block {block} arrived with checksum {found:#010x}, it was {checksum:#010x}"
+            )
+
+    def verify_all(self, blocks: BlockRange) -> None:
+        """``verify`` of each block that the range was copied to, if it has checksums."""
+        if not blocks.checksums:
+            return
+        counts = valid_tokens(blocks.start_token, blocks.end_token, self.layout.block_size)
+        for block, num_tokens, checksum in zip(
+            blocks.blocks, counts, blocks.checksums, strict=True
+        ):
+            self.verify(block, num_tokens, checksum)
+
+    def checksum(self, block: int, num_tokens: int) -> int:
+        """CRC-32 of the valid bytes of a block, in the layout's order."""
+        return zlib.crc32(self.valid_bytes(block, num_tokens))
+
+
+class PoolView(CheckedBlocks):
     """One worker's pool, its own or a peer's mapped for reading.
 
     Args:
@@ -82,26 +115,10 @@ class PoolView:
         else:
             self._rows[block, :, :num_tokens] = source._rows[source_block, :, :num_tokens]
 
-    def verify(self, block: int, num_tokens: int, checksum: int) -> None:
-        """Raises TransferCorruptError unless the valid bytes have this checksum."""
-        found = self.checksum(block, num_tokens)
-        if found != checksum:
-            raise TransferCorruptError(
-                f"block {block} arrived with checksum {found:#010x}, it was {checksum:#010x}"
-            )
-
-    def verify_all(self, blocks: BlockRange) -> None:
-        """``verify`` of each block that the range was copied to, if it has checksums."""
-        if not blocks.checksums:
-            return
-        counts = valid_tokens(blocks.start_token, blocks.end_token, self.layout.block_size)
-        for block, num_tokens, checksum in zip(
-            blocks.blocks, counts, blocks.checksums, strict=True
-        ):
-            self.verify(block, num_tokens, checksum)
-
-    def checksum(self, block: int, num_tokens: int) -> int:
-        """CRC-32 of the valid bytes of a block, in the layout's order."""
+    def valid_bytes(self, block: int, num_tokens: int) -> memoryview:
+        valid: memoryview
         if num_tokens == self.layout.block_size:
-            return zlib.crc32(self._blocks[block].data)
-        return zlib.crc32(np.ascontiguousarray(self._rows[block, :, :num_tokens]).data)
+            valid = self._blocks[block].data
+        else:
+            valid = np.ascontiguousarray(self._rows[block, :, :num_tokens]).data
+        return valid

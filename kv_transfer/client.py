@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from prometheus_client import Counter
 
@@ -33,19 +34,21 @@ from baton.kv_layout import KvLayout
 from baton.logprobs import TokenLogprobs
 from baton.telemetry import WorkerMetrics
 from kv_transfer import handshake, messages, receiver
-from kv_transfer.blocks import CopyBlocks, PoolView
+from kv_transfer.blocks import CopyBlocks
 from kv_transfer.hosts import host_id
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
+from kv_transfer.own_transports import pull_transports
 from kv_transfer.peer import PeerSettings, PrefillPeer
 from kv_transfer.ranges import BlockRange
 from kv_transfer.receiver import ReceiverEffect, ReceiverState, ReceiveTransfer
 from kv_transfer.transports import nixl_links
-from kv_transfer.transports.base import LinkError, Operation, PullLink, PullTransport, Quiescence
-from kv_transfer.transports.gloo_links import GlooPull
-from kv_transfer.transports.shared_memory import SharedMemoryPull
+from kv_transfer.transports.base import LinkError, OnFatal, Operation, PullLink, Quiescence
 from kv_transfer.usable_transports import TransportsByPeer
 from kv_transfer.v1 import transfer_pb2 as pb
+
+if TYPE_CHECKING:
+    from kv_transfer.gpu_memory import GpuMemory
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +101,7 @@ class KvReceiver:
         digest: bytes,
         generation: str,
         layout: KvLayout,
-        memory: KvMemory,
+        memory: KvMemory | GpuMemory,
         secret: str,
         config: KvTransferConfig,
         session: SessionConfig,
@@ -107,7 +110,7 @@ class KvReceiver:
         on_ready: Callable[[TransferKey, int, int, int, TokenLogprobs | None], None],
         on_failed: Callable[[TransferKey, BatonError], None],
         on_drained: Callable[[TransferKey], None],
-        on_fatal: Callable[[BaseException], None] = _only_logged,
+        on_fatal: OnFatal = _only_logged,
         host: str = "127.0.0.1",
         copy_blocks: CopyBlocks | None = None,
         outcomes: Callable[[str], Counter] | None = None,
@@ -128,21 +131,18 @@ class KvReceiver:
             config.lease_s,
             config.operation_s,
         )
-        pool = PoolView(layout, memory.buffer, copy_blocks=copy_blocks)
-        timeout_s = config.operation_s
-        transports: list[PullTransport] = [
-            SharedMemoryPull(pool=pool, secret=secret, timeout_s=timeout_s, faults=faults),
-            nixl_links.NixlPull(
-                name=f"{worker_id}/{epoch.hex()}/pull",
-                pool=pool,
-                memory=memory,
-                host=host,
-                config=config,
-                faults=faults,
-                on_fatal=on_fatal,
-            ),
-            GlooPull(pool=pool, memory=memory, host=host, timeout_s=timeout_s, faults=faults),
-        ]
+        self._on_gpu = not isinstance(memory, KvMemory)
+        transports = pull_transports(
+            name=f"{worker_id}/{epoch.hex()}/pull",
+            layout=layout,
+            memory=memory,
+            secret=secret,
+            host=host,
+            config=config,
+            faults=faults,
+            on_fatal=on_fatal,
+            copy_blocks=copy_blocks,
+        )
         identity = handshake.Identity(worker_id, epoch, digest, generation, layout, host_id())
         self._settings = PeerSettings(
             identity=identity,
@@ -150,8 +150,8 @@ class KvReceiver:
             config=config,
             session=session,
             faults=faults,
-            transports={each.name: each for each in transports},
-            usable=TransportsByPeer(handshake.allowed_transports(config)),
+            transports=transports,
+            usable=TransportsByPeer(handshake.allowed_transports(config, on_gpu=self._on_gpu)),
             idle_s=idle_s,
         )
         self._peers: dict[tuple[str, bytes], PrefillPeer] = {}
@@ -167,6 +167,7 @@ class KvReceiver:
         """Peers are connected to when a transfer first needs them. Raises ConfigurationError
         where the transport or the network that the configuration names cannot work here."""
         config = self._settings.config
+        handshake.check_transport(config, on_gpu=self._on_gpu)
         nixl_links.check(config, self._host)
         for name in handshake.required_transports(config):
             try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from baton.config import KvTransferConfig, SessionConfig
 from baton.errors import BatonError
@@ -21,6 +21,9 @@ from kv_transfer.client import KvReceiver
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
 from kv_transfer.service import KvSender
+
+if TYPE_CHECKING:
+    from kv_transfer.gpu_memory import GpuMemory
 
 OnReady = Callable[[TransferKey, int, int, int, TokenLogprobs | None], None]
 OnFailed = Callable[[TransferKey, BatonError], None]
@@ -37,7 +40,7 @@ class HandoffEnds:
     digest: bytes
     generation: str
     layout: KvLayout
-    memory: KvMemory
+    memory: KvMemory | GpuMemory
     secret: str
     config: KvTransferConfig
     session: SessionConfig

@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from baton.config import KvTransferConfig
+from baton.errors import ConfigurationError
 from baton.kv_layout import KvLayout
 from baton.protocol import PROTOCOL_VERSION
-from kv_transfer.transports import gloo_links, nixl_links, shared_memory
+from kv_transfer.transports import cuda_ipc_links, gloo_links, nixl_links, shared_memory
 from kv_transfer.v1 import transfer_pb2 as pb
+
+SAME_HOST = (shared_memory.NAME, cuda_ipc_links.NAME)
+"""Transports for two workers of one host, user and network namespace."""
 
 _LAYOUT = ("num_kv_heads", "num_layers", "num_kv_parts", "block_size", "head_dim", "dtype")
 
@@ -31,11 +35,11 @@ class Identity:
     host_id: str
 
 
-def allowed_transports(config: KvTransferConfig) -> tuple[str, ...]:
-    """Of this worker, the best first."""
+def allowed_transports(config: KvTransferConfig, *, on_gpu: bool) -> tuple[str, ...]:
+    """Of this worker, whose KV lies on a GPU or not, the best first."""
     if config.transport != "auto":
         return (config.transport,)
-    names = [shared_memory.NAME]
+    names = [cuda_ipc_links.NAME if on_gpu else shared_memory.NAME]
     if nixl_links.installed():
         names.append(nixl_links.NAME)
     if gloo_links.installed() and config.network == "any":
@@ -48,6 +52,21 @@ def required_transports(config: KvTransferConfig) -> tuple[str, ...]:
     if config.transport != "auto":
         return (config.transport,)
     return (nixl_links.NAME,) if config.network == "rdma" else ()
+
+
+def check_transport(config: KvTransferConfig, *, on_gpu: bool) -> None:
+    """Raises ConfigurationError where the one that is asked for cannot reach this worker's KV."""
+    lies, unfit = (
+        ("on a GPU", shared_memory.NAME)
+        if on_gpu
+        else ("in the host's memory", cuda_ipc_links.NAME)
+    )
+    if config.transport == unfit:
+        raise ConfigurationError(
+            f"kv_transfer.transport is {unfit}, but this worker's KV lies {lies}; set auto, or "
+            "another engine.device",
+            param="kv_transfer.transport",
+        )
 
 
 def make_hello(identity: Identity, transports: Sequence[str]) -> pb.PeerHello:
@@ -69,7 +88,7 @@ def refuse_hello(hello: pb.PeerHello, identity: Identity) -> str | None:
     if hello.generation != identity.generation:
         return _differ("rollout generation", identity.generation, hello.generation)
     if hello.digest != identity.digest:
-        what = "compatibility digest (weights revision, KV dtype or KV layout)"
+        what = "compatibility digest (weights revision, KV dtype, KV layout, or GPU beside CPU)"
         return _differ(what, identity.digest.hex(), hello.digest.hex())
     return None
 
@@ -82,7 +101,7 @@ def choose_transport(
     for name in hello.transports:
         if name not in allowed:
             reasons.append(f"{name}: prefill is set to {' or '.join(allowed)}")
-        elif name == shared_memory.NAME and hello.host_id != identity.host_id:
+        elif name in SAME_HOST and hello.host_id != identity.host_id:
             reasons.append(f"{name}: the workers share no host, user and network namespace")
         else:
             return name, ""

@@ -50,7 +50,7 @@ def _one_at_a_time() -> Iterator[None]:
 
 
 class KvMemory:
-    """``num_bytes`` of zeroed shared memory, writable by this process alone.
+    """``num_bytes`` of zeroed shared memory of the host, writable by this process alone.
 
     The file is sealed: nobody can resize it, so a peer's mapping never faults,
     and nobody can map it writable again, whatever descriptor he holds. Where other

@@ -28,7 +28,6 @@ from baton.faults import Faults
 from kv_transfer import handshake
 from kv_transfer.keys import TransferKey
 from kv_transfer.stream import PullStream, RefusedError
-from kv_transfer.transports import shared_memory
 from kv_transfer.transports.base import LinkError, PullLink, PullTransport
 from kv_transfer.usable_transports import TransportsByPeer
 from kv_transfer.v1 import transfer_pb2 as pb
@@ -222,7 +221,7 @@ class PrefillPeer:
                 self._usable.leave_out(name, str(error))
                 raise _NextTransportError(f"{name} does not work: {error}") from error
             failure = IncompatiblePeerError(f"{self._named()}: {name} does not work: {error}")
-            if name == shared_memory.NAME:
+            if name in handshake.SAME_HOST:
                 raise RefusedError(failure) from error
             raise failure from error
 

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc.aio
 
@@ -31,20 +32,20 @@ from baton.kv_layout import KvLayout
 from baton.logprobs import TokenLogprobs
 from baton.telemetry import WorkerMetrics
 from kv_transfer import handshake, messages, sender
-from kv_transfer.blocks import PoolView
 from kv_transfer.connection import DecodeConnection
 from kv_transfer.hosts import host_id
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
+from kv_transfer.own_transports import checked_blocks, serve_transports
 from kv_transfer.ranges import BlockRange, valid_tokens
 from kv_transfer.sender import SenderEffect, SenderState, SendTransfer
 from kv_transfer.servicer import PullServicer
 from kv_transfer.transports import nixl_links
-from kv_transfer.transports.base import ServeTransport
-from kv_transfer.transports.gloo_links import GlooServe
-from kv_transfer.transports.shared_memory import SharedMemoryServe
 from kv_transfer.v1 import transfer_pb2 as pb
 from kv_transfer.v1.transfer_pb2_grpc import add_TransferServicer_to_server
+
+if TYPE_CHECKING:
+    from kv_transfer.gpu_memory import GpuMemory
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class KvSender:
         digest: bytes,
         generation: str,
         layout: KvLayout,
-        memory: KvMemory,
+        memory: KvMemory | GpuMemory,
         secret: str,
         config: KvTransferConfig,
         metrics: WorkerMetrics,
@@ -106,7 +107,8 @@ class KvSender:
         self._metrics = metrics
         self._on_freed = on_freed
         self._on_wanted = on_wanted
-        self._pool = PoolView(layout, memory.buffer)
+        self._on_gpu = not isinstance(memory, KvMemory)
+        self._pool = checked_blocks(layout, memory)
         self._sizes = sender.SenderSizes(
             layout.block_size, layout.token_bytes, config.attach_s, config.verify
         )
@@ -116,23 +118,20 @@ class KvSender:
         self._num_held = 0
         self._nothing_held = asyncio.Event()
         self._closing = False
-        timeout_s = config.operation_s
-        every: list[ServeTransport] = [
-            SharedMemoryServe(memory=memory, layout=layout, secret=secret, timeout_s=timeout_s),
-            nixl_links.NixlServe(
-                name=f"{worker_id}/{epoch.hex()}",
-                memory=memory,
-                layout=layout,
-                host=host,
-                config=config,
-            ),
-            GlooServe(memory=memory, layout=layout, host=host, timeout_s=timeout_s, faults=faults),
-        ]
-        allowed = handshake.allowed_transports(config)
+        transports = serve_transports(
+            name=f"{worker_id}/{epoch.hex()}",
+            layout=layout,
+            memory=memory,
+            secret=secret,
+            host=host,
+            config=config,
+            faults=faults,
+        )
+        allowed = handshake.allowed_transports(config, on_gpu=self._on_gpu)
         self._servicer = PullServicer(
             identity=self._identity,
             config=config,
-            transports={each.name: each for each in every if each.name in allowed},
+            transports={name: each for name, each in transports.items() if name in allowed},
             faults=faults,
             received=self._received,
             held_back=self._held_back,
@@ -148,6 +147,7 @@ class KvSender:
     async def start(self) -> None:
         """Peers are refused before. Raises ConfigurationError where the transport that the
         configuration names cannot work here, or the network that it names is missing."""
+        handshake.check_transport(self._config, on_gpu=self._on_gpu)
         nixl_links.check(self._config, self._host)
         await self._servicer.start()
 

@@ -22,7 +22,6 @@ from baton.faults import Faults
 from kv_transfer import handshake
 from kv_transfer.connection import DecodeConnection
 from kv_transfer.keys import TransferKey
-from kv_transfer.transports import shared_memory
 from kv_transfer.transports.base import LinkError, ServeLink, ServeTransport
 from kv_transfer.usable_transports import UsableTransports
 from kv_transfer.v1 import transfer_pb2 as pb
@@ -66,7 +65,7 @@ class PullServicer(TransferServicer):
         """Raises ConfigurationError where a transport that is required cannot work."""
         required = handshake.required_transports(self._config)
         for name, transport in self._transports.items():
-            if name not in (shared_memory.NAME, *required):
+            if name not in (*handshake.SAME_HOST, *required):
                 continue  # made ready when first used: most clusters never do
             try:
                 await transport.start()

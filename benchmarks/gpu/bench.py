@@ -1,5 +1,6 @@
 """How near does the engine come to what a GPU can do? Decode steps beside copying their bytes,
-prompts beside multiplying matrices, attention beside its reference and FlashInfer.
+prompts beside multiplying matrices, attention beside its reference and FlashInfer, hand-offs
+between two processes beside a copy.
 
     python -m benchmarks.gpu.bench
     python -m benchmarks.gpu.bench --report     # results into docs/, runs nothing
@@ -21,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from baton.errors import BatonError, ConfigurationError
+from baton.errors import BatonError, ConfigurationError, TransferError
 from benchmarks import page
 from benchmarks.gpu import report
 from benchmarks.gpu.shapes import SHAPES, decode_bytes, prefill_operations
 from benchmarks.measured import measured_now
+from kv_transfer.transports.base import LinkError
 
 SECTION = "gpu"
 KEPT = page.KEPT / "gpu.json"
@@ -57,14 +59,19 @@ def run(models: SequenceOf[str], *, steps: int, repeats: int, command: str) -> r
     """Measures everything, on the GPU that torch is set to."""
     import triton
 
-    from benchmarks.gpu import kernels, timing
+    from benchmarks.gpu import handoff, kernels, timing
 
     measured = measured_now(command)
     copied, multiplied = timing.copied_bytes_per_s(), timing.multiplied_per_s()
     found = tuple(kernels.measured_kernels())
     torch.cuda.empty_cache()
-    rows: list[report.Decode | report.Prefill] = []
     left_out: list[str] = []
+    moved: tuple[report.Handoff, ...] = ()
+    try:
+        moved = tuple(handoff.handoffs(copied))
+    except (LinkError, TransferError) as error:
+        left_out.append(f"the hand-off ({error})")
+    rows: list[report.Decode | report.Prefill] = []
     for name in models:
         try:
             for row in _rows(name, copied, multiplied, steps, repeats):
@@ -87,6 +94,7 @@ def run(models: SequenceOf[str], *, steps: int, repeats: int, command: str) -> r
         decodes=tuple(row for row in rows if isinstance(row, report.Decode)),
         prefills=tuple(row for row in rows if isinstance(row, report.Prefill)),
         kernels=found,
+        handoffs=moved,
         left_out=tuple(left_out),
     )
 

@@ -51,6 +51,19 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Handoff:
+    """Requests of so many tokens each, from one process's pool to another's on the same GPU;
+    ``fraction`` is their bytes, read and written, a second over those of a copy."""
+
+    shape: str
+    num_tokens: int
+    requests: int
+    took_ms: float
+    num_bytes: int
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
 class Results(page.KeptResults):
     measured: Measured
     device: str
@@ -63,6 +76,7 @@ class Results(page.KeptResults):
     decodes: tuple[Decode, ...]
     prefills: tuple[Prefill, ...]
     kernels: tuple[Kernel, ...]
+    handoffs: tuple[Handoff, ...] = ()
     left_out: tuple[str, ...] = ()
     """Models that are not measured, or not to their end, each with why."""
 
@@ -73,6 +87,7 @@ class Results(page.KeptResults):
             "decodes": tuple(Decode(**each) for each in data["decodes"]),
             "prefills": tuple(Prefill(**each) for each in data["prefills"]),
             "kernels": tuple(Kernel(**each) for each in data["kernels"]),
+            "handoffs": tuple(Handoff(**each) for each in data.get("handoffs", ())),
             "left_out": tuple(data.get("left_out", ())),
         }
         return cls(**{**data, **made})
@@ -97,6 +112,8 @@ def report(results: Results) -> str:
     if results.left_out:
         setting += f" Not measured to the end: {'; '.join(results.left_out)}."
     parts = [setting, _decodes(results), _prefills(results), _kernels(results)]
+    if results.handoffs:
+        parts.append(_handoffs(results))
     return "\n\n".join(parts)
 
 
@@ -144,6 +161,20 @@ def _kernels(results: Results) -> str:
             "" if each.read_gb_s is None else f"{each.read_gb_s:,.0f}",
         )
         for each in results.kernels
+    ]
+    return page.markdown_table(rows)
+
+
+def _handoffs(results: Results) -> str:
+    rows: list[SequenceOf[str]] = [
+        ("hand-off over CUDA IPC", "tokens", "requests", "took, ms", "GB/s", "of a copy's rate")
+    ]
+    rows += [
+        (
+            *(each.shape, f"{each.num_tokens:,}", str(each.requests), f"{each.took_ms:.2f}"),
+            *(f"{each.num_bytes / 1e6 / each.took_ms:,.0f}", f"{each.fraction:.2f}"),
+        )
+        for each in results.handoffs
     ]
     return page.markdown_table(rows)
 

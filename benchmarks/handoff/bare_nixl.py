@@ -19,6 +19,7 @@ from benchmarks.handoff.cases import COPY_CORE
 from benchmarks.handoff.processes import Memory, pin
 from kv_transfer.memory import KvMemory
 from kv_transfer.ranges import BlockRange
+from kv_transfer.runs import Area, runs
 from kv_transfer.transports import nixl, ucx
 
 _START_S = 20.0
@@ -34,7 +35,7 @@ class BareNixl:
     """One agent, and the pool that it reads into or that is read. Raises LinkError where there
     is no NIXL."""
 
-    def __init__(self, layout: KvLayout, memory: memoryview, *, name: str, serves: bool) -> None:
+    def __init__(self, layout: KvLayout, memory: KvMemory, *, name: str, serves: bool) -> None:
         self._layout = layout
         self._agent = nixl.Agent(
             name,
@@ -53,13 +54,13 @@ class BareNixl:
 
     def connect(self, name: str, metadata: bytes, pool_address: int) -> None:
         self._agent.connect(metadata)
-        self._peer, self._source = name, nixl.Area(self._layout, pool_address)
+        self._peer, self._source = name, Area(self._layout, pool_address)
 
     def read(self, source_blocks: Sequence[int], blocks: Sequence[int]) -> None:
         """Returns when all bytes have come."""
         end = len(blocks) * self._layout.block_size
         whole = BlockRange(0, end, tuple(source_blocks), tuple(blocks))
-        handle = self._agent.read(self._peer, *nixl.runs(whole, self._agent.area, self._source))
+        handle = self._agent.read(self._peer, *runs(whole, self._agent.area, self._source))
         while not self._agent.is_done(handle):
             pass
         self._agent.release(handle)
@@ -123,7 +124,7 @@ class NixlAlone:
 def _read_for(connection: Connection, layout: KvLayout, source: Address) -> None:
     """The process: until the other end of the pipe is closed."""
     memory = KvMemory(layout.num_bytes)
-    agent = BareNixl(layout, memory.buffer, name=f"bare/{os.getpid()}", serves=False)
+    agent = BareNixl(layout, memory, name=f"bare/{os.getpid()}", serves=False)
     agent.connect(*source)
     pin(COPY_CORE)
     agent.read([0], [0])

@@ -124,9 +124,7 @@ class PrefillSide:
 
     def serve_bare_nixl(self) -> Address:
         """By which the decode process connects."""
-        self._bare_nixl = BareNixl(
-            self._layout, self.memory.buffer, name="bare/prefill", serves=True
-        )
+        self._bare_nixl = BareNixl(self._layout, self.memory, name="bare/prefill", serves=True)
         return self._bare_nixl.address
 
     async def close(self) -> None:

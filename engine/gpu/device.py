@@ -47,8 +47,13 @@ def obstacle(
 
     ``hands_over``: others are to read its KV. ``experimental`` is the setting of that name.
     """
-    if hands_over:
-        return "a prefill worker hands its KV over, and no transport reads a GPU's memory yet"
+    if hands_over and "gpu_handoff" not in experimental:
+        return (
+            "a prefill worker hands its KV over, which from a GPU was never run; to try it all the "
+            "same, set engine.experimental: [gpu_handoff]"
+        )
+    if hands_over and parallel.num_ranks > 1:
+        return "the KV of several ranks, each on a GPU of its own, is handed to nobody yet"
     if parallel.num_ranks > 1 and "nccl" not in experimental:
         return (
             "the ranks of a worker would compute together over NCCL, which was never run; to try "

@@ -32,7 +32,6 @@ def follow(connection: Connection) -> None:
     if task.gpu is None:
         rank = _Rank(task, _received_memory(connection, task.layout))
     else:
-        os.close(recv_handle(connection))  # a GPU's pool lies in its own memory
         rank = _GpuRank(task, task.gpu.plan(task.rank))
     connection.send_bytes(READY)
     while (message := connection.recv_bytes()) != END:

@@ -104,15 +104,19 @@ class Followers:
         self.groups = groups
 
     @classmethod
-    def lead(cls, connections: SequenceOf[Connection], task: RankTask, memory_fd: int) -> Followers:
-        """Returns once all have joined and mapped ``memory_fd``, which stays the caller's.
+    def lead(
+        cls, connections: SequenceOf[Connection], task: RankTask, memory_fd: int | None
+    ) -> Followers:
+        """Returns once all have joined and mapped ``memory_fd``, which stays the caller's; on
+        GPUs there is none, since each rank has a pool of its own.
 
         ``connections`` are Unix sockets to rank 1, 2 and so on.
         """
         store = found_store()
         for rank, connection in enumerate(connections, start=1):
             connection.send_bytes(task.to_json(rank=rank, store_port=store.port))
-            send_handle(connection, memory_fd, 0)
+            if memory_fd is not None:
+                send_handle(connection, memory_fd, 0)
         device = CPU if task.gpu is None else torch.device(task.gpu.device_type)
         return cls(connections, RankGroups.join(store, Shard(task.parallel), device))
 

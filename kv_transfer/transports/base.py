@@ -27,6 +27,11 @@ Ended = Callable[[TransferError | None], None]
 error it moved every byte."""
 
 
+OnFatal = Callable[[BaseException], None]
+"""Called in a transport's thread: nobody knows any more what is still written, so no block may be
+used from then on, and the process has to end."""
+
+
 class LinkError(Exception):
     """A link cannot be made or is lost; says why."""
 

@@ -1,4 +1,4 @@
-"""Two processes joined by torch.distributed's gloo: the only file of the hand-off that needs torch.
+"""Two processes joined by torch.distributed's gloo.
 
 Every (decode, prefill) pair gets a process group of its own, built directly on
 a rendezvous over their stream: there is no default group, because membership
@@ -7,6 +7,8 @@ changes. Everything here blocks and belongs into a thread; torch drops the GIL.
 A wait that times out makes gloo close the connection for good, and every other
 wait on it then raises at once. So when each posted operation has either
 finished or raised, nothing reads or writes its blocks any more.
+
+gloo moves the host's memory: what lies on a GPU is copied there before, and back after.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ _dist: Any = torch.distributed  # its stubs lack most of what is used here
 class TensorPool:
     """A KV pool as tensors of 64-bit words: gloo moves them faster than bytes."""
 
-    def __init__(self, layout: KvLayout, memory: memoryview) -> None:
+    def __init__(self, layout: KvLayout, memory: memoryview | torch.Tensor) -> None:
         self.layout = layout
         row_bytes = layout.head_dim * layout.item_bytes
-        self._dtype = torch.int64 if row_bytes % 8 == 0 else torch.uint8
-        num_words = layout.num_bytes // self._dtype.itemsize
-        words = torch.frombuffer(memory, dtype=self._dtype, count=num_words)
+        dtype = torch.int64 if row_bytes % 8 == 0 else torch.uint8
+        if not isinstance(memory, torch.Tensor):
+            memory = torch.frombuffer(memory, dtype=torch.uint8, count=layout.num_bytes)
+        words = memory[: layout.num_bytes].view(dtype)
         rows = layout.num_kv_heads * layout.num_layers * layout.num_kv_parts
         self._rows = words.view(layout.num_blocks + 1, rows, layout.block_size, -1)
 
@@ -84,7 +87,7 @@ class Endpoint:
         host: the only address on which gloo listens.
     """
 
-    def __init__(self, layout: KvLayout, memory: memoryview, host: str) -> None:
+    def __init__(self, layout: KvLayout, memory: memoryview | torch.Tensor, host: str) -> None:
         self.pool = TensorPool(layout, memory)
         self._device = _dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)
 
@@ -120,7 +123,7 @@ class GlooPair:
         works = []
         try:
             for piece in pieces:
-                works.append(self._group.send([piece.contiguous()], self._peer, tag))
+                works.append(self._group.send([piece.cpu().contiguous()], self._peer, tag))
         except Exception as error:
             self._wait(works)
             raise LinkError(f"gloo cannot send: {_first_line(error)}") from error
@@ -135,8 +138,8 @@ class GlooPair:
         try:
             for piece in pieces:
                 # A part of a block is no single run: it arrives beside the pool.
-                whole = piece.is_contiguous()
-                arriving = piece if whole else torch.empty(piece.shape, dtype=piece.dtype)
+                here = piece.is_contiguous() and not piece.is_cuda
+                arriving = piece if here else torch.empty(piece.shape, dtype=piece.dtype)
                 work = self._group.recv([arriving], self._peer, tag)
                 receives.append(_Receive(work, arriving, piece))
         except Exception as error:

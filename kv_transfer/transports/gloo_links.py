@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 from baton.errors import TransferError
 from baton.faults import Faults
 from baton.kv_layout import KvLayout
-from kv_transfer.blocks import PoolView
+from kv_transfer.blocks import CheckedBlocks
 from kv_transfer.memory import KvMemory
 from kv_transfer.ranges import BlockRange, valid_tokens
 from kv_transfer.transports.base import (
@@ -40,6 +40,7 @@ from kv_transfer.v1 import transfer_pb2 as pb
 if TYPE_CHECKING:
     import torch
 
+    from kv_transfer.gpu_memory import GpuMemory
     from kv_transfer.transports import gloo
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def installed() -> bool:
 class _Endpoint:
     """This process's gloo endpoint, made when it is first needed: torch takes a second to load."""
 
-    def __init__(self, *, memory: KvMemory, layout: KvLayout, host: str) -> None:
+    def __init__(self, *, memory: KvMemory | GpuMemory, layout: KvLayout, host: str) -> None:
         self._memory = memory
         self._layout = layout
         self._host = host
@@ -148,7 +149,7 @@ class GlooPullLink(PullLink):
     name: ClassVar[str] = NAME
 
     def __init__(
-        self, *, pairs: _Pairs, pool: PoolView, endpoint: gloo.Endpoint, faults: Faults
+        self, *, pairs: _Pairs, pool: CheckedBlocks, endpoint: gloo.Endpoint, faults: Faults
     ) -> None:
         self._pairs = pairs
         self._pool = pool
@@ -194,7 +195,13 @@ class GlooPull(PullTransport):
     name: ClassVar[str] = NAME
 
     def __init__(
-        self, *, pool: PoolView, memory: KvMemory, host: str, timeout_s: float, faults: Faults
+        self,
+        *,
+        pool: CheckedBlocks,
+        memory: KvMemory | GpuMemory,
+        host: str,
+        timeout_s: float,
+        faults: Faults,
     ) -> None:
         self._pool = pool
         self._timeout_s = timeout_s
@@ -269,7 +276,13 @@ class GlooServe(ServeTransport):
     name: ClassVar[str] = NAME
 
     def __init__(
-        self, *, memory: KvMemory, layout: KvLayout, host: str, timeout_s: float, faults: Faults
+        self,
+        *,
+        memory: KvMemory | GpuMemory,
+        layout: KvLayout,
+        host: str,
+        timeout_s: float,
+        faults: Faults,
     ) -> None:
         self._timeout_s = timeout_s
         self._faults = faults

@@ -23,24 +23,23 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from baton.kv_layout import KvLayout
-from kv_transfer.ranges import BlockRange, valid_tokens
+from kv_transfer.memory import KvMemory
+from kv_transfer.runs import Area, Runs
 from kv_transfer.transports import ucx
 from kv_transfer.transports.base import LinkError
+
+if TYPE_CHECKING:
+    from kv_transfer.gpu_memory import GpuMemory
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("nixl_cu12", "nixl_cu13")
 """The builds for CUDA 12 and 13; either works without a GPU."""
-
-Runs = npt.NDArray[np.uint64]
-"""Runs of memory, one a row: address, bytes, device (0)."""
 
 _WAKE_US = 10_000
 """How often a serving agent's thread looks, should UCX have failed to wake it."""
@@ -78,7 +77,7 @@ class Agent:
 
     Args:
         name: of this very process; peers know the agent by it.
-        memory: the pool, laid out as ``layout``; in use until ``close``.
+        memory: the pool, laid out as ``layout``, of the host or of a GPU; in use until ``close``.
         environment: what UCX must find in the environment (``ucx.environment``).
         serves: whether peers read from it.
     """
@@ -88,15 +87,25 @@ class Agent:
         name: str,
         *,
         layout: KvLayout,
-        memory: memoryview,
+        memory: KvMemory | GpuMemory,
         environment: Mapping[str, str],
         serves: bool,
     ) -> None:
         self.name = name
         self._library = library = _load()
-        self._pool = np.frombuffer(memory, dtype=np.uint8, count=layout.num_bytes)
-        self._probe = np.zeros(_PROBE_BYTES, dtype=np.uint8)
-        self.area = Area(layout, self._pool.ctypes.data)
+        if isinstance(memory, KvMemory):
+            self._segment = library.DRAM_SEG
+            pool = np.frombuffer(memory.buffer, dtype=np.uint8, count=layout.num_bytes)
+            probe = np.zeros(_PROBE_BYTES, dtype=np.uint8)
+            self.area = Area(layout, pool.ctypes.data)
+            self._probe = probe.ctypes.data
+            self._kept: Any = pool, probe
+        else:
+            self._segment = library.VRAM_SEG
+            on_gpu = memory.buffer.new_zeros(_PROBE_BYTES)
+            self.area = Area(layout, memory.address, memory.device)
+            self._probe = on_gpu.data_ptr()
+            self._kept = memory, on_gpu
         try:
             config = library.nixlAgentConfig()
             config.useProgThread = serves
@@ -105,9 +114,11 @@ class Agent:
             agent = library.nixlAgent(name, config)
             with ucx.applied(environment):
                 self._ucx = agent.createBackend("UCX", {})
-            areas = [self._pool] if serves else [self._pool, self._probe]
-            regions = [(area.ctypes.data, area.nbytes, 0, "") for area in areas]
-            agent.registerMem(library.nixlRegDList(library.DRAM_SEG, regions), [self._ucx])
+            device = self.area.device
+            regions = [(self.area.address, layout.num_bytes, device, "")]
+            if not serves:
+                regions.append((self._probe, _PROBE_BYTES, device, ""))
+            agent.registerMem(library.nixlRegDList(self._segment, regions), [self._ucx])
             self.metadata: bytes = agent.getLocalMD()
         except Exception as error:  # the library's errors have no base of their own
             raise LinkError(f"NIXL cannot be used here: {_named(error)}") from error
@@ -116,7 +127,7 @@ class Agent:
     def close(self) -> None:
         """Nothing reads or writes the pool by this agent any more."""
         self._agent = None  # its destructor joins UCX's thread
-        del self._pool
+        self._kept = None
 
     # ------------------------------------------------------------------ reading agents
 
@@ -136,10 +147,10 @@ class Agent:
         except Exception as error:
             logger.warning("%s cannot forget %s: %s", self.name, peer, _named(error))
 
-    def probe(self, peer: str, address: int) -> int:
-        """Starts reading a few bytes at ``address`` of the peer; returns as ``read`` does."""
-        local = np.array([[self._probe.ctypes.data, _PROBE_BYTES, 0]], dtype=np.uint64)
-        remote = np.array([[address, _PROBE_BYTES, 0]], dtype=np.uint64)
+    def probe(self, peer: str, area: Area) -> int:
+        """Starts reading a few bytes of the peer's ``area``; returns as ``read`` does."""
+        local = np.array([[self._probe, _PROBE_BYTES, self.area.device]], dtype=np.uint64)
+        remote = np.array([[area.address, _PROBE_BYTES, area.device]], dtype=np.uint64)
         return self.read(peer, local, remote)
 
     def read(self, peer: str, local: Runs, remote: Runs) -> int:
@@ -149,8 +160,8 @@ class Agent:
         """
         library = self._library
         try:
-            into = library.nixlXferDList(library.DRAM_SEG, local)
-            out_of = library.nixlXferDList(library.DRAM_SEG, remote)
+            into = library.nixlXferDList(self._segment, local)
+            out_of = library.nixlXferDList(self._segment, remote)
             make = self._agent.createXferReq
             handle: int = make(library.NIXL_READ, into, out_of, peer, "", [self._ucx])
         except Exception as error:
@@ -183,60 +194,6 @@ class Agent:
             self._agent.getNotifs({}, [self._ucx])
         except Exception as error:
             logger.warning("%s: %s", self.name, _named(error))
-
-
-@dataclass(frozen=True, slots=True)
-class Area:
-    """Where a pool lies, in this process or in a peer's."""
-
-    layout: KvLayout
-    address: int
-
-
-def runs(blocks: BlockRange, into: Area, out_of: Area) -> tuple[Runs, Runs]:
-    """What to read ``blocks`` into and out of, row by row.
-
-    Whole blocks that follow each other on both sides are one run; of a last block in part,
-    each (kv_head, layer, part) has one. Raises IndexError where a pool lacks a block.
-    """
-    mine, theirs = np.array(blocks.blocks), np.array(blocks.source_blocks)
-    if not _has_all(into.layout, mine) or not _has_all(out_of.layout, theirs):
-        raise IndexError(f"no such block: {blocks.source_blocks} into {blocks.blocks}")
-    layout = into.layout
-    counts = valid_tokens(blocks.start_token, blocks.end_token, layout.block_size)
-    num_whole = len(counts) - (counts[-1] < layout.block_size)
-    at, lengths = _consecutive(mine[:num_whole], theirs[:num_whole])
-    offsets, lengths = np.zeros_like(at), lengths * layout.block_bytes
-    if num_whole < len(counts):
-        _, _, _, row_bytes, token_bytes, _ = layout.strides
-        rows = np.arange(0, layout.block_bytes, row_bytes)
-        at = np.concatenate([at, np.full_like(rows, num_whole)])
-        offsets = np.concatenate([offsets, rows])
-        lengths = np.concatenate([lengths, np.full_like(rows, counts[-1] * token_bytes)])
-    return (
-        _rows(into.address, mine[at] * layout.block_bytes + offsets, lengths),
-        _rows(out_of.address, theirs[at] * layout.block_bytes + offsets, lengths),
-    )
-
-
-def _has_all(layout: KvLayout, blocks: npt.NDArray[np.int64]) -> bool:
-    return bool(blocks.min() >= 0 and blocks.max() < layout.num_blocks)
-
-
-def _consecutive(
-    mine: npt.NDArray[np.int64], theirs: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Where runs of blocks begin that follow each other in both, and their lengths."""
-    if not len(mine):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    breaks = (np.diff(mine) != 1) | (np.diff(theirs) != 1)
-    at = np.concatenate([[0], np.flatnonzero(breaks) + 1])
-    return at, np.diff(np.append(at, len(mine)))
-
-
-def _rows(address: int, offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Runs:
-    addresses = np.uint64(address) + offsets.astype(np.uint64)
-    return np.stack([addresses, lengths.astype(np.uint64), np.zeros_like(addresses)], axis=1)
 
 
 def _named(error: Exception) -> str:

@@ -11,19 +11,21 @@ import asyncio
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from baton.config import KvTransferConfig
 from baton.errors import ConfigurationError, TransferError
 from baton.faults import Faults
 from baton.kv_layout import KvLayout
-from kv_transfer.blocks import PoolView
+from kv_transfer.blocks import CheckedBlocks
 from kv_transfer.memory import KvMemory
 from kv_transfer.ranges import BlockRange
+from kv_transfer.runs import Area, Runs, runs
 from kv_transfer.transports import nixl, ucx
 from kv_transfer.transports.base import (
     Ended,
     LinkError,
+    OnFatal,
     Operation,
     PostedOperations,
     PullLink,
@@ -37,6 +39,9 @@ from kv_transfer.transports.nixl_reader import Peer, Reader
 from kv_transfer.transports.one_sided import OneSidedServeLink
 from kv_transfer.transports.rendezvous import Rendezvous
 from kv_transfer.v1 import transfer_pb2 as pb
+
+if TYPE_CHECKING:
+    from kv_transfer.gpu_memory import GpuMemory
 
 NAME = "nixl"
 
@@ -75,8 +80,8 @@ class NixlPullLink(PullLink):
         *,
         reader: Reader,
         peer: Peer,
-        pool: PoolView,
-        source: nixl.Area,
+        pool: CheckedBlocks,
+        source: Area,
         faults: Faults,
         lost: Callable[[str], None],
     ) -> None:
@@ -111,14 +116,14 @@ class NixlPullLink(PullLink):
         await self._all_finished.wait()
         self._reader.let_go(self._peer)
 
-    def _plan(self, operation: Operation, agent: nixl.Agent) -> tuple[nixl.Runs, nixl.Runs]:
+    def _plan(self, operation: Operation, agent: nixl.Agent) -> tuple[Runs, Runs]:
         """In the reader's thread, right before the range is read."""
         self._faults.hit("decode.copy")
-        runs = nixl.runs(operation.blocks, agent.area, self._source)
+        planned = runs(operation.blocks, agent.area, self._source)
         if self._closed:
             raise TransferError("the copy was stopped")
         self._posted.add(operation)
-        return runs
+        return planned
 
     def _finished(self, operation: Operation, error: Exception | None) -> None:
         """In the reader's thread."""
@@ -175,12 +180,12 @@ class NixlPull(PullTransport):
         self,
         *,
         name: str,
-        pool: PoolView,
-        memory: KvMemory,
+        pool: CheckedBlocks,
+        memory: KvMemory | GpuMemory,
         host: str,
         config: KvTransferConfig,
         faults: Faults,
-        on_fatal: Callable[[BaseException], None],
+        on_fatal: OnFatal,
     ) -> None:
         self._pool = pool
         self._timeout_s = config.operation_s
@@ -208,11 +213,12 @@ class NixlPull(PullTransport):
         offered = welcome.nixl
         check_offered(offered.num_bytes, peer_layout)
         await self.start()
+        source = Area(peer_layout, offered.pool_address, offered.device)
         return NixlPullLink(
             reader=self._reader,
-            peer=await self._peer(offered),
+            peer=await self._peer(offered, source),
             pool=self._pool,
-            source=nixl.Area(peer_layout, offered.pool_address),
+            source=source,
             faults=self._faults,
             lost=lost,
         )
@@ -223,12 +229,12 @@ class NixlPull(PullTransport):
             self._reader.close(partial(self._closed.give, None))
         await self._closed.wait()
 
-    async def _peer(self, offered: pb.Nixl) -> Peer:
+    async def _peer(self, offered: pb.Nixl, source: Area) -> Peer:
         made = _Answer[Peer | LinkError]()
         self._reader.connect(
             offered.agent_name,
             offered.agent_metadata,
-            offered.pool_address,
+            source,
             timeout_s=self._timeout_s,
             made=made.give,
         )
@@ -252,7 +258,13 @@ class NixlServe(ServeTransport):
     name: ClassVar[str] = NAME
 
     def __init__(
-        self, *, name: str, memory: KvMemory, layout: KvLayout, host: str, config: KvTransferConfig
+        self,
+        *,
+        name: str,
+        memory: KvMemory | GpuMemory,
+        layout: KvLayout,
+        host: str,
+        config: KvTransferConfig,
     ) -> None:
         self._make = partial(_make_agent, name, layout, memory, host, config, serves=True)
         self._num_bytes = layout.num_bytes
@@ -270,6 +282,7 @@ class NixlServe(ServeTransport):
         welcome.nixl.agent_metadata = agent.metadata
         welcome.nixl.pool_address = agent.area.address
         welcome.nixl.num_bytes = self._num_bytes
+        welcome.nixl.device = agent.area.device
         return OneSidedServeLink(NAME)
 
     async def close(self) -> None:
@@ -290,7 +303,7 @@ class NixlServe(ServeTransport):
 def _make_agent(
     name: str,
     layout: KvLayout,
-    memory: KvMemory,
+    memory: KvMemory | GpuMemory,
     host: str,
     config: KvTransferConfig,
     *,
@@ -298,6 +311,4 @@ def _make_agent(
 ) -> nixl.Agent:
     """For a thread. Raises LinkError."""
     variables = ucx.environment(host, config.network, os.environ)
-    return nixl.Agent(
-        name, layout=layout, memory=memory.buffer, environment=variables, serves=serves
-    )
+    return nixl.Agent(name, layout=layout, memory=memory, environment=variables, serves=serves)

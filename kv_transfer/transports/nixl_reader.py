@@ -23,8 +23,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kv_transfer.transports.base import LinkError
-from kv_transfer.transports.nixl import Agent, InDoubtError, Runs
+from kv_transfer.runs import Area, Runs
+from kv_transfer.transports.base import LinkError, OnFatal
+from kv_transfer.transports.nixl import Agent, InDoubtError
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class _Wish:
 
     name: str
     metadata: bytes
-    address: int
+    area: Area
     until: float
     made: Callable[[Peer | LinkError], None]
     has_probed: bool = False
@@ -84,9 +85,7 @@ class Reader:
             be written, and nobody knows until when, though all is told to have ended then.
     """
 
-    def __init__(
-        self, make: Callable[[], Agent], *, on_fatal: Callable[[BaseException], None]
-    ) -> None:
+    def __init__(self, make: Callable[[], Agent], *, on_fatal: OnFatal) -> None:
         self._make = make
         self._on_fatal = on_fatal
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -111,15 +110,15 @@ class Reader:
         self,
         name: str,
         metadata: bytes,
-        address: int,
+        area: Area,
         *,
         timeout_s: float,
         made: Callable[[Peer | LinkError], None],
     ) -> None:
-        """Gives ``made``, in the thread, the peer of this name once bytes at ``address`` have
+        """Gives ``made``, in the thread, the peer of this name once bytes of its ``area`` have
         come from it. To be followed by ``let_go``; ``start`` has succeeded before."""
         now = time.monotonic()
-        wish = _Wish(name, metadata, address, now + timeout_s, made, renews_at=now + _PROBE_S)
+        wish = _Wish(name, metadata, area, now + timeout_s, made, renews_at=now + _PROBE_S)
         self._jobs.put(lambda: self._wishes.append(wish))
 
     def read(self, peer: Peer, plan: Plan, finished: Finished) -> None:
@@ -296,7 +295,7 @@ class Reader:
             if (error := self._make_agent()) is not None:
                 raise error
             self._agent.connect(wish.metadata)
-            handle = self._agent.probe(wish.name, wish.address)
+            handle = self._agent.probe(wish.name, wish.area)
         except LinkError as error:
             if self._made is not None:
                 self._made.forget(wish.name)

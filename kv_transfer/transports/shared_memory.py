@@ -1,8 +1,6 @@
 """Hand-off on one host: decode maps the prefill worker's pool and copies, once.
 
-The mapping is read-only and a writer cannot reach decode's pool, so a prefill
-worker that is stopped and wakes can do no harm. All copies of one decode worker
-run in one thread, in the order in which they were posted, with the GIL released.
+The mapping is read-only. How copies run is in ``copying.py``.
 """
 
 from __future__ import annotations
@@ -15,23 +13,19 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ClassVar
 
-from baton.errors import TransferError
 from baton.faults import Faults
 from baton.kv_layout import KvLayout
 from kv_transfer.blocks import PoolView
 from kv_transfer.memory import KvMemory, map_read_only
 from kv_transfer.ranges import BlockRange
 from kv_transfer.transports.base import (
-    Ended,
     LinkError,
-    Operation,
-    PullLink,
     PullTransport,
-    Quiescence,
     ServeLink,
     ServeTransport,
     check_offered,
 )
+from kv_transfer.transports.copying import CopyingPullLink
 from kv_transfer.transports.memory_socket import MemorySocket, fetch_memory, wait_readable
 from kv_transfer.transports.one_sided import OneSidedServeLink
 from kv_transfer.transports.rendezvous import Rendezvous
@@ -43,7 +37,7 @@ AT_ONCE_BYTES = 8 << 20
 there is no kernel that copies."""
 
 
-class SharedMemoryPullLink(PullLink):
+class SharedMemoryPullLink(CopyingPullLink):
     """One peer's mapped pool."""
 
     name: ClassVar[str] = NAME
@@ -58,56 +52,29 @@ class SharedMemoryPullLink(PullLink):
         faults: Faults,
         lost: Callable[[str], None],
     ) -> None:
-        self._pool = pool
+        super().__init__(
+            pool=pool,
+            executor=executor,
+            faults=faults,
+            lost=lost,
+            at_once_bytes=AT_ONCE_BYTES,
+        )
+        self._own = pool
         self._source: PoolView | None = source
         self._connection = connection
-        self._executor = executor
-        self._faults = faults
-        self._lost = lost
-        self._copies: set[asyncio.Future[None]] = set()
         self._watch = asyncio.ensure_future(self._watch_owner())
-
-    def post(self, blocks: BlockRange, *, posted: Callable[[], None], ended: Ended) -> Operation:
-        operation = Operation(blocks, ended)
-        loop = asyncio.get_running_loop()
-        copy = loop.run_in_executor(self._executor, self._copy, operation)
-        self._copies.add(copy)
-        copy.add_done_callback(lambda done: self._end(operation, done))
-        return operation
-
-    def quiesce(self, operation: Operation) -> Quiescence:
-        """The copying thread looks at ``stopped`` every few milliseconds."""
-        operation.stopped = True
-        return Quiescence.ENDED if operation.finished else Quiescence.ENDING
 
     async def close(self) -> None:
         self._watch.cancel()
-        await asyncio.gather(self._watch, *self._copies, return_exceptions=True)
+        await asyncio.gather(self._watch, return_exceptions=True)
+        await super().close()
         # The peer's memory goes now, though errors and their frames may name this link for long.
         self._source = None
         self._connection.close()
 
-    def _end(self, operation: Operation, copy: asyncio.Future[None]) -> None:
-        self._copies.discard(copy)
-        operation.finished = True
-        error = copy.exception()
-        if error is not None and not isinstance(error, TransferError):
-            error = TransferError(f"the copy failed: {error!r}")
-        operation.ended(error)
-
-    def _copy(self, operation: Operation) -> None:
-        """In the copying thread. No frame but this link may name the source: one that an error
-        keeps would keep the peer's memory."""
-        self._faults.hit("decode.copy")
-        if self._source is None:
-            raise TransferError("the link is closed")
-        layout = self._pool.layout
-        num_at_once = max(1, AT_ONCE_BYTES // layout.block_bytes)
-        for part in operation.blocks.parts(num_at_once, layout.block_size):
-            if operation.stopped:
-                raise TransferError("the copy was stopped")
-            self._pool.copy_range(self._source, part)
-            self._pool.verify_all(part)
+    def _copy_part(self, part: BlockRange) -> None:
+        assert self._source is not None, "the link is open"
+        self._own.copy_range(self._source, part)
 
     async def _watch_owner(self) -> None:
         await wait_readable(self._connection)

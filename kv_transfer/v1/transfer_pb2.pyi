@@ -376,6 +376,7 @@ class PeerWelcome(google.protobuf.message.Message):
     SHARED_MEMORY_FIELD_NUMBER: builtins.int
     GLOO_FIELD_NUMBER: builtins.int
     NIXL_FIELD_NUMBER: builtins.int
+    CUDA_IPC_FIELD_NUMBER: builtins.int
     VERIFY_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     worker_id: builtins.str
@@ -390,6 +391,8 @@ class PeerWelcome(google.protobuf.message.Message):
     def gloo(self) -> Global___Gloo: ...
     @property
     def nixl(self) -> Global___Nixl: ...
+    @property
+    def cuda_ipc(self) -> Global___CudaIpc: ...
     def __init__(
         self,
         *,
@@ -400,13 +403,14 @@ class PeerWelcome(google.protobuf.message.Message):
         shared_memory: Global___SharedMemory | None = ...,
         gloo: Global___Gloo | None = ...,
         nixl: Global___Nixl | None = ...,
+        cuda_ipc: Global___CudaIpc | None = ...,
         verify: builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["gloo", b"gloo", "layout", b"layout", "nixl", b"nixl", "shared_memory", b"shared_memory", "transport", b"transport"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["cuda_ipc", b"cuda_ipc", "gloo", b"gloo", "layout", b"layout", "nixl", b"nixl", "shared_memory", b"shared_memory", "transport", b"transport"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["epoch", b"epoch", "gloo", b"gloo", "layout", b"layout", "nixl", b"nixl", "protocol_version", b"protocol_version", "shared_memory", b"shared_memory", "transport", b"transport", "verify", b"verify", "worker_id", b"worker_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cuda_ipc", b"cuda_ipc", "epoch", b"epoch", "gloo", b"gloo", "layout", b"layout", "nixl", b"nixl", "protocol_version", b"protocol_version", "shared_memory", b"shared_memory", "transport", b"transport", "verify", b"verify", "worker_id", b"worker_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_transport: typing_extensions.TypeAlias = typing.Literal["shared_memory", "gloo", "nixl"]
+    _WhichOneofReturnType_transport: typing_extensions.TypeAlias = typing.Literal["shared_memory", "gloo", "nixl", "cuda_ipc"]
     _WhichOneofArgType_transport: typing_extensions.TypeAlias = typing.Literal["transport", b"transport"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_transport) -> _WhichOneofReturnType_transport | None: ...
 
@@ -463,11 +467,14 @@ class Nixl(google.protobuf.message.Message):
     AGENT_METADATA_FIELD_NUMBER: builtins.int
     POOL_ADDRESS_FIELD_NUMBER: builtins.int
     NUM_BYTES_FIELD_NUMBER: builtins.int
+    DEVICE_FIELD_NUMBER: builtins.int
     agent_name: builtins.str
     """of this very process"""
     agent_metadata: builtins.bytes
     pool_address: builtins.int
     num_bytes: builtins.int
+    device: builtins.int
+    """that process's number of the GPU, where the pool lies on one"""
     def __init__(
         self,
         *,
@@ -475,11 +482,38 @@ class Nixl(google.protobuf.message.Message):
         agent_metadata: builtins.bytes = ...,
         pool_address: builtins.int = ...,
         num_bytes: builtins.int = ...,
+        device: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_metadata", b"agent_metadata", "agent_name", b"agent_name", "num_bytes", b"num_bytes", "pool_address", b"pool_address"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_metadata", b"agent_metadata", "agent_name", b"agent_name", "device", b"device", "num_bytes", b"num_bytes", "pool_address", b"pool_address"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Nixl: typing_extensions.TypeAlias = Nixl
+
+@typing.final
+class CudaIpc(google.protobuf.message.Message):
+    """Decode maps the GPU's allocation that the pool lies in."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    NUM_BYTES_FIELD_NUMBER: builtins.int
+    handle: builtins.bytes
+    """CUipcMemHandle"""
+    offset: builtins.int
+    """of the pool in the allocation"""
+    num_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        handle: builtins.bytes = ...,
+        offset: builtins.int = ...,
+        num_bytes: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["handle", b"handle", "num_bytes", b"num_bytes", "offset", b"offset"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___CudaIpc: typing_extensions.TypeAlias = CudaIpc
 
 @typing.final
 class Ready(google.protobuf.message.Message):

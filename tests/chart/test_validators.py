@@ -21,6 +21,7 @@ from cluster.preflight import check_pools
 Json = dict[str, Any]
 
 _POOLS: Json = {"prefill": {}, "decode": {}}
+_ON_GPUS: Json = {"device": "cuda", "experimental": ["gpu_handoff"]}
 
 MISFITS: dict[str, list[tuple[Json, Json, str]]] = {
     "GatewayConfig._deadlines_agree": [
@@ -89,13 +90,28 @@ MISFITS: dict[str, list[tuple[Json, Json, str]]] = {
             "block_size differs between pools .*32 in decode.* none could hand a request over",
         )
     ],
-    "BatonConfig._gpus_hand_nothing_over": [
+    "BatonConfig._gpus_can_hand_over": [
         (
             {"engine": {"device": "cuda"}},
             {"config": {"engine": {"device": "cuda"}}},
-            "no transport reads a GPU's memory yet, so nothing could be handed over; start "
-            r"without prefill workers( \(--prefill 0\))?, or set engine.device: cpu",
-        )
+            "handing over a GPU's KV is written and was never run; start without prefill workers"
+            r"( \(--prefill 0\))?, set engine.device: cpu, or, to try it all the same, "
+            r"engine.experimental: \[gpu_handoff\]",
+        ),
+        (
+            {"engine": _ON_GPUS, "pools": {**_POOLS, "decode": {"tensor_parallel_size": 3}}},
+            {
+                "config": {"engine": _ON_GPUS},
+                "pools": {"decode": {"tensorParallelSize": 3}},
+            },
+            "decode has several ranks, each with KV on a GPU of its own, .* start without prefill "
+            r"workers( \(--prefill 0\))?, or give its workers one rank",
+        ),
+        (
+            {"pools": {**_POOLS, "decode": {"engine": _ON_GPUS}}},
+            {"pools": {"decode": {"engine": _ON_GPUS}}},
+            "engine.device differs between pools .*cuda in decode.* set it for all of them",
+        ),
     ],
     "BatonConfig._fence_after_some_beats": [
         (

@@ -318,7 +318,7 @@ async def test_ucx_listens_on_the_loopback_address_alone(ends: contextlib.AsyncE
     agent = nixl.Agent(
         "listens",
         layout=LAYOUT,
-        memory=PoolMemory(LAYOUT, seed=1).memory.buffer,
+        memory=PoolMemory(LAYOUT, seed=1).memory,
         environment=ucx.environment("127.0.0.1", "any", {}),
         serves=True,
     )

@@ -1,4 +1,8 @@
-"""Hand-offs over both transports: what arrives, what stays as it was, and what is counted."""
+"""Hand-offs over every transport: what arrives, what stays as it was, and what is counted.
+
+``cuda_ipc`` moves between pools of a GPU that a stand-in for CUDA's driver makes up of this
+process's memory; the real one is for ``tests/gpu``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ import pytest
 from baton.config import KvTransferConfig
 from baton.errors import IncompatiblePeerError, TransferCorruptError
 from baton.logprobs import TokenLogprobs
-from kv_transfer.blocks import PoolView
+from kv_transfer.blocks import CheckedBlocks
+from tests.support.cuda_standin import cuda_driver as cuda_driver
 from tests.support.handoff import (
     LAYOUT,
     Decode,
@@ -27,8 +32,10 @@ SOURCE_BLOCKS = [7, 2, 9, 4, 0]
 BLOCKS = [3, 8, 1, 10, 5]
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=[*TRANSPORTS, "cuda_ipc"])
 def config(request: pytest.FixtureRequest) -> KvTransferConfig:
+    if request.param == "cuda_ipc":
+        request.getfixturevalue("cuda_driver")
     return KvTransferConfig(transport=request.param, attach_s=5, lease_s=5, operation_s=3)
 
 
@@ -156,7 +163,7 @@ async def hand_over(prefill: Prefill, decode: Decode, num_tokens: int) -> None:
 async def test_byte_that_flips_between_offer_and_copy_is_caught_with_verify(
     config: KvTransferConfig, token: int
 ) -> None:
-    """Both transports read the source after the copying thread began: flip it there."""
+    """Every transport reads the source after the copying thread began: flip it there."""
     config = config.model_copy(update={"verify": True})
     prefill = await Prefill.start(config)
 
@@ -191,7 +198,7 @@ async def test_nothing_is_checksummed_without_verify(
     def unexpected(*_: object) -> int:
         raise AssertionError("a checksum was computed")
 
-    monkeypatch.setattr(PoolView, "checksum", unexpected)
+    monkeypatch.setattr(CheckedBlocks, "checksum", unexpected)
     monkeypatch.setattr("zlib.crc32", unexpected)
     await hand_over(*pair, 10)
     assert pair[1].ready

@@ -26,9 +26,11 @@ from baton.logprobs import TokenLogprobs
 from baton.protocol import PROTOCOL_VERSION, new_epoch
 from baton.telemetry import WorkerMetrics
 from kv_transfer.client import KvReceiver
+from kv_transfer.gpu_memory import GpuMemory
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
 from kv_transfer.service import KvSender
+from tests.support.cuda_standin import gpu_pool
 
 SECRET = "a-secret-of-the-tests"
 SESSION = SessionConfig()
@@ -75,12 +77,18 @@ def digest_of(layout: KvLayout, *, weights: str = "w1", generation: str = "0") -
 
 
 class PoolMemory:
-    """A pool filled with random bytes, seen token by token."""
+    """A pool filled with random bytes, seen token by token; ``on_gpu``: on the one that the test
+    has a stand-in for."""
 
-    def __init__(self, layout: KvLayout, seed: int) -> None:
+    def __init__(self, layout: KvLayout, seed: int, *, on_gpu: bool = False) -> None:
         self.layout = layout
-        self.memory = KvMemory(layout.num_bytes)
-        flat: Pool = np.frombuffer(self.memory.buffer, dtype=np.uint8)
+        self.memory: KvMemory | GpuMemory
+        flat: Pool
+        if on_gpu:
+            self.memory, flat = gpu_pool(layout.num_bytes)
+        else:
+            self.memory = KvMemory(layout.num_bytes)
+            flat = np.frombuffer(self.memory.buffer, dtype=np.uint8)
         flat[:] = np.random.default_rng(seed).integers(0, 256, layout.num_bytes, dtype=np.uint8)
         rows = layout.num_kv_heads * layout.num_layers * layout.num_kv_parts
         self.tokens = flat.reshape(layout.num_blocks + 1, rows, layout.block_size, -1)
@@ -117,8 +125,13 @@ class Prefill:
         port: int = 0,
         epoch: bytes | None = None,
         seed: int = 1,
+        on_gpu: bool = False,
     ) -> Prefill:
-        pool, epoch, registry = PoolMemory(layout, seed), epoch or new_epoch(), CollectorRegistry()
+        pool, epoch, registry = (
+            PoolMemory(layout, seed, on_gpu=on_gpu or config.transport == "cuda_ipc"),
+            epoch or new_epoch(),
+            CollectorRegistry(),
+        )
         freed: list[tuple[TransferKey, str]] = []
         sender = KvSender(
             worker_id="prefill-0",
@@ -181,8 +194,13 @@ class Decode:
         faults: Faults | None = None,
         idle_s: float = 60.0,
         seed: int = 2,
+        on_gpu: bool = False,
     ) -> Decode:
-        pool, epoch, registry = PoolMemory(layout, seed), new_epoch(), CollectorRegistry()
+        pool, epoch, registry = (
+            PoolMemory(layout, seed, on_gpu=on_gpu or config.transport == "cuda_ipc"),
+            new_epoch(),
+            CollectorRegistry(),
+        )
         ready: dict[TransferKey, tuple[int, int, int]] = {}
         failed: dict[TransferKey, BatonError] = {}
         drained: list[TransferKey] = []

@@ -21,7 +21,7 @@ from kv_transfer.handshake import allowed_transports
 Action = Literal["kill", "stop", "delay"]
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-TRANSPORTS = allowed_transports(KvTransferConfig())
+TRANSPORTS = allowed_transports(KvTransferConfig(), on_gpu=False)
 """What is installed here."""
 WORKER_POINTS = sorted(point for point in POINTS if point.startswith(("prefill.", "decode.")))
 TWO_SIDED = {"prefill.send": ("gloo",)}

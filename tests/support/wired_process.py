@@ -35,6 +35,7 @@ from decode_workers.scheduler import DecodeScheduler
 from engine.kv_cache.kv_cache import KvCache
 from kv_transfer import peer
 from kv_transfer.keys import TransferKey
+from kv_transfer.memory import KvMemory
 from kv_transfer.usable_transports import UsableTransports
 from prefill_workers.scheduler import PrefillScheduler
 
@@ -87,6 +88,13 @@ def _channel(address: str, session: object) -> _Channel:
     return _Channel(asyncio.get_running_loop().process, address)  # type: ignore[attr-defined]
 
 
+class _HeapMemory(KvMemory):
+    """Of this process alone, taken and given back quickly."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.buffer = memoryview(bytearray(num_bytes))
+
+
 class Process(Side):
     """One worker process: what ``Side`` is, with its hand-off and its own event loop."""
 
@@ -106,7 +114,7 @@ class Process(Side):
             "digest": b"digest",
             "generation": "0",
             "layout": self.kv.layout,
-            "memory": SimpleNamespace(buffer=memoryview(bytearray(self.kv.layout.num_bytes))),
+            "memory": _HeapMemory(self.kv.layout.num_bytes),
             "secret": "secret",
             "config": CONFIG.model_copy(update={"verify": world.verify}),
             "metrics": self.metrics,

@@ -47,8 +47,8 @@
 {{- if and (eq $transfer.network "rdma") (eq $transfer.transport "gloo") -}}
 {{- fail "config.kv_transfer.network is rdma, and transport gloo is TCP; set transport to nixl" -}}
 {{- end -}}
-{{- if and (eq $transfer.network "rdma") (eq $transfer.transport "shared_memory") -}}
-{{- fail "config.kv_transfer.network is rdma, and transport shared_memory uses no network; set transport to nixl, or to auto, where workers of one host may share memory" -}}
+{{- if and (eq $transfer.network "rdma") (has $transfer.transport (list "shared_memory" "cuda_ipc")) -}}
+{{- fail (printf "config.kv_transfer.network is rdma, and transport %s uses no network; set transport to nixl, or to auto, where workers of one host may share memory" $transfer.transport) -}}
 {{- end -}}
 {{- $session := mergeOverwrite (dict "report_s" 0.5 "silence_s" 5) (default (dict) .config.session) -}}
 {{- if gt (float64 $session.report_s) (divf $session.silence_s 2) -}}

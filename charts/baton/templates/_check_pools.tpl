@@ -32,8 +32,8 @@
 {{- if and (eq $transport "nixl") (not $pool.rdma.enabled) -}}
 {{- fail (printf "config.kv_transfer.transport is nixl, but pools.%s has no RDMA, and UCX would take TCP there without a word; set rdma.enabled=true with its resource for every pool" $name) -}}
 {{- end -}}
-{{- if and (eq $transport "shared_memory") (eq $pool.role "prefill") -}}
-{{- fail (printf "config.kv_transfer.transport is shared_memory, but workers of pools.%s are in other pods than those of decode pools, as soon as it has any; use auto, nixl or gloo, or remove that pool" $name) -}}
+{{- if and (has $transport (list "shared_memory" "cuda_ipc")) (eq $pool.role "prefill") -}}
+{{- fail (printf "config.kv_transfer.transport is %s, but workers of pools.%s are in other pods than those of decode pools, as soon as it has any; use auto, nixl or gloo, or remove that pool" $transport $name) -}}
 {{- end -}}
 {{- $scaling := .root.Values.ray.autoscaling -}}
 {{- if and $scaling.enabled (eq $scaling.version "v1") (int $pool.idleTimeoutSeconds) -}}
@@ -116,11 +116,24 @@
 {{- $prefills = add $prefills (int $pool.replicas) -}}
 {{- end -}}
 {{- end -}}
+{{- $devices := dict -}}
+{{- $each := list -}}
 {{- range $name, $pool := .pools -}}
+{{- if and (int $pool.replicas) $prefills -}}
 {{- $device := index $pool.engine "device" | default (index $common "device") | default "cpu" -}}
-{{- if and (eq $device "cuda") (int $pool.replicas) $prefills -}}
-{{- fail (printf "engine.device is cuda in pools.%s, and there is a prefill pool: no transport reads a GPU's memory yet, so nothing could be handed over; start without prefill workers, or set engine.device: cpu" $name) -}}
+{{- $experimental := index $pool.engine "experimental" | default (index $common "experimental") | default list -}}
+{{- if and (eq $device "cuda") (not (has "gpu_handoff" $experimental)) -}}
+{{- fail (printf "engine.device is cuda in pools.%s, and there is a prefill pool: handing over a GPU's KV is written and was never run; start without prefill workers, set engine.device: cpu, or, to try it all the same, engine.experimental: [gpu_handoff]" $name) -}}
 {{- end -}}
+{{- if and (eq $device "cuda") (gt (int $pool.numRanks) 1) -}}
+{{- fail (printf "pools.%s has several ranks, each with KV on a GPU of its own, and there is a prefill pool: such KV is handed to nobody yet; start without prefill workers, or give its workers one rank" $name) -}}
+{{- end -}}
+{{- $_ := set $devices $device $name -}}
+{{- $each = append $each (printf "%s in %s" $device $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (hasKey $devices "cuda") (hasKey $devices "cpu") -}}
+{{- fail (printf "engine.device differs between pools (%s): KV goes from GPUs to GPUs, and from hosts' memory to hosts' memory; set it for all of them" (join ", " $each)) -}}
 {{- end -}}
 {{- range $setting, $default := dict "dtype" "auto" "block_size" 16 -}}
 {{- $values := dict -}}

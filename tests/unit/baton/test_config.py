@@ -185,13 +185,41 @@ def test_pools_of_a_file_are_all_there_are(tmp_path: Path) -> None:
     assert list(load_config(None).pools) == ["prefill", "decode"]
 
 
-def test_a_gpu_beside_a_prefill_pool_is_refused_since_nothing_can_be_handed_over() -> None:
-    for data in (
-        {"engine": {"device": "cuda"}},
-        {"pools": {"prefill": {}, "decode": {"engine": {"device": "cuda"}}}},
-    ):
-        with pytest.raises(ConfigurationError, match=r"no transport reads a GPU's memory"):
-            parse_config(data)
+HANDED_OVER = {"device": "cuda", "experimental": ["gpu_handoff"]}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"engine": {"device": "cuda"}}, r"handing over a GPU's KV is written and was never run"),
+        (
+            {"pools": {"prefill": {}, "decode": {"engine": {"device": "cuda"}}}},
+            r"cuda in pool decode, .*engine\.experimental: \[gpu_handoff\]",
+        ),
+        (
+            {
+                "engine": HANDED_OVER,
+                "pools": {"prefill": {}, "decode": {"tensor_parallel_size": 2}},
+            },
+            "pool decode has several ranks",
+        ),
+        (
+            {"pools": {"prefill": {}, "decode": {"engine": HANDED_OVER}}},
+            r"engine\.device differs between pools \(cpu in prefill, cuda in decode\)",
+        ),
+    ],
+    ids=["not-asked-for", "of-one-pool", "several-ranks", "beside-a-cpu"],
+)
+def test_a_gpu_beside_a_prefill_pool_is_refused_where_kv_cannot_be_handed_over(
+    data: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        parse_config(data)
+
+
+def test_gpus_that_hand_over_are_asked_for_by_name() -> None:
+    both = parse_config({"engine": HANDED_OVER})
+    assert {both.for_pool(name).engine.device for name in both.pools} == {"cuda"}
     alone = {"engine": {"device": "cuda"}, "pools": {"prefill": {"replicas": 0}, "decode": {}}}
     assert parse_config(alone).for_pool("decode").engine.device == "cuda"
 

@@ -31,6 +31,7 @@ def results(fraction: float) -> report.Results:
         decodes=(report.Decode("1B", 32, 1024, 1.25, 3_500_000_000, fraction),),
         prefills=(report.Prefill("8B", 8192, 260.0, fraction),),
         kernels=(report.Kernel("error of a mixed step", error=0.002),),
+        handoffs=(report.Handoff("an 8B", 1024, 16, 1.6, 2_147_483_648, fraction),),
     )
 
 
@@ -71,6 +72,7 @@ def test_the_page_says_what_missed_its_goal(tmp_path: Path) -> None:
     assert "| 1B | 32 | 1,024 | 1.25 | 3.5 | 0.65, missed |" in text
     assert "| 8B | 8,192 | 260.0 | 0.65 |" in text
     assert "one NVIDIA H100" in text
+    assert "| an 8B | 1,024 | 16 | 1.60 | 1,342 | 0.65 |" in text
     assert "| error of a mixed step | 2.0e-03 |  | not measured |  |" in text
 
 

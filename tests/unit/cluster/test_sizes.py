@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -57,10 +58,12 @@ def test_wish_over_a_maximum_that_was_lowered_is_cut() -> None:
     assert sizes_to_begin_with(config(1, 2, most=3), stored)["decode"] == 3
 
 
-def gpu_config(backend: str = "processes", *, device: str = "cuda") -> BatonConfig:
+def gpu_config(
+    backend: str = "processes", *, device: str = "cuda", experimental: Sequence[str] = ()
+) -> BatonConfig:
     return parse_config(
         {
-            "engine": {"device": device},
+            "engine": {"device": device, "experimental": list(experimental)},
             "cluster": {"backend": backend},
             "pools": {"prefill": {"replicas": 0}, "decode": {"replicas": 1}},
         }
@@ -75,6 +78,8 @@ def test_workers_of_plain_processes_that_would_share_a_gpu_are_refused() -> None
     assert gpu_conflict(gpu_config("ray"), {"prefill": 0, "decode": 2}) is None
     assert gpu_conflict(gpu_config(device="auto"), {"prefill": 0, "decode": 2}) is not None
     assert gpu_conflict(gpu_config(device="cpu"), {"prefill": 0, "decode": 2}) is None
+    shared = gpu_config(experimental=["gpu_handoff"])
+    assert gpu_conflict(shared, {"prefill": 1, "decode": 1}) is None
     with pytest.raises(InvalidRequestError, match="same GPU"):
         wished_sizes(gpu_config(), {"prefill": 0, "decode": 1}, {"decode": 2})
 

@@ -65,7 +65,7 @@ def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         (DecoderParts(), 1, "int8", False, "int8"),
         (DecoderParts(moe=MoeConfig(4, 2, 8, True)), 1, "none", False, "mixtures of experts"),
         (DecoderParts(latent=LATENT), 1, "none", False, "latent attention"),
-        (DecoderParts(), 1, "none", True, "no transport reads a GPU's memory"),
+        (DecoderParts(), 1, "none", True, "engine.experimental: [gpu_handoff]"),
     ],
 )
 def test_what_is_not_built_for_gpus_is_an_obstacle(
@@ -90,8 +90,17 @@ def test_ranks_that_one_asks_for_all_the_same_need_a_gpu_each(
     assert (found is None) if said is None else (said in (found or ""))
 
 
+@pytest.mark.parametrize(("num_ranks", "said"), [(1, None), (2, "handed to nobody yet")])
+def test_a_gpus_kv_is_handed_over_where_one_asks_for_it_and_has_one_rank(
+    num_ranks: int, said: str | None
+) -> None:
+    wanted = {"hands_over": True, "experimental": ["gpu_handoff", "nccl"]}
+    found = obstacle(model_config(TINY), Parallelism(num_ranks), "none", **wanted)
+    assert (found is None) if said is None else (said in (found or ""))
+
+
 @pytest.mark.usefixtures("gpu")
-def test_a_prefill_worker_is_refused_a_gpu_and_a_decode_worker_pairs_with_none(
+def test_a_prefill_worker_is_refused_a_gpu_and_one_on_a_gpu_pairs_with_none_on_a_cpu(
     tmp_path: Path,
 ) -> None:
     model = str(write_tiny_llama(tmp_path / "model"))
@@ -108,5 +117,4 @@ def test_a_prefill_worker_is_refused_a_gpu_and_a_decode_worker_pairs_with_none(
     own, on_cpu = plan("decode", "cuda"), plan("decode", "cpu")
     assert own.gpu is not None
     assert own.digest != on_cpu.digest
-    assert own.handed_over_layout.num_blocks == 1
-    assert on_cpu.handed_over_layout == on_cpu.layout == own.layout
+    assert own.engine_layout == on_cpu.engine_layout == on_cpu.layout

@@ -18,9 +18,7 @@ from engine.worker_parts import WorkerParts
 interpreted_or_skip("engine.attention.triton_paged")
 
 
-async def test_the_pool_lies_on_the_gpu_and_what_hand_offs_have_is_left_alone(
-    tmp_path: Path,
-) -> None:
+async def test_a_workers_pool_lies_where_its_plan_says(tmp_path: Path) -> None:
     engine = {"dtype": "float32", "kv_cache_bytes": 1 << 20, "cpu_kernels": "torch"}
     model = str(write_tiny_llama(tmp_path / "model"))
     config = parse_config({"model": model, "engine": engine, "pools": {"decode": {}}})
@@ -29,12 +27,14 @@ async def test_the_pool_lies_on_the_gpu_and_what_hand_offs_have_is_left_alone(
     gpu = GpuPlan(torch.device("cpu"), max_num_seqs=2, max_model_len=64)
     answers = []
     for plan in (on_cpu, replace(on_cpu, gpu=gpu)):
-        memory = bytearray(plan.handed_over_layout.num_bytes)
+        on_gpu = plan.gpu_memory()
+        assert (on_gpu is None) == (plan.gpu is None)
+        memory = memoryview(bytearray(plan.layout.num_bytes)) if on_gpu is None else on_gpu
         parts = await WorkerParts.build(
-            config, plan, memoryview(memory), memory_fd=-1, worker_id="w", role="decode"
+            config, plan, memory, memory_fd=None, worker_id="w", role="decode"
         )
         answers.append(generate(parts.engine, prompt(tokens(20)), 6))
-        assert any(memory) == (plan.gpu is None)
+        assert any(memory.tolist())
         assert parts.identity.num_blocks == on_cpu.layout.num_blocks
         await parts.close()
     assert answers[0] == answers[1]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 from pydantic import ValidationError
 
 from baton.config import KvTransferConfig
+from baton.errors import ConfigurationError
 from baton.kv_layout import KvLayout
 from baton.protocol import PROTOCOL_VERSION
 from kv_transfer import handshake
@@ -99,6 +101,8 @@ def test_another_worker_on_the_address_is_refused() -> None:
         (("gloo",), "host-a", BOTH, "gloo"),
         (("shared_memory",), "host-b", BOTH, None),
         (("gloo",), "host-a", ("shared_memory",), None),
+        (("cuda_ipc", "gloo"), "host-a", ("cuda_ipc", "gloo"), "cuda_ipc"),
+        (("cuda_ipc", "gloo"), "host-b", ("cuda_ipc", "gloo"), "gloo"),
         ((), "host-a", BOTH, None),
     ],
 )
@@ -111,7 +115,8 @@ def test_best_transport_that_works_for_both_is_chosen(
 
 
 def test_forced_transport_is_the_only_one_allowed() -> None:
-    assert handshake.allowed_transports(KvTransferConfig(transport="gloo")) == ("gloo",)
+    forced = KvTransferConfig(transport="gloo")
+    assert handshake.allowed_transports(forced, on_gpu=False) == ("gloo",)
     assert handshake.required_transports(KvTransferConfig(transport="gloo")) == ("gloo",)
 
 
@@ -120,27 +125,47 @@ def test_auto_allows_what_is_installed_and_no_tcp_where_rdma_is_required(
 ) -> None:
     auto, rdma = KvTransferConfig(), KvTransferConfig(network="rdma")
     monkeypatch.setattr(nixl_links, "installed", lambda: False)
-    assert handshake.allowed_transports(auto) == ("shared_memory", "gloo")
+    assert handshake.allowed_transports(auto, on_gpu=False) == ("shared_memory", "gloo")
     monkeypatch.setattr(nixl_links, "installed", lambda: True)
-    assert handshake.allowed_transports(auto) == ("shared_memory", "nixl", "gloo")
-    assert handshake.allowed_transports(rdma) == ("shared_memory", "nixl")
+    assert handshake.allowed_transports(auto, on_gpu=False) == ("shared_memory", "nixl", "gloo")
+    assert handshake.allowed_transports(rdma, on_gpu=False) == ("shared_memory", "nixl")
+    assert handshake.allowed_transports(auto, on_gpu=True) == ("cuda_ipc", "nixl", "gloo")
     assert handshake.required_transports(auto) == ()
     assert handshake.required_transports(rdma) == ("nixl",)
 
 
 @pytest.mark.parametrize(
     ("transport", "why"),
-    [("gloo", "gloo is TCP"), ("shared_memory", "shared_memory uses no network")],
+    [
+        ("gloo", "gloo is TCP"),
+        ("shared_memory", "shared_memory uses no network"),
+        ("cuda_ipc", "cuda_ipc uses no network"),
+    ],
 )
 def test_rdma_over_what_is_none_is_refused(transport: str, why: str) -> None:
     with pytest.raises(ValidationError, match=f"transport {why}; set transport to nixl"):
         KvTransferConfig.model_validate({"transport": transport, "network": "rdma"})
 
 
-@pytest.mark.parametrize("transport", ["nccl", "cuda_ipc"])
-def test_transports_between_gpus_are_refused_by_name(transport: str) -> None:
-    with pytest.raises(ValidationError, match=f"{transport} is not built: .*hand nothing over"):
-        KvTransferConfig.model_validate({"transport": transport})
+def test_a_transport_that_is_not_built_is_refused_by_name() -> None:
+    with pytest.raises(ValidationError, match=r"nccl is not built: .*use cuda_ipc"):
+        KvTransferConfig.model_validate({"transport": "nccl"})
+
+
+@pytest.mark.parametrize(
+    ("transport", "on_gpu", "lies"),
+    [("shared_memory", True, "on a GPU"), ("cuda_ipc", False, "in the host's memory")],
+)
+def test_a_transport_that_cannot_reach_a_workers_kv_is_refused(
+    transport: Literal["shared_memory", "cuda_ipc"], on_gpu: bool, lies: str
+) -> None:
+    config = KvTransferConfig(transport=transport)
+    with pytest.raises(
+        ConfigurationError, match=f"is {transport}, but this worker's KV lies {lies}"
+    ):
+        handshake.check_transport(config, on_gpu=on_gpu)
+    handshake.check_transport(config, on_gpu=not on_gpu)
+    handshake.check_transport(KvTransferConfig(), on_gpu=on_gpu)
 
 
 def test_host_id_is_the_same_in_every_process_of_a_host() -> None:

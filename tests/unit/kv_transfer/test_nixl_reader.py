@@ -7,11 +7,14 @@ from typing import Any, cast
 
 import pytest
 
+from baton.kv_layout import KvLayout
+from kv_transfer.runs import Area, Runs
 from kv_transfer.transports.base import LinkError
-from kv_transfer.transports.nixl import Agent, Runs
+from kv_transfer.transports.nixl import Agent
 from kv_transfer.transports.nixl_reader import Reader
 
 WITHIN_S = 10.0
+AREA = Area(KvLayout(1, 1, 1, 1, 8, "float32"), 0)
 
 
 class Broken:
@@ -22,7 +25,7 @@ class Broken:
 
     def connect(self, metadata: bytes) -> None: ...
 
-    def probe(self, name: str, address: int) -> int:
+    def probe(self, name: str, area: Area) -> int:
         return 0
 
     def read(self, name: str, into: Runs, out_of: Runs) -> int:
@@ -45,7 +48,7 @@ def test_a_thread_that_fails_ends_its_worker_first_and_leaves_nobody_waiting() -
     reader = Reader(
         lambda: cast(Agent, agent), on_fatal=lambda error: told.put(("fatal", repr(error)))
     )
-    reader.connect("peer", b"", 0, timeout_s=WITHIN_S, made=told.put)
+    reader.connect("peer", b"", AREA, timeout_s=WITHIN_S, made=told.put)
     reader.start(lambda error: None)
     peer = told.get(timeout=WITHIN_S)
     for name in ("first", "second"):
@@ -54,7 +57,7 @@ def test_a_thread_that_fails_ends_its_worker_first_and_leaves_nobody_waiting() -
     ended = dict(told.get(timeout=WITHIN_S) for _ in range(2))
     assert ended.keys() == {"first", "second"}
     assert all(isinstance(error, RuntimeError) for error in ended.values())
-    reader.connect("other", b"", 0, timeout_s=WITHIN_S, made=told.put)
+    reader.connect("other", b"", AREA, timeout_s=WITHIN_S, made=told.put)
     assert isinstance(told.get(timeout=WITHIN_S), LinkError)
     reader.close(lambda: told.put("closed"))
     assert told.get(timeout=WITHIN_S) == "closed"

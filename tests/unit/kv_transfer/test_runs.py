@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from baton.kv_layout import KvLayout
 from kv_transfer.blocks import PoolView
 from kv_transfer.ranges import BlockRange
-from kv_transfer.transports.nixl import Area, runs
+from kv_transfer.runs import Area, runs
 
 LAYOUT = KvLayout(
     num_blocks=9, num_kv_heads=2, num_layers=3, block_size=4, head_dim=2, dtype="bfloat16"
