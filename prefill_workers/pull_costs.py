@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 HALF_LIFE_S = 60.0
 """Of the weight of a measurement. What was slow once is tried again when it is forgotten."""
+FORGOTTEN_S = 30 * HALF_LIFE_S
+"""A lender that was not measured for so long is as one that never was."""
 MIN_BLOCKS = 4
 """Fewer are computed: they are part of a step that is taken anyway."""
 SHORTEST_S = 0.05
@@ -31,6 +33,10 @@ class RunningLine:
         for num_tokens, seconds in points:
             self._prior = _sums(self._prior, num_tokens, seconds, _PRIOR_WEIGHT)
         self._seen = [0.0] * 5
+
+    @property
+    def forgotten(self) -> bool:
+        return self._clock() - self._at > FORGOTTEN_S
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         self._seen = _sums(self._faded(), num_tokens, seconds, 1.0)
@@ -57,7 +63,9 @@ def _sums(sums: Sequence[float], n: int, t: float, weight: float) -> list[float]
 
 
 class PullCosts:
-    """Kept by one prefill worker.
+    """Kept by one prefill worker. What moving takes is kept for each lender, a decode process, by
+    its epoch: of one that stops or dies in the midst of a pull nothing follows for the others,
+    nor for the one that replaces it.
 
     Args:
         block_size: in tokens.
@@ -75,32 +83,45 @@ class PullCosts:
     ) -> None:
         self._min_tokens = MIN_BLOCKS * block_size
         self._step_tokens = step_tokens
+        self._clock = clock
+        self._moved_token_s = token_bytes / _PRIOR_BYTES_PER_S
         self._computed = RunningLine(*_PRIOR_COMPUTED, clock)
-        self._moved = RunningLine(_PRIOR_MOVED_S, token_bytes / _PRIOR_BYTES_PER_S, clock)
+        self._unmeasured = self._new_line()
+        self._moved: dict[bytes, RunningLine] = {}
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """A step has taken so long."""
         self._computed.observe(num_tokens, seconds)
 
-    def moved(self, num_tokens: int, seconds: float) -> None:
+    def moved(self, num_tokens: int, seconds: float, lender: bytes) -> None:
         """A pull has taken so long, from its beginning to its end. One that a pause of the machine
         held up counts as a late one: the pause itself would not be forgotten within minutes."""
-        self._moved.observe(num_tokens, min(seconds, self._late_s(num_tokens)))
+        self._line_of(lender).observe(num_tokens, min(seconds, self._late_s(num_tokens)))
 
-    def late(self, num_tokens: int) -> None:
+    def late(self, num_tokens: int, lender: bytes) -> None:
         """A pull was given up after its patience. Nobody knows how long it would have taken: so
-        long that it is not tried for a while."""
-        self._moved.observe(num_tokens, self._late_s(num_tokens))
+        long that it is not tried for a while with that lender."""
+        self._line_of(lender).observe(num_tokens, self._late_s(num_tokens))
 
-    def moving_pays(self, num_tokens: int) -> bool:
+    def moving_pays(self, num_tokens: int, lender: bytes) -> bool:
         if num_tokens < self._min_tokens:
             return False
-        fixed_s, token_s = self._moved.fit()
+        fixed_s, token_s = self._moved.get(lender, self._unmeasured).fit()
         return fixed_s + token_s * num_tokens < self._computing_s(num_tokens)
 
     def patience_s(self, num_tokens: int) -> float:
         """With a pull: as long as computing would take."""
         return max(SHORTEST_S, self._computing_s(num_tokens))
+
+    def _new_line(self) -> RunningLine:
+        return RunningLine(_PRIOR_MOVED_S, self._moved_token_s, self._clock)
+
+    def _line_of(self, lender: bytes) -> RunningLine:
+        """To add a measurement to."""
+        if lender not in self._moved:
+            kept = {each: line for each, line in self._moved.items() if not line.forgotten}
+            self._moved = {**kept, lender: self._new_line()}
+        return self._moved[lender]
 
     def _late_s(self, num_tokens: int) -> float:
         return 2 * self.patience_s(num_tokens)

@@ -78,7 +78,7 @@ class Pulls:
         if pull is None:
             self.drained(transfer)
             return None
-        self.costs.moved(pull.num_tokens, at - pull.began_at)
+        self.costs.moved(pull.num_tokens, at - pull.began_at, transfer.source_epoch)
         self._kv.adopt_prefix(pull.job.sequence, pull.job.num_held_tokens)
         self._scheduler.pulled(pull.job, pull.num_tokens)
         return pull.job
@@ -89,7 +89,7 @@ class Pulls:
         if pull is None:
             return
         if at - pull.began_at >= self.costs.patience_s(pull.num_tokens):
-            self.costs.late(pull.num_tokens)
+            self.costs.late(pull.num_tokens, transfer.source_epoch)
         self._abandon(transfer)
         self._scheduler.requeue(pull.job)
 

@@ -86,7 +86,7 @@ class PrefillJob:
 
 class PrefillScheduler:
     """Owns the order of jobs; the block pool is the cache's. ``moving_pays`` says whether so
-    many tokens are pulled rather than computed."""
+    many tokens are pulled from the decode process of that epoch rather than computed."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class PrefillScheduler:
         *,
         max_num_batched_tokens: int,
         max_num_seqs: int,
-        moving_pays: Callable[[int], bool] = lambda num_tokens: False,
+        moving_pays: Callable[[int, bytes], bool] = lambda num_tokens, lender: False,
     ) -> None:
         self._kv = kv
         self._moving_pays = moving_pays
@@ -140,7 +140,10 @@ class PrefillScheduler:
         job.num_uncached_tokens = num_tokens - min(num_there, num_tokens - 1)
 
     def _is_to_pull(self, job: PrefillJob, num_cached: int) -> bool:
-        return job.lender is not None and self._moving_pays(job.num_held_tokens - num_cached)
+        if job.lender is None:
+            return False
+        num_lacking = job.num_held_tokens - num_cached
+        return self._moving_pays(num_lacking, job.transfer.destination_epoch)
 
     def remove(self, job: PrefillJob) -> None:
         """Forgets a job in any state; its blocks stay the caller's business."""

@@ -140,7 +140,7 @@ class SimWorker:
             self.kv,
             max_num_batched_tokens=512,
             max_num_seqs=64,
-            moving_pays=lambda num_tokens: num_tokens >= MIN_BLOCKS * block_size,
+            moving_pays=lambda num_tokens, lender: num_tokens >= MIN_BLOCKS * block_size,
         )
         self.decode = DecodeScheduler(
             self.kv,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ from support.server import BatonServer
 Serving = Callable[..., BatonServer]
 
 
-@pytest.fixture(scope="module")
-def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+@contextlib.contextmanager
+def _serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Starts servers as asked; stops them, and shows that no process is left."""
     servers: list[BatonServer] = []
 
@@ -30,6 +31,19 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         left = [pid for pid in children if Path(f"/proc/{pid}").exists()]
         assert status == 0, server.log
         assert not left, f"processes left behind: {left}\n{server.log}"
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """Servers that the tests of a module share."""
+    with _serving(tmp_path_factory) as start:
+        yield start
+
+
+@pytest.fixture
+def serving_one_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    with _serving(tmp_path_factory) as start:
+        yield start
 
 
 class Oracle:

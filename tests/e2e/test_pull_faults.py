@@ -1,80 +1,158 @@
 """A worker is killed or stopped while prefill pulls an answer from decode: the request is answered
-all the same, at fp32 with exactly its tokens, and at rest no block is held."""
+all the same, at fp32 with exactly its tokens, at rest no block is held, and the next answers are
+pulled again."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from e2e.conftest import Serving
 from support.server import BatonServer, wait_until
+from support.tiny_models import write_tiny_llama
+
+from baton.faults import POINTS
 
 BLOCK_SIZE = 16
 MOST_TRIES = 5
-SLOW = {"action": "delay", "seconds": 1.0}
-"""Computing, so that a pull pays, however busy the machine is."""
-PREFILL, DECODE = "prefill-0", "decode-0"
-CASES = [
-    ("pull.copy", PREFILL, "kill"),
-    pytest.param("lend.offer", DECODE, "kill", marks=pytest.mark.exhaustive),
-    pytest.param("pull.release", PREFILL, "stop", marks=pytest.mark.exhaustive),
-    pytest.param("lend.commit", DECODE, "stop", marks=pytest.mark.exhaustive),
-]
+STEP_TOKENS = 4 * BLOCK_SIZE
+SLOW = {"action": "delay", "seconds": 0.5}
+"""Each step of prefill: to compute an answer of ten blocks takes more than a second, so that a
+pull pays, and is waited for that long, however busy the machine is."""
+SETTINGS: dict[str, Any] = {
+    "engine": {
+        "dtype": "float32",
+        "kv_cache_bytes": 4 * 1024 * 1024,
+        "max_num_batched_tokens": STEP_TOKENS,
+    },
+    "routing": {"local_prefill_max_tokens": 0},
+}
 ANSWER: dict[str, Any] = {"max_tokens": 10 * BLOCK_SIZE, "ignore_eos": True}
+PREFILL, DECODE = "prefill-0", "decode-0"
+POINTS_OF_PULLS = sorted(point for point in POINTS if point.startswith(("lend.", "pull.")))
+TO_CONNECT = ("greet", "link")
+"""Points that are passed once, when the first pull has two workers connect."""
+SHARED_MEMORY, GLOO = "shared_memory", "gloo"
+OVER_GLOO = ("lend.link", "lend.send", "pull.link", "pull.copy")
+"""Where gloo's peers wait for each other."""
+ONLY_OVER_GLOO = ("lend.send",)
+USUAL = (("pull.copy", "kill", SHARED_MEMORY), ("lend.link", "kill", SHARED_MEMORY))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    point: str
+    action: str
+    transport: str
+
+    @property
+    def victim(self) -> str:
+        return DECODE if self.point.startswith("lend.") else PREFILL
+
+    def __str__(self) -> str:
+        return f"{self.point}-{self.action}-{self.transport}"
+
+
+CASES = [
+    Case(point, action, transport)
+    for transport, points in (
+        (SHARED_MEMORY, [point for point in POINTS_OF_PULLS if point not in ONLY_OVER_GLOO]),
+        (GLOO, OVER_GLOO),
+    )
+    for point in points
+    for action in ("kill", "stop")
+]
 
 
 @pytest.fixture(scope="module")
-def server(serving: Serving) -> BatonServer:
-    return serving(
-        settings={
-            "engine": {"dtype": "float32"},
-            "routing": {"local_prefill_max_tokens": 0},
-        },
-        arguments=("--prefill", "1", "--decode", "1"),
-    )
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def all_are_ready(server: BatonServer) -> bool:
-    workers = server.status()["workers"]
-    return {w["worker_id"] for w in workers if w["ready"]} == {PREFILL, DECODE}
+def epochs(server: BatonServer) -> dict[str, str]:
+    """Of the workers that are ready."""
+    return {w["worker_id"]: w["epoch"] for w in server.status()["workers"] if w["ready"]}
 
 
-def second_turn(server: BatonServer, first_token: int) -> list[int]:
-    """The prompt of one, whose answer decode alone holds."""
-    prompt = [first_token + 3 * token for token in range(5 * BLOCK_SIZE + 3)]
+def second_turn(server: BatonServer, number: int) -> list[int]:
+    """The prompt of one, whose answer decode alone holds; another for each number."""
+    prompt = [3 + (number + 7 * token) % 250 for token in range(3 * BLOCK_SIZE + 3)]
     answer = server.complete(prompt=prompt, **ANSWER)["choices"][0]["token_ids"]
     server.wait_at_rest()
     return [*prompt, *answer, 200, 201]
 
 
+def num_pulled(server: BatonServer) -> float:
+    server.wait_at_rest()
+    return server.metric("baton_kv_pulls_total", outcome="ready")
+
+
+def wait_replaced(server: BatonServer, worker_id: str, epoch: str, stopped: int | None) -> None:
+    """Until another process is that worker and both are ready. ``stopped`` goes on once its
+    registration has run out: from then on it is nobody, and has to end."""
+
+    def is_listed() -> bool:
+        return epoch in {worker["epoch"] for worker in server.status()["workers"]}
+
+    wait_until(lambda: not is_listed(), timeout_s=60, what=f"{worker_id} is missed")
+    if stopped is not None:
+        with contextlib.suppress(ProcessLookupError):  # it was fenced
+            os.kill(stopped, signal.SIGCONT)
+    both = {PREFILL, DECODE}
+    wait_until(lambda: epochs(server).keys() == both, timeout_s=60, what="both workers are ready")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("point", "victim", "action"), CASES)
-def test_pull_whose_worker_goes_costs_no_token(
-    server: BatonServer, tmp_path: Path, point: str, victim: str, action: str
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=str(case),
+            marks=()
+            if (case.point, case.action, case.transport) in USUAL
+            else pytest.mark.exhaustive,
+        )
+        for case in CASES
+    ],
+)
+def test_pull_whose_worker_goes_costs_no_token_and_no_later_pull(
+    serving_one_test: Serving, model: Path, tmp_path: Path, case: Case
 ) -> None:
-    first_token = 1000 + 500 * len(point)
+    server = serving_one_test(
+        settings={**SETTINGS, "kv_transfer": {"transport": case.transport}},
+        arguments=("--model", str(model), "--prefill", "1", "--decode", "1"),
+    )
+    numbers = iter(range(1, 250))
     server.inject(prefill__chunk=SLOW)
-    server.complete(prompt=second_turn(server, first_token), max_tokens=1)  # workers connect
-    reached, pid = tmp_path / "reached", server.worker_pid(victim)
-    fault = {"action": action, "worker": victim, "reached": str(reached)}
-    server.inject(prefill__chunk=SLOW, **{point.replace(".", "__"): fault})
-    try:
-        for number in range(1, MOST_TRIES + 1):  # what has measured copies as slow is computed
-            prompt = second_turn(server, first_token + 40 * number)
-            answer = server.complete(prompt=prompt, max_tokens=8)["choices"][0]["token_ids"]
-            if reached.exists():
-                break
-    finally:
-        server.inject()
-        if action == "stop":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+    if not case.point.endswith(TO_CONNECT):
+        server.complete(prompt=second_turn(server, next(numbers)), max_tokens=1)
+    reached, epoch = tmp_path / "reached", epochs(server)[case.victim]
+    pid = server.worker_pid(case.victim)
+    fault = {"action": case.action, "worker": case.victim, "reached": str(reached)}
+    server.inject(prefill__chunk=SLOW, **{case.point.replace(".", "__"): fault})
+    for _ in range(MOST_TRIES):  # where the workers took long to connect it is computed
+        prompt = second_turn(server, next(numbers))
+        answer = server.complete(prompt=prompt, max_tokens=8)["choices"][0]["token_ids"]
+        if reached.exists():
+            break
+    server.inject()
     assert reached.exists(), "no pull came to that point"
-    wait_until(lambda: all_are_ready(server), timeout_s=60, what="both workers")
+    wait_replaced(server, case.victim, epoch, pid if case.action == "stop" else None)
     server.wait_at_rest(timeout_s=30.0)
-    again = server.complete(prompt=prompt, max_tokens=8)["choices"][0]["token_ids"]
-    assert answer == again
+    again = server.complete(prompt=prompt, max_tokens=8, cache_salt="computed")
+    assert answer == again["choices"][0]["token_ids"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    server.inject(prefill__chunk=SLOW)
+    before = num_pulled(server)
+    for _ in range(MOST_TRIES):  # the first one has them connect
+        server.complete(prompt=second_turn(server, next(numbers)), max_tokens=1)
+        if num_pulled(server) > before:
+            break
+    else:
+        pytest.fail("no answer is pulled any more")

@@ -179,7 +179,7 @@ class PrefillSide(Side):
         self.handoff = PretendHandoff(self.engine.slots, self.inbox)
         self.puller = PretendPulls(self.engine.slots, self.inbox)
         scheduler = scheduler_class(
-            self.kv, **LIMITS, moving_pays=lambda num_tokens: num_tokens > 0
+            self.kv, **LIMITS, moving_pays=lambda num_tokens, lender: num_tokens > 0
         )
         self.pulls = pulls(
             self.kv,

@@ -138,7 +138,7 @@ class AlwaysMove(PullCosts):
 
     longest_s = 30.0
 
-    def moving_pays(self, num_tokens: int) -> bool:
+    def moving_pays(self, num_tokens: int, lender: bytes) -> bool:
         return num_tokens > 0
 
     def patience_s(self, num_tokens: int) -> float:

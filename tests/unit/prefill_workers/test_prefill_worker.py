@@ -39,7 +39,7 @@ class PrefillRig(Rig):
             self.kv,
             max_num_batched_tokens=8,
             max_num_seqs=8,
-            moving_pays=lambda num_tokens: num_tokens >= 4,
+            moving_pays=lambda num_tokens, lender: num_tokens >= 4,
         )
         self.pulls = Pulls(
             self.kv,
@@ -528,4 +528,5 @@ async def test_late_pull_counts_as_dearer_than_computing_and_a_refused_one_as_no
         job = await pulling(rig)
         began_at = rig.pulls._pulls[job.transfer.way_back].began_at
         rig.pulls.failed(job.transfer.way_back, began_at + waited_s)
-        assert rig.pulls.costs.moving_pays(100) is pays
+        assert rig.pulls.costs.moving_pays(100, job.transfer.destination_epoch) is pays
+        assert rig.pulls.costs.moving_pays(100, b"another process")

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from prefill_workers.pull_costs import HALF_LIFE_S, MIN_BLOCKS, SHORTEST_S, PullCosts, RunningLine
+from prefill_workers.pull_costs import (
+    FORGOTTEN_S,
+    HALF_LIFE_S,
+    MIN_BLOCKS,
+    SHORTEST_S,
+    PullCosts,
+    RunningLine,
+)
 
 BLOCK = 16
+LENDER, ANOTHER = b"decode-0", b"decode-1"
 
 
 class Clock:
@@ -27,7 +35,7 @@ def computes(costs: PullCosts, token_s: float, *, step_s: float = 0.01) -> None:
 
 def moves(costs: PullCosts, token_s: float, *, fixed_s: float = 0.01) -> None:
     for num_tokens in (1000, 300, 64, 1000):
-        costs.moved(num_tokens, fixed_s + token_s * num_tokens)
+        costs.moved(num_tokens, fixed_s + token_s * num_tokens, LENDER)
 
 
 def test_line_is_that_of_its_measurements_once_there_are_some() -> None:
@@ -53,9 +61,9 @@ def test_neither_end_of_the_line_is_negative(points: list[tuple[int, float]]) ->
 def test_few_blocks_are_computed_however_dear_that_is() -> None:
     slow = costs()
     computes(slow, 1.0)
-    assert not slow.moving_pays(MIN_BLOCKS * BLOCK - 1)
-    assert slow.moving_pays(MIN_BLOCKS * BLOCK)
-    assert not slow.moving_pays(-BLOCK)
+    assert not slow.moving_pays(MIN_BLOCKS * BLOCK - 1, LENDER)
+    assert slow.moving_pays(MIN_BLOCKS * BLOCK, LENDER)
+    assert not slow.moving_pays(-BLOCK, LENDER)
 
 
 def test_the_cheaper_of_both_measured_rates_decides() -> None:
@@ -64,28 +72,33 @@ def test_the_cheaper_of_both_measured_rates_decides() -> None:
         computes(each, 1e-3)
     moves(far, 5e-3)
     moves(near, 1e-4)
-    assert not far.moving_pays(1000)
-    assert near.moving_pays(1000)
+    assert not far.moving_pays(1000, LENDER)
+    assert near.moving_pays(1000, LENDER)
 
 
 def test_fixed_cost_decides_for_short_ones() -> None:
     distant = costs()
     computes(distant, 1e-3)
     moves(distant, 1e-5, fixed_s=0.2)
-    assert [distant.moving_pays(n) for n in (64, 128, 512, 2000)] == [False, False, True, True]
+    assert [distant.moving_pays(n, LENDER) for n in (64, 128, 512, 2000)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_before_any_measurement_a_long_answer_is_moved() -> None:
-    assert costs().moving_pays(1000)
+    assert costs().moving_pays(1000, LENDER)
 
 
 def test_slow_pulls_are_tried_again_when_they_are_forgotten() -> None:
     clock = Clock()
     once_slow = costs(clock)
     moves(once_slow, 5e-3)
-    assert not once_slow.moving_pays(1000)
+    assert not once_slow.moving_pays(1000, LENDER)
     clock.now += 12 * HALF_LIFE_S
-    assert once_slow.moving_pays(1000)
+    assert once_slow.moving_pays(1000, LENDER)
 
 
 def test_patience_is_what_computing_would_take() -> None:
@@ -100,8 +113,28 @@ def test_one_pull_in_a_machine_s_pause_is_soon_forgotten() -> None:
     clock = Clock()
     paused = costs(clock)
     computes(paused, 1e-3)
-    paused.moved(160, 30.0)
-    assert not paused.moving_pays(160)
+    paused.moved(160, 30.0, LENDER)
+    assert not paused.moving_pays(160, LENDER)
     clock.now += 4 * HALF_LIFE_S
     computes(paused, 1e-3)
-    assert paused.moving_pays(160)
+    assert paused.moving_pays(160, LENDER)
+
+
+def test_late_pull_says_nothing_of_other_lenders() -> None:
+    each = costs()
+    computes(each, 1e-3)
+    each.late(160, LENDER)
+    assert not each.moving_pays(160, LENDER)
+    assert each.moving_pays(160, ANOTHER)
+
+
+def test_lenders_that_are_gone_are_not_kept() -> None:
+    clock = Clock()
+    each = costs(clock)
+    for number in range(5):
+        each.late(160, bytes([number]))
+    clock.now += FORGOTTEN_S / 2
+    each.late(160, LENDER)
+    clock.now += FORGOTTEN_S / 2 + 1
+    each.late(160, ANOTHER)
+    assert set(each._moved) == {LENDER, ANOTHER}
