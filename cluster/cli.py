@@ -46,6 +46,7 @@ class Backend(StrEnum):
 class Transport(StrEnum):
     auto = "auto"
     shared_memory = "shared_memory"
+    cuda_ipc = "cuda_ipc"
     nixl = "nixl"
     gloo = "gloo"
 

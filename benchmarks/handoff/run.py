@@ -54,9 +54,10 @@ Contender = Callable[[Load], Awaitable[Moved]]
 
 
 def known_transports() -> list[str]:
-    """By the names that the configuration has for them."""
+    """Of a host's memory, by the names that the configuration has for them; ``benchmarks.gpu``
+    measures what is between GPUs."""
     names = get_args(KvTransferConfig.model_fields["transport"].annotation)
-    return [name for name in names if name != "auto"]
+    return [name for name in names if name not in ("auto", "cuda_ipc")]
 
 
 def _contenders(side: DecodeSide) -> dict[str, Contender]:
