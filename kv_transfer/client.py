@@ -124,6 +124,7 @@ class KvReceiver:
         self._on_ready = on_ready
         self._on_failed = on_failed
         self._on_drained = on_drained
+        self._on_fatal = on_fatal
         self._sizes = receiver.ReceiverSizes(
             layout.block_size,
             layout.token_bytes,
@@ -391,10 +392,22 @@ class KvReceiver:
                 peer.send(key, messages.fetch(key, blocks))
 
         def ended(error: TransferError | None) -> None:
-            del transfer.operations[blocks]
+            number = transfer.operations.pop(blocks).number
             self._apply(transfer, transfer.machine.copy_ended(self._now(), blocks, error))
+            self._take_turns(link, number)
 
-        transfer.operations[blocks] = link.post(blocks, posted=posted, ended=ended)
+        try:
+            transfer.operations[blocks] = link.post(blocks, posted=posted, ended=ended)
+        except Exception as error:
+            self._on_fatal(error)  # it may be posted or not, and nobody will say when it ends
+            raise
+
+    def _take_turns(self, link: PullLink, number: int) -> None:
+        """A copy of that number has ended: those that were posted after it have moved up."""
+        for other in list(self._transfers.values()):
+            oldest = next(iter(other.operations.values()), None)
+            if other.link is link and oldest is not None and oldest.number > number:
+                self._apply(other, other.machine.copy_before_ended(self._now()))
 
     def _stop_copies(self, transfer: _Transfer) -> None:
         assert transfer.link is not None

@@ -5,8 +5,8 @@
    worker is awaited, for ``attach_s``.
 3. ``RECEIVING``: attached. Ranges are copied as they are announced; the lease is
    renewed every third of it. Once Commit came, the rest must move on at least
-   every ``operation_s``; before it, prefill computes and the caller's deadline
-   is the bound.
+   every ``operation_s``, or the copies before it must; before it, prefill computes
+   and the caller's deadline is the bound.
 4. ``COMMITTING``: Commit came and every byte is copied; Release is sent. The
    lease is renewed no more, so this state ends with it.
 5. ``READY``: Release was acknowledged under that lease. The blocks are good.
@@ -15,12 +15,12 @@
    than ``operation_s``. A timeout proves nothing: only their end leads on.
 8. ``FREED``: nothing of ours can write the blocks any more.
 
-The lease counts here from when Attach or Renew was sent, so that this side can
-only think it shorter than the sender does. The caller moves the machine by
-``reserve`` and ``cancel``, the stream by ``attach`` and ``peer_lost``, the peer
-by ``announced``, ``committed``, ``released`` and ``aborted``, the transport by
-``copy_ended`` and ``cannot_stop``, the clock by ``tick``. What does not fit the
-state does nothing.
+The lease counts here from when Attach or Renew was given to the stream. One that is late may
+find the lease run out at the sender, whose verdict on Release alone counts. The caller moves
+the machine by ``reserve`` and ``cancel``, the stream by ``attach`` and ``peer_lost``, the peer
+by ``announced``, ``committed``, ``released`` and ``aborted``, the transport by ``copy_ended``,
+``copy_before_ended`` and ``cannot_stop``, the clock by ``tick``. What does not fit the state
+does nothing.
 """
 
 from __future__ import annotations
@@ -311,6 +311,12 @@ class ReceiveTransfer:
         self._copied_tokens += blocks.num_tokens
         self._progress_until = now + self._sizes.operation_s
         return self._release_when_copied(now)
+
+    def copy_before_ended(self, now: float) -> list[ReceiverEffect]:
+        """Of another transfer, posted before all of this one's that have not ended: they take
+        turns, and there are only so many."""
+        self._progress_until = now + self._sizes.operation_s
+        return []
 
     def cannot_stop(self) -> list[ReceiverEffect]:
         """The transport does not know whether a copy still writes."""

@@ -112,6 +112,11 @@ SenderEffect = (
 )
 
 
+ANNOUNCED_BYTES = 64 << 20
+"""The most of one announcement: it is copied as one, within the receiver's bound on an operation,
+and a cached prefix may be gigabytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class SenderSizes:
     """What the machine must know of the pool and the configuration."""
@@ -120,6 +125,7 @@ class SenderSizes:
     token_bytes: int
     attach_s: float
     verify: bool
+    announced_bytes: int = ANNOUNCED_BYTES
 
 
 class SendTransfer:
@@ -179,10 +185,15 @@ class SendTransfer:
         assert len(block_ids) >= -(-end // size), "block_ids covers the input from its start"
         self._ready_end = end
         blocks = BlockRange(start, end, tuple(block_ids[start // size : -(-end // size)]))
-        if self._sizes.verify:
-            self._operations += 1
-            return [ComputeChecksums(blocks)]
-        return self._announce(blocks)
+        num_at_once = max(1, self._sizes.announced_bytes // (size * self._sizes.token_bytes))
+        effects: list[SenderEffect] = []
+        for part in blocks.parts(num_at_once, size):
+            if self._sizes.verify:
+                self._operations += 1
+                effects.append(ComputeChecksums(part))
+            else:
+                effects += self._announce(part)
+        return effects
 
     def checksummed(self, blocks: BlockRange, checksums: Sequence[int]) -> list[SenderEffect]:
         """The answer to ComputeChecksums; answers come in order."""

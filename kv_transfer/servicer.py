@@ -128,6 +128,9 @@ class PullServicer(TransferServicer):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.attach_s):
                 first = await context.read()
+        if first is None:
+            late = f"no PeerHello in {self._config.attach_s:g} s"
+            await context.abort(grpc.StatusCode.UNAVAILABLE, late)
         if not isinstance(first, pb.PullRequest) or not first.HasField("hello"):
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, "the first message must be PeerHello"
@@ -199,6 +202,9 @@ class PullServicer(TransferServicer):
             await link.connect()
         except (LinkError, InternalError) as error:
             connection.lose(str(error))
+        except Exception as error:
+            logger.exception("%s: no link to %s", self._identity.worker_id, connection.worker_id)
+            connection.lose(f"making the link failed: {error!r}")
 
     async def _let_go(self, link: ServeLink, tasks: list[asyncio.Task[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)

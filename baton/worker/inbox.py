@@ -7,9 +7,12 @@ event loop goes out through ``call``. Nothing else is shared.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 from collections.abc import Callable
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 Command = Callable[[], None]
 """Run by the engine thread, between two steps."""
@@ -35,9 +38,21 @@ class Inbox:
         self._queue.put(die)
 
     def call(self, function: Callable[..., Any], *args: Any) -> None:
-        """Has the event loop call ``function(*args)``; returns at once."""
+        """Has the event loop call ``function(*args)``; returns at once.
+
+        An exception ends the worker: what it left undone, blocks that nobody gives back, say,
+        would stay so for as long as the process lives.
+        """
+
+        def call() -> None:
+            try:
+                function(*args)
+            except Exception as error:
+                logger.exception("the event loop failed to do what the engine asked for")
+                self.fail(error)
+
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *args)
+            self._loop.call_soon_threadsafe(call)
 
     def run_pending(self, *, wait_s: float) -> bool:
         """Runs what has arrived; waits up to ``wait_s`` for the first. Was there any?"""

@@ -9,6 +9,7 @@ transport makes one *link* per peer, which is closed when it is idle or lost.
 from __future__ import annotations
 
 import enum
+import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -45,9 +46,15 @@ class Quiescence(enum.Enum):
 
 
 class Operation:
-    """A posted range; the handle for ``quiesce``. Made by links only."""
+    """A posted range; the handle for ``quiesce``. Made by links only, on the event loop.
+
+    ``number`` grows in the order of posting.
+    """
+
+    _numbers = itertools.count()
 
     def __init__(self, blocks: BlockRange, ended: Ended) -> None:
+        self.number = next(self._numbers)
         self.blocks = blocks
         self.ended = ended
         self.stopped = False

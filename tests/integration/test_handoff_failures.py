@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -295,6 +296,27 @@ async def test_waiting_transfer_renews_its_lease(config: KvTransferConfig) -> No
     await until(lambda: machine._lease_until > first + 0.6)  # two leases later it is still held
     gate.open.set()
     await until(lambda: key in decode.ready and prefill.freed == [(key, "released")])
+    await decode.close()
+    await prefill.close()
+
+
+async def test_one_that_waits_for_copies_before_its_own_is_not_stuck(
+    config: KvTransferConfig,
+) -> None:
+    config = config.model_copy(update={"operation_s": 0.5})
+    slow = FaultsAt(decode_copy=lambda: time.sleep(0.3))
+    prefill, decode = await Prefill.start(config), await Decode.start(config, faults=slow)
+    first, second = (key_between(prefill, decode, number) for number in range(2))
+    for key, blocks in ((first, BLOCKS[:4]), (second, BLOCKS[4:])):
+        num_tokens = 4 * len(blocks)
+        prefill.sender.offer(key, start_token=0, num_tokens=num_tokens)
+        decode.begin(key, prefill, start_token=0, num_tokens=num_tokens, block_ids=blocks)
+    for num_tokens in (4, 8, 12, 16):  # a copy each
+        prefill.sender.ready(first, num_tokens, SOURCE_BLOCKS[: num_tokens // 4])
+    prefill.sender.commit(first, 77, 0)
+    prefill.compute(second, 4, SOURCE_BLOCKS[:1])
+    await until(lambda: len(decode.ready) + len(decode.failed) == 2)
+    assert not decode.failed
     await decode.close()
     await prefill.close()
 

@@ -161,7 +161,8 @@ class World:
         start = (4, 0, 4)[serial % 3]
         key = TransferKey(bytes([serial]), 0, self.epochs[0], self.epochs[1])
         memory = {block: [GARBAGE] * BLOCK_SIZE for block in range(100, 104)}
-        sizes = tx.SenderSizes(BLOCK_SIZE, TOKEN_BYTES, ATTACH_S, self.verify)
+        at_once = (1 << 20, BLOCK_SIZE * TOKEN_BYTES)[serial % 2]
+        sizes = tx.SenderSizes(BLOCK_SIZE, TOKEN_BYTES, ATTACH_S, self.verify, at_once)
         send = self.sender_class(key, start_token=start, num_tokens=num_tokens, sizes=sizes)
         self.outgoing[key] = Outgoing(send, serial, start, num_tokens, list(memory), memory)
         needs = rx.ReceiverSizes(BLOCK_SIZE, TOKEN_BYTES, ATTACH_S, LEASE_S, OPERATION_S)

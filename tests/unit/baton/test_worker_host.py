@@ -251,3 +251,18 @@ async def test_what_fails_outside_the_engine_ends_it_before_it_hears_of_anything
     assert await asyncio.wait_for(died, 10) is error
     thread.stop(timeout_s=10)
     assert not heard
+
+
+async def test_what_the_event_loop_fails_to_do_for_the_engine_ends_the_worker() -> None:
+    loop = asyncio.get_running_loop()
+    inbox, died = Inbox(loop), loop.create_future()
+    thread = EngineThread(inbox, step=lambda: False, on_fatal=died.set_result)
+    thread.start()
+    error = KeyError("a transfer that nobody knows")
+
+    def fail() -> None:
+        raise error
+
+    inbox.call(fail)
+    assert await asyncio.wait_for(died, 10) is error
+    thread.stop(timeout_s=10)

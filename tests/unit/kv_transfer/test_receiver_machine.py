@@ -213,6 +213,16 @@ def test_commit_without_progress_fails_after_operation_s() -> None:
     assert machine.state is ReceiverState.CANCELLING
 
 
+def test_copies_before_its_own_are_progress() -> None:
+    machine = copying()
+    machine.committed(1.0, 10, 77, 3)
+    machine.tick(2.0)
+    machine.tick(4.0)
+    machine.copy_before_ended(5.5)
+    assert machine.tick(6.0) == [SendRenew(6000)]
+    assert "no byte of it moved" in str(failure(machine.tick(10.5)))
+
+
 def test_copy_that_does_not_end_is_quarantined_until_it_does() -> None:
     machine = copying()
     machine.cancel(1.0)

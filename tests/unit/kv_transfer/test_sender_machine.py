@@ -60,6 +60,17 @@ def test_only_full_blocks_are_announced_until_the_last_token() -> None:
     assert machine.ready(10, BLOCKS) == [SendReady(BlockRange(8, 10, (42,)))]
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_is_ready_at_once_is_announced_in_pieces(verify: bool) -> None:
+    """A cached prefix of any length: each piece is copied within the bound on an operation."""
+    sizes = SenderSizes(4, 10, 7.0, verify, announced_bytes=2 * 4 * 10)
+    machine = SendTransfer(KEY, start_token=4, num_tokens=18, sizes=sizes)
+    machine.attach(0.0, 4, 6.0)
+    pieces = [BlockRange(4, 12, (41, 42)), BlockRange(12, 18, (43, 44))]
+    effect = ComputeChecksums if verify else SendReady
+    assert machine.ready(18, [40, 41, 42, 43, 44]) == [effect(piece) for piece in pieces]
+
+
 def test_late_attach_hears_everything_that_is_ready() -> None:
     machine = transfer()
     machine.ready(8, BLOCKS)
