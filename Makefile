@@ -5,6 +5,7 @@
 # make chaos    outages that take minutes; ARGS="-s" shows what they cost
 # make chaos-handoff  200 seeded kills, stops and delays of workers in the midst of hand-offs (15 minutes);
 #                  each names the command that repeats it; CHAOS_SEED=1 draws others; ARGS="-s" shows each
+# make chaos-pulls  the same of what prefill pulls from decode, at every point (30 minutes)
 # make exhaustive  the cases that make test leaves out: minutes
 # make test-gpu the tests that need a GPU, in .venv or in PYTHON
 # make check    what needs no running: style, types, import contracts, stubs, settings' page, chart
@@ -28,7 +29,7 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup serve test chaos chaos-handoff exhaustive check proto clean distclean
+.PHONY: help setup serve test chaos chaos-handoff chaos-pulls exhaustive check proto clean distclean
 .PHONY: bench-goodput bench-routing bench-local-prefill bench-prefix-cache bench-engine
 .PHONY: bench-curves bench-quantized bench-handoff bench-interference bench-gpu test-gpu
 .DEFAULT_GOAL := help
@@ -47,6 +48,9 @@ test: check
 
 chaos: setup
 	@exec $(BIN)/python -m pytest -m chaos $(ARGS)
+
+chaos-pulls: setup
+	@exec $(BIN)/python -m pytest -m "" tests/e2e/test_pull_faults.py $(ARGS)
 
 chaos-handoff: setup
 	@exec $(BIN)/python -m pytest -m "" tests/e2e/test_handoff_faults.py $(ARGS)

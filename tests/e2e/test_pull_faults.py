@@ -1,12 +1,15 @@
-"""A worker is killed or stopped while prefill pulls an answer from decode: the request is answered
-all the same, at fp32 with exactly its tokens, at rest no block is held, and the next answers are
-pulled again."""
+"""A worker is killed, stopped or paused while prefill pulls an answer from decode: the request is
+answered all the same, at fp32 with exactly its tokens, and at rest no block is held. Where the
+worker was replaced, the next answers are pulled again."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import pytest
 from e2e.conftest import Serving
 from support.server import BatonServer, wait_until
 from support.tiny_models import write_tiny_llama
+from support.transports import needs_nixl
 
 from baton.faults import POINTS
 
@@ -37,10 +41,10 @@ PREFILL, DECODE = "prefill-0", "decode-0"
 POINTS_OF_PULLS = sorted(point for point in POINTS if point.startswith(("lend.", "pull.")))
 TO_CONNECT = ("greet", "link")
 """Points that are passed once, when the first pull has two workers connect."""
-SHARED_MEMORY, GLOO = "shared_memory", "gloo"
-OVER_GLOO = ("lend.link", "lend.send", "pull.link", "pull.copy")
-"""Where gloo's peers wait for each other."""
+SHARED_MEMORY, GLOO, NIXL = "shared_memory", "gloo", "nixl"
 ONLY_OVER_GLOO = ("lend.send",)
+PAUSE_S = 2.5
+"""Longer than a pull is waited for, so that the worker wakes when its tokens are computed."""
 USUAL = (("pull.copy", "kill", SHARED_MEMORY), ("lend.link", "kill", SHARED_MEMORY))
 
 
@@ -60,13 +64,17 @@ class Case:
 
 CASES = [
     Case(point, action, transport)
-    for transport, points in (
-        (SHARED_MEMORY, [point for point in POINTS_OF_PULLS if point not in ONLY_OVER_GLOO]),
-        (GLOO, OVER_GLOO),
-    )
-    for point in points
-    for action in ("kill", "stop")
+    for transport in (SHARED_MEMORY, GLOO, NIXL)
+    for point in POINTS_OF_PULLS
+    if transport == GLOO or point not in ONLY_OVER_GLOO
+    for action in ("kill", "stop", "pause")
 ]
+
+
+def marks_of(case: Case) -> list[pytest.MarkDecorator]:
+    is_usual = (case.point, case.action, case.transport) in USUAL
+    marks = [] if is_usual else [pytest.mark.exhaustive]
+    return [*marks, needs_nixl] if case.transport == NIXL else marks
 
 
 @pytest.fixture(scope="module")
@@ -107,19 +115,24 @@ def wait_replaced(server: BatonServer, worker_id: str, epoch: str, stopped: int 
     wait_until(lambda: epochs(server).keys() == both, timeout_s=60, what="both workers are ready")
 
 
+@contextlib.contextmanager
+def waking(reached: Path, pid: int) -> Iterator[None]:
+    """Lets the process go on ``PAUSE_S`` after it has been stopped."""
+
+    def wake() -> None:
+        wait_until(reached.exists, timeout_s=60, what="the pause")
+        time.sleep(PAUSE_S)
+        os.kill(pid, signal.SIGCONT)
+
+    with ThreadPoolExecutor(1) as executor:
+        waking = executor.submit(wake)
+        yield
+        waking.result()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            id=str(case),
-            marks=()
-            if (case.point, case.action, case.transport) in USUAL
-            else pytest.mark.exhaustive,
-        )
-        for case in CASES
-    ],
+    "case", [pytest.param(case, id=str(case), marks=marks_of(case)) for case in CASES]
 )
 def test_pull_whose_worker_goes_costs_no_token_and_no_later_pull(
     serving_one_test: Serving, model: Path, tmp_path: Path, case: Case
@@ -134,20 +147,26 @@ def test_pull_whose_worker_goes_costs_no_token_and_no_later_pull(
         server.complete(prompt=second_turn(server, next(numbers)), max_tokens=1)
     reached, epoch = tmp_path / "reached", epochs(server)[case.victim]
     pid = server.worker_pid(case.victim)
-    fault = {"action": case.action, "worker": case.victim, "reached": str(reached)}
+    action = "stop" if case.action == "pause" else case.action
+    fault = {"action": action, "worker": case.victim, "reached": str(reached)}
     server.inject(prefill__chunk=SLOW, **{case.point.replace(".", "__"): fault})
-    for _ in range(MOST_TRIES):  # where the workers took long to connect it is computed
-        prompt = second_turn(server, next(numbers))
-        answer = server.complete(prompt=prompt, max_tokens=8)["choices"][0]["token_ids"]
-        if reached.exists():
-            break
+    with waking(reached, pid) if case.action == "pause" else contextlib.nullcontext():
+        for _ in range(MOST_TRIES):  # where the workers took long to connect it is computed
+            prompt = second_turn(server, next(numbers))
+            answer = server.complete(prompt=prompt, max_tokens=8)["choices"][0]["token_ids"]
+            if reached.exists():
+                break
     server.inject()
     assert reached.exists(), "no pull came to that point"
-    wait_replaced(server, case.victim, epoch, pid if case.action == "stop" else None)
+    if case.action != "pause":
+        wait_replaced(server, case.victim, epoch, pid if case.action == "stop" else None)
     server.wait_at_rest(timeout_s=30.0)
     again = server.complete(prompt=prompt, max_tokens=8, cache_salt="computed")
     assert answer == again["choices"][0]["token_ids"]
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    if case.action == "pause":
+        assert epochs(server)[case.victim] == epoch
+        return
     server.inject(prefill__chunk=SLOW)
     before = num_pulled(server)
     for _ in range(MOST_TRIES):  # the first one has them connect
