@@ -282,7 +282,7 @@ class ReceiveTransfer:
             error = LeaseExpiredError("the lease ran out before Release was acknowledged")
             return self._end(now, error, tell_peer=False)
         assert self._commit is not None
-        assert not self._copying
+        assert not self._copying, "READY while a copy writes the blocks"
         self.state = ReceiverState.READY
         num_received = self._num_tokens - self._start_token
         token_id, position, logprobs = self._commit
@@ -299,7 +299,7 @@ class ReceiveTransfer:
         self, now: float, blocks: BlockRange, error: BatonError | None = None
     ) -> list[ReceiverEffect]:
         """The copy of ``blocks`` writes no more; without ``error`` it wrote every byte."""
-        assert blocks in self._copying
+        assert blocks in self._copying, "a range is copied once"
         self._copying.remove(blocks)
         if self.state in _ENDING:
             if self._copying:

@@ -197,6 +197,7 @@ class World:
         for at in range(copy.moved, end):
             block, slot = divmod(at, BLOCK_SIZE)
             value = out.memory[blocks.source_blocks[block]][slot]
+            assert blocks.start_token >= inc.start_token, "moved what was held"
             assert not inc.drained, "a copy wrote after the blocks were drained"
             inc.memory[blocks.blocks[block]][slot] = ZERO if copy.sent == "filler" else value
             token = blocks.start_token + at
@@ -403,7 +404,7 @@ class World:
         """Invariants 2 and 7: every byte once and right, none outside, only what was needed."""
         inc.ready += 1
         self.num_ready += 1
-        assert inc.ready == 1
+        assert inc.ready == 1, "ready twice"
         assert not inc.failed
         assert not inc.cancelled
         assert not inc.copies, "ready while a copy writes the blocks"
@@ -415,7 +416,8 @@ class World:
         assert inc.writes == dict.fromkeys(needed, 1), "not every byte was written exactly once"
         expected = [CANARY] * BLOCK_SIZE + [truth(inc.serial, token) for token in needed]
         flat = [value for block in inc.memory for value in block]
-        assert flat == expected + [CANARY] * (len(flat) - len(expected))
+        rest = [CANARY] * (len(flat) - len(expected))
+        assert flat == expected + rest, "ready with bytes that the source does not have"
         assert effect.num_received_tokens == len(needed)
         assert effect.first_token_id == inc.serial + 70
 
