@@ -66,11 +66,6 @@ def run(models: SequenceOf[str], *, steps: int, repeats: int, command: str) -> r
     found = tuple(kernels.measured_kernels())
     torch.cuda.empty_cache()
     left_out: list[str] = []
-    moved: tuple[report.Handoff, ...] = ()
-    try:
-        moved = tuple(handoff.handoffs(copied))
-    except (LinkError, TransferError) as error:
-        left_out.append(f"the hand-off ({error})")
     rows: list[report.Decode | report.Prefill] = []
     for name in models:
         try:
@@ -80,6 +75,11 @@ def run(models: SequenceOf[str], *, steps: int, repeats: int, command: str) -> r
             left_out.append(f"{name} ({str(error).splitlines()[0]})")
         gc.collect()
         torch.cuda.empty_cache()
+    moved: tuple[report.Handoff, ...] = ()
+    try:
+        moved = tuple(handoff.handoffs(copied))
+    except (LinkError, TransferError, torch.OutOfMemoryError) as error:
+        left_out.append(f"the hand-off ({str(error).splitlines()[0]})")
     if not rows:
         raise ConfigurationError(f"nothing could be measured: {'; '.join(left_out)}")
     has_flashinfer = importlib.util.find_spec("flashinfer") is not None

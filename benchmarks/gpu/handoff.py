@@ -18,7 +18,7 @@ from baton.errors import TransferError
 from baton.faults import Faults
 from baton.kv_layout import KvLayout
 from benchmarks.gpu.report import Handoff
-from benchmarks.handoff.cases import SHAPES, Shape
+from benchmarks.handoff.shapes import SHAPES, Shape
 from kv_transfer.gpu_memory import GpuBlocks, GpuMemory
 from kv_transfer.ranges import BlockRange
 from kv_transfer.transports.cuda_ipc_links import CudaIpcPull, CudaIpcServe
@@ -49,16 +49,19 @@ async def _of_shape(shape: Shape, copied_bytes_per_s: float) -> list[Handoff]:
         if not connection.poll(_START_S):
             raise TransferError("the process that serves a pool on the GPU did not start")
         return await _measured(shape, layout, connection.recv_bytes(), copied_bytes_per_s)
+    except EOFError:
+        raise TransferError("the process that serves a pool on the GPU failed") from None
     finally:
         connection.close()
-        process.join(_START_S)
         process.kill()
+        process.join()
 
 
 async def _measured(
     shape: Shape, layout: KvLayout, welcome: bytes, copied_bytes_per_s: float
 ) -> list[Handoff]:
     memory = GpuMemory(torch.zeros(layout.num_bytes, dtype=torch.uint8, device="cuda"))
+    torch.cuda.synchronize()
     blocks = GpuBlocks(layout, memory)
     pull = CudaIpcPull(pool=blocks, memory=memory, faults=Faults(None, "bench"))
     link: Any = await pull.connect(

@@ -25,9 +25,10 @@ import numpy as np
 from baton.config import EngineConfig
 from benchmarks.engine.steps import SteppedEngine
 from benchmarks.figures import percentile
-from benchmarks.handoff.cases import COPY_CORE, PREFILL_CORE, SHAPES, FreeList, Load
+from benchmarks.handoff.cases import COPY_CORE, PREFILL_CORE, FreeList, Load
 from benchmarks.handoff.processes import pin
 from benchmarks.handoff.report import Beside
+from benchmarks.handoff.shapes import SHAPES
 from engine.native.copies import native_copies
 from engine.native.kernels import use_kernels
 from kv_transfer.blocks import PoolView

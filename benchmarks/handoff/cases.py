@@ -9,8 +9,8 @@ import numpy as np
 
 from baton.config import KvTransferConfig
 from baton.kv_layout import KvLayout
+from benchmarks.handoff.shapes import BLOCK_SIZE
 
-BLOCK_SIZE = 16
 TOKENS = (1024, 4096, 16384)
 REQUESTS = (1, 16)
 PREFILL_CORE, COPY_CORE = 0, 1
@@ -18,40 +18,6 @@ PREFILL_CORE, COPY_CORE = 0, 1
 of memcpy. The decode process' event loop runs where there is room."""
 TRANSFER = KvTransferConfig(lease_s=120.0, operation_s=60.0)
 """Bounds that a slow machine does not meet; the rest is what workers have."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The KV of a model, in bfloat16."""
-
-    name: str
-    title: str
-    num_kv_heads: int
-    num_layers: int
-    head_dim: int
-
-    def layout(self, num_blocks: int) -> KvLayout:
-        return KvLayout(
-            num_blocks=num_blocks,
-            num_kv_heads=self.num_kv_heads,
-            num_layers=self.num_layers,
-            block_size=BLOCK_SIZE,
-            head_dim=self.head_dim,
-            dtype="bfloat16",
-        )
-
-    def layout_within(self, num_bytes: int) -> KvLayout:
-        """The largest pool of at most so many bytes, its scratch block not counted."""
-        return self.layout(num_bytes // self.layout(1).block_bytes)
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("smollm2", "SmolLM2-135M", num_kv_heads=3, num_layers=30, head_dim=64),
-        Shape("8b", "an 8B", num_kv_heads=8, num_layers=32, head_dim=128),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,10 @@ from baton.kv_layout import KvLayout
 from benchmarks import page
 from benchmarks.engine.steps import SteppedEngine
 from benchmarks.handoff.bare import PIECE_BYTES, GlooPair
-from benchmarks.handoff.cases import COPY_CORE, PREFILL_CORE, SHAPES, Shape
+from benchmarks.handoff.cases import COPY_CORE, PREFILL_CORE
 from benchmarks.handoff.orders import AXES, ORDERS, canonical, num_resharded, sizes
 from benchmarks.handoff.processes import pin
+from benchmarks.handoff.shapes import SHAPES, Shape
 
 POOL_BYTES = 512 << 20
 """Of each of two pools: far beyond the caches."""

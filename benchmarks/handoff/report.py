@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from benchmarks.handoff.cases import COPY_CORE, PREFILL_CORE, SHAPES
+from benchmarks.handoff.cases import COPY_CORE, PREFILL_CORE
+from benchmarks.handoff.shapes import SHAPES
 from benchmarks.measured import Measured
 from benchmarks.page import KeptResults, markdown_table
 

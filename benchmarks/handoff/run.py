@@ -29,7 +29,7 @@ from baton.config import KvTransferConfig
 from baton.errors import BatonError
 from benchmarks import page
 from benchmarks.handoff import exposed, report
-from benchmarks.handoff.cases import REQUESTS, SHAPES, TOKENS, Load, load_in
+from benchmarks.handoff.cases import REQUESTS, TOKENS, Load, load_in
 from benchmarks.handoff.decode_side import DecodeSide, Moved
 from benchmarks.handoff.report import (
     BARE_GLOO,
@@ -41,6 +41,7 @@ from benchmarks.handoff.report import (
     Sample,
     Served,
 )
+from benchmarks.handoff.shapes import SHAPES
 from benchmarks.measured import measured_now
 
 SECTION = "handoff"

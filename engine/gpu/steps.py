@@ -4,7 +4,8 @@
    draw of its tokens, and the copy of their ids to the host. It waits for nothing.
 2. The host does what does not depend on the tokens: it publishes full blocks, and prepares the
    inputs of a next step of the same decodes.
-3. ``PendingStep.wait`` returns them: the one moment at which the host waits.
+3. ``PendingStep.wait`` returns them, when all of the step is done: the one moment at which the
+   host waits.
 
 Steps of decodes alone are CUDA graphs (``graphs.py``) up to ``max_num_seqs`` sequences; others,
 and larger ones, are launched kernel by kernel.
@@ -16,7 +17,7 @@ is a graph, and which row is whose, follows from what they are told.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ from engine.sequence import Sampled, Scheduled, Sequence
 
 if TYPE_CHECKING:
     from engine.parallel.followers import Followers
+
+
+# Its stubs have no types for events.
+_cuda: Any = torch.cuda
 
 
 class GpuSteps:
@@ -89,10 +94,12 @@ class GpuSteps:
         ):
             batch = build_batch(scheduled, self._layout)
             logits = self.logits(batch, batch.sampled_rows)
-            return PendingStep(begin_sample(logits, batch.sampled), range(len(batch.sampled)))
+            sample = begin_sample(logits, batch.sampled)
+            return PendingStep(sample, range(len(batch.sampled)), Launched(self._device))
         rows = self._inputs.fill(sequences)
         by_row = [seq for _, seq in sorted(zip(rows, sequences, strict=True), key=_first)]
-        pending = PendingStep(begin_sample(self._graphs.run(len(by_row)), by_row), rows)
+        sample = begin_sample(self._graphs.run(len(by_row)), by_row)
+        pending = PendingStep(sample, rows, Launched(self._device))
         self._inputs.prepare(sequences, rows)  # while the GPU computes
         return pending
 
@@ -133,16 +140,34 @@ class GpuSteps:
         ).values
 
 
+class Launched:
+    """All that has been launched on the device's current stream until now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: Any = None
+        if device.type == "cuda":
+            self._event = _cuda.Event()
+            self._event.record()
+
+    def wait(self) -> None:
+        """Returns when the device has done it."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
 class PendingStep:
     """A step whose tokens are on their way; ``order`` has the row of each, as scheduled."""
 
-    def __init__(self, sample: PendingSample, order: SequenceOf[int]) -> None:
+    def __init__(self, sample: PendingSample, order: SequenceOf[int], launched: Launched) -> None:
         self._sample = sample
         self._order = order
+        self._launched = launched
 
     def wait(self) -> list[Sampled]:
-        """In the order scheduled."""
+        """In the order scheduled. The step's KV is written then, also where nothing is drawn:
+        others are told of it, and its blocks may be given to others."""
         sampled = self._sample.wait()
+        self._launched.wait()
         return [sampled[row] for row in self._order]
 
 

@@ -120,6 +120,6 @@ class Decoder:
             for layer in self._layers:
                 delta = layer(x, delta, angles, attention)
         if len(sampled_rows) == 0:
-            return Logits(torch.empty(0, self.vocab_size))
+            return Logits(torch.empty(0, self.vocab_size, device=x.device))
         assert delta is not None, "a model without layers"
         return self._logits(self._norm(x[sampled_rows], delta[sampled_rows]))

@@ -62,6 +62,11 @@ class Gpu:
         lazily = self._driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
         return int(self._do("cuIpcOpenMemHandle", opened, lazily))
 
+    def num_bytes(self, address: int) -> int:
+        """From there to the end of its allocation."""
+        base, size = self._do("cuMemGetAddressRange", address)
+        return int(base) + int(size) - address
+
     def close(self, address: int) -> None:
         self._do("cuIpcCloseMemHandle", address)
 
@@ -89,5 +94,5 @@ class Gpu:
         except Exception as error:  # where there is no driver, the package's own errors
             raise LinkError(f"CUDA's driver cannot be used: {error}") from error
         if result != self._driver.CUresult.CUDA_SUCCESS:
-            raise LinkError(f"{name} failed: {result.name}")
+            raise LinkError(f"{name} failed: {getattr(result, 'name', result)}")
         return values[0] if len(values) == 1 else tuple(values)

@@ -129,7 +129,8 @@ class CudaIpcPull(PullTransport):
         """That the owner dies is heard of by the stream alone, which ends with it."""
         offered = welcome.cuda_ipc
         check_offered(offered.num_bytes, peer_layout)
-        opening = self._executor.submit(self._open, offered.handle)
+        end = offered.offset + offered.num_bytes
+        opening = self._executor.submit(self._open, offered.handle, end)
         try:
             gpu, mapped = await asyncio.wrap_future(opening)
         except asyncio.CancelledError:
@@ -155,10 +156,16 @@ class CudaIpcPull(PullTransport):
             self._gpu = Gpu(self._own.device)
         return self._gpu
 
-    def _open(self, handle: bytes) -> tuple[Gpu, int]:
+    def _open(self, handle: bytes, num_bytes: int) -> tuple[Gpu, int]:
         """In the thread. Raises LinkError."""
         gpu = self._get()
-        return gpu, gpu.open(handle)
+        mapped = gpu.open(handle)
+        if (there := gpu.num_bytes(mapped)) < num_bytes:
+            gpu.close(mapped)
+            raise LinkError(
+                f"the peer's allocation has {there} bytes, its pool ends at {num_bytes}"
+            )
+        return gpu, mapped
 
     def _close_unwanted(self, opening: Future[tuple[Gpu, int]]) -> None:
         """Of a handshake that was given up, once its thread is done with it."""

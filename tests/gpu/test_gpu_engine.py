@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-pytest.importorskip("gguf", reason="needs the package gguf, for tiny models")
-
 from support.tiny_engine import generate, prompt, tiny_engine, tokens
 
 from engine.engine import Engine, Scheduled

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("gguf", reason="needs the package gguf, for tiny models")
-
 from support.rank_pool import RankPool
 from support.tiny_architectures import VARIANTS, save_variant
 from support.tiny_engine import generate, prompt, tokens

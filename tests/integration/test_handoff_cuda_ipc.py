@@ -104,6 +104,18 @@ async def test_under_auto_what_cannot_be_mapped_goes_another_way(
     await prefill.close()
 
 
+async def test_a_pool_that_ends_beyond_its_allocation_is_not_mapped(
+    pair: tuple[Prefill, Decode], cuda_driver: StandinDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Gpu, "num_bytes", lambda gpu, address: LAYOUT.num_bytes
+    )  # no room before it
+    await hand_over(*pair, [4], [1])
+    (error,) = pair[1].failed.values()
+    assert "the peer's allocation has" in str(error)
+    assert not cuda_driver.opened
+
+
 @pytest.mark.usefixtures("cuda_driver")
 def test_a_handle_of_another_length_is_refused() -> None:
     with pytest.raises(LinkError, match="a handle has 64 bytes, the peer's 3"):

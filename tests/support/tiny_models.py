@@ -11,14 +11,16 @@ import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+
+if TYPE_CHECKING:
+    import gguf  # a machine with a GPU may do without, for the models alone
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 BOS, EOS = 1, 2
@@ -149,12 +151,13 @@ def write_tokenizer(folder: Path) -> None:
 def write_tiny_gguf(
     path: Path,
     *,
-    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    kind: gguf.GGMLQuantizationType | None = None,
     fields: dict[str, Any] | None = None,
     extra_tensors: dict[str, np.ndarray[Any, Any]] | None = None,
     **sizes: Any,
 ) -> Path:
-    """Writes the same model as a GGUF file with matrices of ``kind``, as llama.cpp would.
+    """Writes the same model as a GGUF file with matrices of ``kind``, by default float32,
+    as llama.cpp would.
 
     ``fields`` adds metadata, or replaces it (None leaves a key out).
     """
@@ -172,11 +175,14 @@ def write_gguf(
     fields: dict[str, Any],
     tensors: dict[str, np.ndarray[Any, Any]],
     *,
-    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    kind: gguf.GGMLQuantizationType | None = None,
     raw_only: bool = False,
 ) -> Path:
     """Writes a GGUF file of these metadata and tensors, matrices as ``kind``; a tensor of
     bytes is stored as it is, with ``raw_only`` alone as ``kind``."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType.F32 if kind is None else kind
     fields = {"general.architecture": "llama"} | fields
     writer = gguf.GGUFWriter(path, arch=fields.pop("general.architecture"))
     for key, value in fields.items():
@@ -271,6 +277,8 @@ def _add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 @functools.cache
 def _gguf_names(num_layers: int) -> gguf.TensorNameMap:
+    import gguf
+
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, num_layers)
 
 

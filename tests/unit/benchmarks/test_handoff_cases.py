@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from baton.kv_layout import KvLayout
-from benchmarks.handoff.cases import SHAPES, FreeList, Load, load_in
+from benchmarks.handoff.cases import FreeList, Load, load_in
 from benchmarks.handoff.orders import ORDERS, byte_strides, canonical, num_resharded, num_runs
+from benchmarks.handoff.shapes import SHAPES
 
 TINY = KvLayout(
     num_blocks=4, num_kv_heads=4, num_layers=3, block_size=2, head_dim=8, dtype="bfloat16"
