@@ -30,8 +30,6 @@ from kv_transfer.transports.nixl import Agent, InDoubtError
 logger = logging.getLogger(__name__)
 
 _PAUSES_S = (50e-6, 1e-3)
-_POST_S = 0.05
-"""After which those that have ended are told, though others wait: on one host a post copies."""
 _TIDY_S = 1.0
 """How often UCX is given time while peers are known and nothing is read."""
 
@@ -320,11 +318,7 @@ class Reader:
         if self._doubts and not any(read.peer.failed for read in self._reads):
             return False
         posts, self._posts = self._posts, []
-        until = time.monotonic() + _POST_S
-        for at, (peer, plan, finished) in enumerate(posts):
-            if time.monotonic() >= until:
-                self._posts = posts[at:]
-                break
+        for peer, plan, finished in posts:
             try:
                 if peer.failed:
                     raise LinkError(peer.failed)

@@ -300,9 +300,11 @@ async def test_waiting_transfer_renews_its_lease(config: KvTransferConfig) -> No
     await prefill.close()
 
 
+@pytest.mark.parametrize("config", ["shared_memory", "gloo"], indirect=True)
 async def test_one_that_waits_for_copies_before_its_own_is_not_stuck(
     config: KvTransferConfig,
 ) -> None:
+    """Where copies take turns; reads over NIXL are under way together."""
     config = config.model_copy(update={"operation_s": 0.5})
     slow = FaultsAt(decode_copy=lambda: time.sleep(0.3))
     prefill, decode = await Prefill.start(config), await Decode.start(config, faults=slow)

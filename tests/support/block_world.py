@@ -64,6 +64,13 @@ class Now:
         function(*args)
 
 
+class RaisingInbox(Inbox):
+    """Where an engine would die of an error, the test does."""
+
+    def fail(self, error: BaseException) -> None:
+        raise error
+
+
 @dataclass(eq=False)
 class Choice:
     """What the gateway knows of one."""
@@ -89,7 +96,7 @@ class Side:
         self.kv = kv(layout, memoryview(bytearray(layout.num_bytes)), DOMAIN)
         self.kv.pool.watch()
         self.engine = KnowingEngine(self.kv)
-        self.inbox = Inbox(loop or Now())
+        self.inbox = RaisingInbox(loop or Now())
         self.registry = CollectorRegistry()
         self.metrics = WorkerMetrics(self.registry, worker_id="w", role=role)
         self.outbox = Outbox(self.inbox, self.metrics)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from prometheus_client import CollectorRegistry
-from support.block_world import Now, no_pulls
+from support.block_world import Now, RaisingInbox, no_pulls
 from support.sequences import sequence
 from support.tiny_engine import DOMAIN, TINY, kv_layout, model_config, tokens
 from support.tiny_models import tiny_tensors
@@ -27,7 +27,6 @@ from baton.config import EngineConfig
 from baton.faults import Faults
 from baton.parallelism import Parallelism
 from baton.telemetry import WorkerMetrics
-from baton.worker.inbox import Inbox
 from baton.worker.outbox import Outbox
 from baton.worker.session_server import StreamKey
 from engine.attention.paged_cpu import attention_of
@@ -255,7 +254,7 @@ class RankWorld:
         )
 
     def _worker_around(self, engine: Engine, worker_class: type[PrefillWorker]) -> PrefillWorker:
-        inbox = Inbox(Now())  # type: ignore[arg-type]
+        inbox = RaisingInbox(Now())  # type: ignore[arg-type]
         metrics = WorkerMetrics(CollectorRegistry(), worker_id="w", role="prefill")
         outbox = Outbox(inbox, metrics)
         outbox.deliver = lambda events: None
