@@ -240,6 +240,8 @@ class Reader:
     def _settle_doubts(self) -> None:
         if not (self._doubts or self._must_renew) or self._is_reading:
             return
+        why = "a read is in doubt" if self._doubts else f"no answer to a probe in {_PROBE_S:g} s"
+        logger.warning("NIXL's agent is made anew: %s", why)
         self._must_renew = False
         self._agent.close()
         self._made = None
