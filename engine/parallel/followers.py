@@ -108,14 +108,15 @@ class Followers:
         cls, connections: SequenceOf[Connection], task: RankTask, memory_fd: int | None
     ) -> Followers:
         """Returns once all have joined and mapped ``memory_fd``, which stays the caller's; on
-        GPUs there is none, since each rank has a pool of its own.
+        GPUs it is left alone, since each rank has a pool of its own.
 
         ``connections`` are Unix sockets to rank 1, 2 and so on.
         """
         store = found_store()
         for rank, connection in enumerate(connections, start=1):
             connection.send_bytes(task.to_json(rank=rank, store_port=store.port))
-            if memory_fd is not None:
+            if task.gpu is None:
+                assert memory_fd is not None, "ranks of a CPU share one memory"
                 send_handle(connection, memory_fd, 0)
         device = CPU if task.gpu is None else torch.device(task.gpu.device_type)
         return cls(connections, RankGroups.join(store, Shard(task.parallel), device))
