@@ -15,19 +15,11 @@ from decode_workers.scheduler import DecodeScheduler
 from decode_workers.service import DecodeService
 from decode_workers.worker import DecodeWorker
 from engine.native.copies import native_copies
-from engine.setup import EnginePlan, plan_engine
+from engine.setup import plan_engine
 from engine.worker_parts import WorkerParts
 from kv_transfer.ends import HandoffEnds
-from kv_transfer.gpu_memory import GpuMemory
+from kv_transfer.gpu_memory import pool_memory
 from kv_transfer.keys import TransferKey
-from kv_transfer.memory import KvMemory
-
-
-def _memory(plan: EnginePlan) -> KvMemory | GpuMemory:
-    """The KV pool. Raises ConfigurationError where there is too little memory."""
-    if (on_gpu := plan.gpu_memory()) is not None:
-        return GpuMemory(on_gpu)
-    return KvMemory(plan.layout.num_bytes, sealed=plan.parallel.num_ranks == 1)
 
 
 async def serve(
@@ -47,7 +39,12 @@ async def serve(
     plan = await asyncio.to_thread(
         plan_engine, config, secret=secret, parallel=config.own_parallelism
     )
-    memory = await asyncio.to_thread(_memory, plan)
+    memory = await asyncio.to_thread(
+        pool_memory,
+        plan.layout.num_bytes,
+        on_gpu=plan.gpu_memory,
+        sealed=plan.parallel.num_ranks == 1,
+    )
     parts = await WorkerParts.build(
         config,
         plan,

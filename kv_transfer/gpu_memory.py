@@ -6,10 +6,13 @@ What is announced of it is complete: an engine's step returns when the GPU has d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from baton.kv_layout import KvLayout
 from kv_transfer.blocks import CheckedBlocks
+from kv_transfer.memory import KvMemory
 
 
 class GpuMemory:
@@ -38,6 +41,17 @@ class GpuMemory:
 
     def close(self) -> None:
         """It lives as long as its last user."""
+
+
+def pool_memory(
+    num_bytes: int, *, on_gpu: Callable[[], torch.Tensor | None], sealed: bool
+) -> KvMemory | GpuMemory:
+    """A worker's pool: what ``on_gpu`` makes, or where that is nothing ``num_bytes`` of the host.
+
+    Raises ConfigurationError where there is too little memory.
+    """
+    pool = on_gpu()
+    return KvMemory(num_bytes, sealed=sealed) if pool is None else GpuMemory(pool)
 
 
 class GpuBlocks(CheckedBlocks):

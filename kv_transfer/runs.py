@@ -1,8 +1,4 @@
-"""Where blocks lie in memory, as runs of bytes: for whoever copies by addresses.
-
-Whole blocks that follow each other on both sides are one run; of a last block in part,
-each (kv_head, layer, part) has one.
-"""
+"""Where blocks lie in memory, as runs of bytes: for whoever copies by addresses."""
 
 from __future__ import annotations
 

@@ -12,24 +12,16 @@ from baton.heap import leave_to_last
 from baton.worker.address import advertised_host
 from baton.worker.process import run
 from engine.native.copies import native_copies
-from engine.setup import EnginePlan, plan_engine
+from engine.setup import plan_engine
 from engine.worker_parts import WorkerParts
 from kv_transfer.ends import HandoffEnds
-from kv_transfer.gpu_memory import GpuMemory
+from kv_transfer.gpu_memory import pool_memory
 from kv_transfer.keys import TransferKey
-from kv_transfer.memory import KvMemory
 from prefill_workers.pull_costs import PullCosts
 from prefill_workers.pulls import Pulls
 from prefill_workers.scheduler import PrefillScheduler
 from prefill_workers.service import PrefillService
 from prefill_workers.worker import PrefillWorker
-
-
-def _memory(plan: EnginePlan) -> KvMemory | GpuMemory:
-    """The KV pool. Raises ConfigurationError where there is too little memory."""
-    if (on_gpu := plan.gpu_memory()) is not None:
-        return GpuMemory(on_gpu)
-    return KvMemory(plan.layout.num_bytes, sealed=plan.parallel.num_ranks == 1)
 
 
 async def serve(
@@ -49,7 +41,12 @@ async def serve(
     plan = await asyncio.to_thread(
         plan_engine, config, secret=secret, parallel=config.own_parallelism
     )
-    memory = await asyncio.to_thread(_memory, plan)
+    memory = await asyncio.to_thread(
+        pool_memory,
+        plan.layout.num_bytes,
+        on_gpu=plan.gpu_memory,
+        sealed=plan.parallel.num_ranks == 1,
+    )
     parts = await WorkerParts.build(
         config,
         plan,

@@ -111,7 +111,6 @@ class CudaIpcPull(PullTransport):
     ) -> None:
         self._pool = pool
         self._own = Area(pool.layout, memory.address, memory.device)
-        self._memory = memory
         self._faults = faults
         self._gpu: Gpu | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-cuda")
