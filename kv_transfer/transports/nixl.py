@@ -14,7 +14,8 @@ What measuring and reading the library has shown, and what follows from it:
   endpoint is gone, and with ``close``, which destroys UCX's queues and registrations,
   nothing can write any more.
 - An endpoint that is let go in order amid a read over TCP makes the *peer's* UCX abort
-  its process. So no agent is closed, and no peer forgotten, while it reads from a live one.
+  its process, where that has still to answer. So no peer is forgotten while it is read from,
+  and no agent closed but when reads do not end for so long that nothing is to be expected.
 """
 
 from __future__ import annotations

@@ -103,7 +103,10 @@ class NixlPullLink(PullLink):
         self._unfinished.add(operation)
         self._all_finished.clear()
         self._reader.read(
-            self._peer, partial(self._plan, operation), partial(self._finished, operation)
+            self._peer,
+            partial(self._plan, operation),
+            finished=partial(self._finished, operation),
+            stalled=self._stalled,
         )
         return operation
 
@@ -133,6 +136,10 @@ class NixlPullLink(PullLink):
         except TransferError as corrupt:
             error = corrupt
         self._loop.call_soon_threadsafe(self._end, operation, error)
+
+    def _stalled(self, reason: str) -> None:
+        """In the reader's thread."""
+        self._loop.call_soon_threadsafe(self._lost, reason)
 
     def _end(self, operation: Operation, error: Exception | None) -> None:
         self._posted.end(operation)
@@ -193,6 +200,7 @@ class NixlPull(PullTransport):
         self._closed: _Answer[None] | None = None
         self._reader = Reader(
             partial(_make_agent, name, pool.layout, memory, host, config, serves=False),
+            stall_s=config.operation_s,
             on_fatal=on_fatal,
         )
 

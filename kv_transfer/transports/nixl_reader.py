@@ -5,13 +5,15 @@ to 1 ms while nothing ends. A peer is one agent, known as long as a link wants i
 
 1. Probed: a few bytes are read from it, which also makes UCX's connection.
 2. Known: links read from it.
-3. Failed: one of its reads failed. No further ones are posted and its links are told. It is
-   forgotten when its last read has ended; a new link can bring it back then.
+3. Failed: one of its reads failed, or none has ended for long. No further ones are posted and
+   its links are told. It is forgotten when its last read has ended; a new link can bring it
+   back then.
 
 A read in doubt (``InDoubtError``) ends when no other is under way: then the agent is closed,
 which proves it, and made anew. Posts wait for that, unless what is under way is from a failed
-peer, and may last as long as that lives. The same is done, once for each link, about a probe
-without an answer: UCX has been seen to lose one.
+peer, and may last as long as that lives. The same is done about what UCX has been seen to lose:
+once for each link about a probe without an answer, and about reads that do not end although
+their peer would have been killed by now if it were stopped.
 """
 
 from __future__ import annotations
@@ -36,9 +38,18 @@ _TIDY_S = 1.0
 _PROBE_S = 2.0
 """Within which a peer answers; a transfer waits for its link longer (``kv_transfer.attach_s``)."""
 
+_GIVE_UP_S = 30.0
+"""Without the end of any read from a peer. A worker that is stopped is replaced before, by its
+controller; one that goes on later, over TCP, may not survive what it has still to answer."""
+
+_LOOP_S = 0.1
+"""What one turn of the thread counts for, at most: while it does not run, nothing can end."""
+
 Finished = Callable[[Exception | None], None]
 """Called in the thread: the read has ended, and writes no more. LinkErrors are the peer's."""
 Plan = Callable[[Agent], tuple[Runs, Runs]]
+Stalled = Callable[[str], None]
+"""Called in the thread: the peer has failed, though this read of it has not ended."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +61,9 @@ class Peer:
     num_links: int = 0
     is_known: bool = False
     failed: str = ""
+    has_stalled: bool = False
+    moved_at: float = 0.0
+    """By the thread's clock: when one of its reads ended, or was the first to be posted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,8 +71,12 @@ class _Read:
     peer: Peer
     handle: int
     finished: Finished
-    is_probe: bool = False
-    """It reads into no block, and is nothing to wait for."""
+    stalled: Stalled | None
+    """None of a probe: it reads into no block, and is nothing to wait for."""
+
+    @property
+    def is_probe(self) -> bool:
+        return self.stalled is None
 
 
 @dataclass(slots=True, eq=False)
@@ -80,13 +98,15 @@ class Reader:
 
     Args:
         make: makes the agent, in the thread. Raises LinkError.
+        stall_s: a peer fails where none of its reads ends within.
         on_fatal: called, in the thread, when it fails of an error that nobody has foreseen. It
             has to see to it that no block is used any more: what was being read into may still
             be written, and nobody knows until when, though all is told to have ended then.
     """
 
-    def __init__(self, make: Callable[[], Agent], *, on_fatal: OnFatal) -> None:
+    def __init__(self, make: Callable[[], Agent], *, stall_s: float, on_fatal: OnFatal) -> None:
         self._make = make
+        self._stall_s = stall_s
         self._on_fatal = on_fatal
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -94,10 +114,12 @@ class Reader:
         self._made: Agent | None = None
         self._peers: dict[str, Peer] = {}
         self._wishes: list[_Wish] = []
-        self._posts: list[tuple[Peer, Plan, Finished]] = []
+        self._posts: list[tuple[Peer, Plan, Finished, Stalled]] = []
         self._reads: list[_Read] = []
-        self._doubts: list[tuple[Finished, InDoubtError]] = []
+        self._doubts: list[tuple[Finished, LinkError]] = []
         self._must_renew = False
+        self._clock = 0.0
+        """Seconds for which the thread has run."""
 
     def start(self, made: Callable[[LinkError | None], None]) -> None:
         """Makes the agent if there is none; ``made`` is called in the thread."""
@@ -121,10 +143,10 @@ class Reader:
         wish = _Wish(name, metadata, area, now + timeout_s, made, renews_at=now + _PROBE_S)
         self._jobs.put(lambda: self._wishes.append(wish))
 
-    def read(self, peer: Peer, plan: Plan, finished: Finished) -> None:
+    def read(self, peer: Peer, plan: Plan, *, finished: Finished, stalled: Stalled) -> None:
         """Reads what ``plan`` says when its turn has come, in the thread: into, out of.
         Where it raises, nothing is read."""
-        self._jobs.put(lambda: self._posts.append((peer, plan, finished)))
+        self._jobs.put(lambda: self._posts.append((peer, plan, finished, stalled)))
 
     def let_go(self, peer: Peer) -> None:
         """A link wants its peer no more; all that it read has finished."""
@@ -164,10 +186,13 @@ class Reader:
 
     def _serve(self) -> None:
         """Until it is closed, and nothing reads any more."""
-        pause_s = _PAUSES_S[0]
+        pause_s, now = _PAUSES_S[0], time.monotonic()
         while self._closed is None or self._posts or self._is_reading or self._doubts:
             moved = self._do_jobs(pause_s)
+            before, now = now, time.monotonic()
+            self._clock += min(now - before, _LOOP_S)
             moved |= self._ask()
+            self._watch()
             self._settle_doubts()
             self._grant_wishes()
             self._forget_peers()
@@ -178,7 +203,7 @@ class Reader:
 
     def _end_all(self, error: Exception) -> None:
         """So that nobody waits for what nobody looks after any more."""
-        for _, _, finished in self._posts:
+        for _, _, finished, _ in self._posts:
             finished(error)
         for read in self._reads:
             if not read.is_probe:
@@ -232,15 +257,33 @@ class Reader:
                 error = failure
                 read.peer.failed = str(failure)
             self._agent.release(read.handle)
+            read.peer.moved_at = self._clock
             read.finished(error)
         moved = len(under_way) < len(self._reads)
         self._reads = under_way
         return moved
 
+    def _watch(self) -> None:
+        """Fails the peers none of whose reads ends; gives those reads up, later."""
+        for peer in {read.peer for read in self._reads if not read.is_probe}:
+            waited_s = self._clock - peer.moved_at
+            if waited_s >= self._stall_s and not peer.has_stalled:
+                peer.has_stalled = True
+                peer.failed = peer.failed or f"no read has ended in {self._stall_s:g} s"
+                for read in self._reads:
+                    if read.peer is peer and read.stalled is not None:
+                        read.stalled(peer.failed)
+            if waited_s >= max(_GIVE_UP_S, self._stall_s):
+                error = LinkError(f"no read has ended in {waited_s:.0f} s")
+                given_up = [read for read in self._reads if read.peer is peer]
+                self._doubts += [(read.finished, error) for read in given_up]
+                self._reads = [read for read in self._reads if read.peer is not peer]
+
     def _settle_doubts(self) -> None:
         if not (self._doubts or self._must_renew) or self._is_reading:
             return
-        why = "a read is in doubt" if self._doubts else f"no answer to a probe in {_PROBE_S:g} s"
+        reasons = {str(doubt) for _, doubt in self._doubts}
+        why = "; ".join(reasons) or f"no answer to a probe in {_PROBE_S:g} s"
         logger.warning("NIXL's agent is made anew: %s", why)
         self._must_renew = False
         self._agent.close()
@@ -268,7 +311,7 @@ class Reader:
         peer = self._peers.get(wish.name)
         if peer is None:
             return not self._probe(wish)
-        if peer.failed and wish.has_probed:
+        if peer.failed and (wish.has_probed or peer.has_stalled):
             wish.made(LinkError(peer.failed))
             return True
         if peer.is_known and not peer.failed:
@@ -304,7 +347,7 @@ class Reader:
             wish.made(error)
             return False
         self._peers[wish.name] = peer
-        self._reads.append(_Read(peer, handle, finished, is_probe=True))
+        self._reads.append(_Read(peer, handle, finished, stalled=None))
         return True
 
     def _forget_peers(self) -> None:
@@ -320,7 +363,7 @@ class Reader:
         if self._doubts and not any(read.peer.failed for read in self._reads):
             return False
         posts, self._posts = self._posts, []
-        for peer, plan, finished in posts:
+        for peer, plan, finished, stalled in posts:
             try:
                 if peer.failed:
                     raise LinkError(peer.failed)
@@ -333,5 +376,7 @@ class Reader:
                     peer.failed = str(error)
                 finished(error)
             else:
-                self._reads.append(_Read(peer, handle, finished))
+                if all(read.peer is not peer for read in self._reads):
+                    peer.moved_at = self._clock
+                self._reads.append(_Read(peer, handle, finished, stalled))
         return bool(posts)

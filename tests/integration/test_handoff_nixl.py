@@ -19,7 +19,7 @@ from baton.config import KvTransferConfig
 from baton.errors import ConfigurationError
 from kv_transfer.keys import TransferKey
 from kv_transfer.receiver import ReceiverState
-from kv_transfer.transports import nixl, nixl_links, ucx
+from kv_transfer.transports import nixl, nixl_links, nixl_reader, ucx
 from kv_transfer.transports.base import LinkError
 from kv_transfer.transports.nixl_links import NixlPull, NixlPullLink, NixlServe
 from tests.support.handoff import (
@@ -81,12 +81,14 @@ async def decode_in(ends: contextlib.AsyncExitStack, *args: object, **kwargs: ob
 
 
 async def half_read(
-    ends: contextlib.AsyncExitStack, other: Prefill | None = None
+    ends: contextlib.AsyncExitStack,
+    other: Prefill | None = None,
+    config: KvTransferConfig = NIXL,
 ) -> tuple[PrefillProcess, Decode, TransferKey, Gate]:
     """Tokens [0, 8) have come from another process; the next 8 are about to be read."""
     gate = Gate(after=2 if other else 1)
-    process = await PrefillProcess.start(NIXL)
-    decode = await decode_in(ends, NIXL, faults=FaultsAt(decode_copy=gate))
+    process = await PrefillProcess.start(config)
+    decode = await decode_in(ends, config, faults=FaultsAt(decode_copy=gate))
     ends.push_async_callback(process.close)
     if other is not None:
         await hand_over(other, decode)
@@ -102,10 +104,10 @@ async def half_read(
 
 
 async def stopped_read(
-    ends: contextlib.AsyncExitStack,
+    ends: contextlib.AsyncExitStack, config: KvTransferConfig = NIXL
 ) -> tuple[PrefillProcess, Decode, TransferKey]:
     """The second read is posted, to a process that is stopped."""
-    process, decode, key, gate = await half_read(ends)
+    process, decode, key, gate = await half_read(ends, config=config)
     link = decode.receiver._transfers[key].link
     assert isinstance(link, NixlPullLink)
     process.signal(signal.SIGSTOP)
@@ -173,6 +175,29 @@ async def test_link_and_worker_are_not_closed_before_their_reads_have_ended(
     await asyncio.gather(*closing)
     assert decode.drained == [key]
     assert process.process.returncode is None
+
+
+@needs_nixl
+@pytest.mark.usefixtures("tcp")
+async def test_read_that_does_not_end_loses_its_link_and_ends_with_the_agent(
+    ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peer stays stopped; others are read from before and afterwards."""
+    monkeypatch.setattr(nixl_reader, "_GIVE_UP_S", 3.0)
+    other = await prefill_in(ends, NIXL)
+    config = NIXL.model_copy(update={"operation_s": 1.0})
+    process, decode, key = await stopped_read(ends, config)
+    await until(lambda: key in decode.failed)
+    assert "no read has ended in 1 s" in str(decode.failed[key])
+    machine = decode.receiver._transfers[key].machine
+    assert machine.state is ReceiverState.QUARANTINED
+    await hand_over(other, decode)
+    assert not decode.drained
+    await until(lambda: decode.drained == [key], within_s=8)
+    before = decode.pool.tokens[BLOCKS[2:]].copy()
+    process.signal(signal.SIGKILL)
+    await hand_over(other, decode, 2)
+    np.testing.assert_array_equal(decode.pool.tokens[BLOCKS[2:]], before)
 
 
 @needs_nixl

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import queue
+import time
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
 
 from baton.kv_layout import KvLayout
 from kv_transfer.runs import Area, Runs
+from kv_transfer.transports import nixl_reader
 from kv_transfer.transports.base import LinkError
 from kv_transfer.transports.nixl import Agent
-from kv_transfer.transports.nixl_reader import Reader
+from kv_transfer.transports.nixl_reader import Peer, Reader
 
 WITHIN_S = 10.0
 AREA = Area(KvLayout(1, 1, 1, 1, 8, "float32"), 0)
@@ -46,13 +49,20 @@ def test_a_thread_that_fails_ends_its_worker_first_and_leaves_nobody_waiting() -
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
     agent = Broken()
     reader = Reader(
-        lambda: cast(Agent, agent), on_fatal=lambda error: told.put(("fatal", repr(error)))
+        lambda: cast(Agent, agent),
+        stall_s=WITHIN_S,
+        on_fatal=lambda error: told.put(("fatal", repr(error))),
     )
     reader.connect("peer", b"", AREA, timeout_s=WITHIN_S, made=told.put)
     reader.start(lambda error: None)
     peer = told.get(timeout=WITHIN_S)
     for name in ("first", "second"):
-        reader.read(peer, lambda _: ([], []), lambda error, name=name: told.put((name, error)))
+        reader.read(
+            peer,
+            lambda _: ([], []),
+            finished=lambda error, name=name: told.put((name, error)),
+            stalled=told.put,
+        )
     assert told.get(timeout=WITHIN_S) == ("fatal", "RuntimeError('a defect')")
     ended = dict(told.get(timeout=WITHIN_S) for _ in range(2))
     assert ended.keys() == {"first", "second"}
@@ -70,7 +80,7 @@ def test_an_agent_that_cannot_be_made_is_said_and_may_be_asked_for_again(error: 
     def make() -> Agent:
         raise error
 
-    reader = Reader(make, on_fatal=told.put)
+    reader = Reader(make, stall_s=WITHIN_S, on_fatal=told.put)
     for _ in range(2):
         reader.start(told.put)
         found = told.get(timeout=WITHIN_S)
@@ -78,3 +88,140 @@ def test_an_agent_that_cannot_be_made_is_said_and_may_be_asked_for_again(error: 
         assert str(error) in str(found)
     reader.close(lambda: told.put("closed"))
     assert told.get(timeout=WITHIN_S) == "closed"
+
+
+STALL_S = 0.2
+GIVE_UP_S = 0.8
+
+
+class LosesReads:
+    """An agent whose reads from some peers never end."""
+
+    def __init__(self, lossy: set[str]) -> None:
+        self.lossy = lossy
+        self.lost: set[int] = set()
+        self.held_up_s = 0.0
+        """By the next look at a read, after which it takes two more to see its end."""
+        self._num_vain_looks = 0
+        self.is_closed = False
+        self._num_reads = 0
+
+    def connect(self, metadata: bytes) -> None: ...
+
+    def forget(self, name: str) -> None:
+        assert not self.lost, "forgotten amid its reads"
+
+    def probe(self, name: str, area: Area) -> int:
+        return 0
+
+    def read(self, name: str, into: Runs, out_of: Runs) -> int:
+        self._num_reads += 1
+        if name in self.lossy:
+            self.lost.add(self._num_reads)
+        return self._num_reads
+
+    def is_done(self, handle: int) -> bool:
+        if handle and self.held_up_s:
+            time.sleep(self.held_up_s)
+            self.held_up_s, self._num_vain_looks = 0.0, 2
+        self._num_vain_looks -= 1
+        return self._num_vain_looks < 0 and handle not in self.lost
+
+    def release(self, handle: int) -> None:
+        assert handle not in self.lost, "released before its end"
+
+    def progress(self) -> None: ...
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Watched:
+    """A reader, the agents that it has made, and what it has told."""
+
+    def __init__(self) -> None:
+        self.lossy: set[str] = set()
+        self.agents: list[LosesReads] = []
+        self.told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.reader = Reader(self._make, stall_s=STALL_S, on_fatal=self.told.put)
+
+    def _make(self) -> Agent:
+        self.agents.append(LosesReads(self.lossy))
+        return cast(Agent, self.agents[-1])
+
+    def heard(self) -> Any:
+        return self.told.get(timeout=WITHIN_S)
+
+    def connect(self, name: str) -> Any:
+        self.reader.connect(name, b"", AREA, timeout_s=WITHIN_S, made=self.told.put)
+        return self.heard()
+
+    def read(self, peer: Peer) -> None:
+        self.reader.read(
+            peer,
+            lambda _: ([], []),
+            finished=lambda error: self.told.put((peer.name, "finished", error)),
+            stalled=lambda reason: self.told.put((peer.name, "stalled", reason)),
+        )
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    monkeypatch.setattr(nixl_reader, "_GIVE_UP_S", GIVE_UP_S)
+    made = Watched()
+    made.reader.start(lambda error: None)
+    yield made
+    made.reader.close(lambda: made.told.put("closed"))
+    assert made.heard() == "closed"
+
+
+def test_reads_that_do_not_end_fail_their_peer_soon_and_end_with_their_agent(
+    watched: Watched,
+) -> None:
+    watched.lossy.add("lossy")
+    lossy, sound = watched.connect("lossy"), watched.connect("sound")
+    began = time.monotonic()
+    watched.read(lossy)
+    watched.read(lossy)
+    stalled = [watched.heard(), watched.heard()]
+    assert stalled == [("lossy", "stalled", "no read has ended in 0.2 s")] * 2
+    assert time.monotonic() - began < GIVE_UP_S
+    assert "no read has ended" in str(watched.connect("lossy"))  # at once: another can be tried
+
+    watched.read(sound)
+    assert watched.heard() == ("sound", "finished", None)
+    (agent,) = watched.agents
+    assert not agent.is_closed
+
+    watched.lossy.clear()
+    ended = [watched.heard(), watched.heard()]
+    assert agent.is_closed
+    assert time.monotonic() - began >= GIVE_UP_S
+    assert [name for name, what, _ in ended if what == "finished"] == ["lossy", "lossy"]
+    assert all(isinstance(error, LinkError) for _, _, error in ended)
+    watched.read(sound)
+    assert watched.heard() == ("sound", "finished", None)
+    again = watched.connect("lossy")
+    watched.read(again)
+    assert watched.heard() == ("lossy", "finished", None)
+    assert len(watched.agents) == 2
+
+
+def test_a_peer_whose_reads_take_turns_has_not_stalled(watched: Watched) -> None:
+    """What is posted later may wait for long while those before it end."""
+    peer = watched.connect("slow")
+    watched.lossy.add("slow")
+    for _ in range(4):
+        watched.read(peer)
+    (agent,) = watched.agents
+    for number in range(1, 5):
+        time.sleep(STALL_S * 0.6)
+        agent.lost.discard(number)
+        assert watched.heard() == ("slow", "finished", None)
+
+
+def test_a_thread_that_was_held_up_holds_it_against_nobody(watched: Watched) -> None:
+    peer = watched.connect("peer")
+    watched.agents[0].held_up_s = 3 * GIVE_UP_S
+    watched.read(peer)
+    assert watched.heard() == ("peer", "finished", None)
