@@ -89,7 +89,11 @@ class Launcher:
         self._restore_signals = restore_signals
         self._secret = credential(CLUSTER_SECRET) or secrets.token_hex(32)
         self._janitor = Janitor(temp_folder)
-        self._private = redis_server.prepare(temp_folder) if redis_url is None else None
+        self._private = (
+            redis_server.prepare(temp_folder, taken=doors.gateway_ports)
+            if redis_url is None
+            else None
+        )
         self._redis_url = redis_url or (self._private.url if self._private else "")
         self._commands = Commands(
             config, folder.config_file, self._secret, self._redis_url, modules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -10,6 +11,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -61,20 +63,24 @@ def find_redis_server() -> str:
     )
 
 
-def free_port() -> int:
-    """A TCP port of the loopback address that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(*, taken: Container[int] = ()) -> int:
+    """A TCP port of the loopback address that nobody listens on now, none of ``taken``."""
+    with contextlib.ExitStack() as held:
+        while True:
+            probe = held.enter_context(socket.socket())  # held: the next port is another
+            probe.bind(("127.0.0.1", 0))
+            if (port := int(probe.getsockname()[1])) not in taken:
+                return port
 
 
-def prepare(folder: Path) -> PrivateRedis:
-    """Writes the configuration of a Redis on loopback into ``folder`` (private to us).
+def prepare(folder: Path, *, taken: Container[int] = ()) -> PrivateRedis:
+    """Writes the configuration of a Redis on loopback into ``folder`` (private to us). Its port
+    is none of ``taken``, on which something is to listen later.
 
     The password is drawn here and stands in that file, readable by its owner
     alone, never on a command line.
     """
-    port, password = free_port(), secrets.token_hex(32)
+    port, password = free_port(taken=taken), secrets.token_hex(32)
     file = folder / "redis.conf"
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as out:

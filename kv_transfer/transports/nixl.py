@@ -15,7 +15,7 @@ What measuring and reading the library has shown, and what follows from it:
   nothing can write any more.
 - An endpoint that is let go in order amid a read over TCP makes the *peer's* UCX abort
   its process, where that has still to answer. So no peer is forgotten while it is read from,
-  and no agent closed but when reads do not end for so long that nothing is to be expected.
+  and no agent closed but where what has not ended is not to be expected any more.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +128,10 @@ class Agent:
 
     def close(self) -> None:
         """Nothing reads or writes the pool by this agent any more."""
+        agent = weakref.ref(self._agent)
         self._agent = None  # its destructor joins UCX's thread
+        if agent() is not None:
+            raise RuntimeError(f"{self.name} is not closed: something refers to NIXL's agent")
         self._kept = None
 
     # ------------------------------------------------------------------ reading agents
@@ -163,8 +167,9 @@ class Agent:
         try:
             into = library.nixlXferDList(self._segment, local)
             out_of = library.nixlXferDList(self._segment, remote)
-            make = self._agent.createXferReq
-            handle: int = make(library.NIXL_READ, into, out_of, peer, "", [self._ucx])
+            handle: int = self._agent.createXferReq(
+                library.NIXL_READ, into, out_of, peer, "", [self._ucx]
+            )
         except Exception as error:
             raise LinkError(f"NIXL cannot read from the peer: {_named(error)}") from error
         try:

@@ -5,9 +5,9 @@ to 1 ms while nothing ends. A peer is one agent, known as long as a link wants i
 
 1. Probed: a few bytes are read from it, which also makes UCX's connection.
 2. Known: links read from it.
-3. Failed: one of its reads failed, or none has ended for long. No further ones are posted and
-   its links are told. It is forgotten when its last read has ended; a new link can bring it
-   back then.
+3. Failed: one of its reads failed, or none has ended for long. No further ones are posted, and
+   the links that read from it are told. It is forgotten when its last read has ended; a new
+   link can bring it back then.
 
 A read in doubt (``InDoubtError``) ends when no other is under way: then the agent is closed,
 which proves it, and made anew. Posts wait for that, unless what is under way is from a failed
@@ -80,6 +80,15 @@ class _Read:
 
 
 @dataclass(slots=True, eq=False)
+class _Doubt:
+    """A read of which nobody knows when it ends, before its agent does."""
+
+    peer: Peer
+    finished: Finished
+    error: LinkError
+
+
+@dataclass(slots=True, eq=False)
 class _Wish:
     """A link that wants its peer."""
 
@@ -116,7 +125,7 @@ class Reader:
         self._wishes: list[_Wish] = []
         self._posts: list[tuple[Peer, Plan, Finished, Stalled]] = []
         self._reads: list[_Read] = []
-        self._doubts: list[tuple[Finished, LinkError]] = []
+        self._doubts: list[_Doubt] = []
         self._must_renew = False
         self._clock = 0.0
         """Seconds for which the thread has run."""
@@ -208,8 +217,8 @@ class Reader:
         for read in self._reads:
             if not read.is_probe:
                 read.finished(error)
-        for finished, doubt in self._doubts:
-            finished(doubt)
+        for doubt in self._doubts:
+            doubt.finished(doubt.error)
         for wish in self._wishes:
             wish.made(LinkError(f"the thread that reads over NIXL failed: {error!r}"))
         for waiting in (self._posts, self._reads, self._doubts, self._wishes):
@@ -274,15 +283,15 @@ class Reader:
                     if read.peer is peer and read.stalled is not None:
                         read.stalled(peer.failed)
             if waited_s >= max(_GIVE_UP_S, self._stall_s):
-                error = LinkError(f"no read has ended in {waited_s:.0f} s")
+                error = LinkError(f"no read from {peer.name} has ended in {waited_s:.0f} s")
                 given_up = [read for read in self._reads if read.peer is peer]
-                self._doubts += [(read.finished, error) for read in given_up]
+                self._doubts += [_Doubt(peer, read.finished, error) for read in given_up]
                 self._reads = [read for read in self._reads if read.peer is not peer]
 
     def _settle_doubts(self) -> None:
         if not (self._doubts or self._must_renew) or self._is_reading:
             return
-        reasons = {str(doubt) for _, doubt in self._doubts}
+        reasons = {str(doubt.error) for doubt in self._doubts}
         why = "; ".join(reasons) or f"no answer to a probe in {_PROBE_S:g} s"
         logger.warning("NIXL's agent is made anew: %s", why)
         self._must_renew = False
@@ -299,8 +308,8 @@ class Reader:
                     self._agent.connect(peer.metadata)
             except LinkError as failure:
                 peer.failed = str(failure)
-        for finished, doubt in self._doubts:
-            finished(doubt)
+        for doubt in self._doubts:
+            doubt.finished(doubt.error)
         self._doubts.clear()
 
     def _grant_wishes(self) -> None:
@@ -352,7 +361,7 @@ class Reader:
 
     def _forget_peers(self) -> None:
         """Those that failed, and those that no link wants; not while they are read from."""
-        read_from = {read.peer for read in self._reads}
+        read_from = {read.peer for read in self._reads} | {doubt.peer for doubt in self._doubts}
         for peer in [*self._peers.values()]:
             if (peer.failed or not peer.num_links) and peer not in read_from:
                 del self._peers[peer.name]
@@ -370,7 +379,7 @@ class Reader:
                 handle = self._agent.read(peer.name, *plan(self._agent))
             except InDoubtError as error:
                 peer.failed = str(error)
-                self._doubts.append((finished, error))
+                self._doubts.append(_Doubt(peer, finished, error))
             except Exception as error:
                 if isinstance(error, LinkError):
                     peer.failed = str(error)

@@ -17,6 +17,7 @@ import pytest
 from e2e.conftest import Oracle, Serving
 from support.server import BatonServer, wait_until
 from support.streams import streaming
+from support.transports import needs_nixl
 
 from cluster.procfs import descendants, name_of
 
@@ -57,23 +58,33 @@ def exact_answers(server: BatonServer, oracle: Oracle) -> list[list[int]]:
     return answers
 
 
+POOLS: dict[str, dict[str, dict[str, int]]] = {
+    "three to one": {"prefill": RANKS, "decode": {}},
+    "one to three": {"prefill": {}, "decode": RANKS},
+}
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("pools", "transport"),
+    ("degrees", "transport"),
     [
-        ({"prefill": RANKS, "decode": {}}, "shared_memory"),
-        ({"prefill": {}, "decode": RANKS}, "gloo"),
+        ("three to one", "shared_memory"),
+        ("one to three", "gloo"),
+        pytest.param("three to one", "gloo", marks=EXHAUSTIVE),
+        pytest.param("one to three", "shared_memory", marks=EXHAUSTIVE),
+        pytest.param("three to one", "nixl", marks=[EXHAUSTIVE, needs_nixl]),
+        pytest.param("one to three", "nixl", marks=[EXHAUSTIVE, needs_nixl]),
     ],
-    ids=["three to one", "one to three"],
 )
 def test_handoff_between_three_ranks_and_one_is_exact(
-    serving: Serving, oracle: Oracle, pools: dict[str, dict[str, int]], transport: str
+    serving: Serving, oracle: Oracle, degrees: str, transport: str
 ) -> None:
     server = serving(
         settings={
             "engine": ENGINE,
-            "pools": pools,
+            "pools": POOLS[degrees],
             "kv_transfer": {"verify": True, "transport": transport},
             "routing": {"local_prefill_max_tokens": 0},
         }

@@ -182,7 +182,7 @@ async def test_link_and_worker_are_not_closed_before_their_reads_have_ended(
 async def test_read_that_does_not_end_loses_its_link_and_ends_with_the_agent(
     ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its peer stays stopped; others are read from before and afterwards."""
+    """Its peer goes on after it was given up; others are read from before and afterwards."""
     monkeypatch.setattr(nixl_reader, "_GIVE_UP_S", 3.0)
     other = await prefill_in(ends, NIXL)
     config = NIXL.model_copy(update={"operation_s": 1.0})
@@ -195,8 +195,9 @@ async def test_read_that_does_not_end_loses_its_link_and_ends_with_the_agent(
     assert not decode.drained
     await until(lambda: decode.drained == [key], within_s=8)
     before = decode.pool.tokens[BLOCKS[2:]].copy()
-    process.signal(signal.SIGKILL)
+    process.signal(signal.SIGCONT)
     await hand_over(other, decode, 2)
+    await asyncio.sleep(0.5)
     np.testing.assert_array_equal(decode.pool.tokens[BLOCKS[2:]], before)
 
 
@@ -309,6 +310,28 @@ async def test_read_in_doubt_ends_with_its_agent_and_other_peers_never_notice(
     assert decode.failed[key].retriable
     await hand_over(other, decode, 2)
     assert peer.link is link
+
+
+@needs_nixl
+def test_agent_that_something_refers_to_is_not_closed() -> None:
+    agent = nixl.Agent(
+        "referred to",
+        layout=LAYOUT,
+        memory=PoolMemory(LAYOUT, seed=1).memory,
+        environment=ucx.environment("127.0.0.1", "any", {}),
+        serves=False,
+    )
+    try:
+        agent.read("nobody", np.zeros((1, 3), np.uint64), np.zeros((1, 3), np.uint64))
+    except LinkError as error:
+        kept = error
+    assert "cannot read from the peer" in str(kept)
+    referring = agent._agent.getLocalMD
+    with pytest.raises(RuntimeError, match="something refers to NIXL's agent"):
+        agent.close()
+    agent._agent = referring.__self__
+    del referring
+    agent.close()  # though the error lives on, with the frames that it went through
 
 
 @needs_nixl

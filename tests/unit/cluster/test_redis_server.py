@@ -52,6 +52,24 @@ def test_each_private_redis_has_its_own_password(tmp_path: Path) -> None:
     assert urlsplit(urls[0]).password != urlsplit(urls[1]).password
 
 
+class FirstTwo:
+    """The first two ports that are asked about."""
+
+    def __init__(self) -> None:
+        self.ports: list[object] = []
+
+    def __contains__(self, port: object) -> bool:
+        self.ports.append(port)
+        return len(self.ports) <= 2
+
+
+def test_port_is_none_on_which_something_is_to_listen(tmp_path: Path) -> None:
+    taken = FirstTwo()
+    private = redis_server.prepare(tmp_path, taken=taken)
+    assert urlsplit(private.url).port == taken.ports[2]
+    assert len(set(taken.ports)) == 3
+
+
 def test_redis_on_the_path_wins_over_the_wheels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
