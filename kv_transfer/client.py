@@ -394,7 +394,7 @@ class KvReceiver:
         def ended(error: TransferError | None) -> None:
             number = transfer.operations.pop(blocks).number
             self._apply(transfer, transfer.machine.copy_ended(self._now(), blocks, error))
-            self._take_turns(link, number)
+            self._take_turns(link.queue, number)
 
         try:
             transfer.operations[blocks] = link.post(blocks, posted=posted, ended=ended)
@@ -402,11 +402,13 @@ class KvReceiver:
             self._on_fatal(error)  # it may be posted or not, and nobody will say when it ends
             raise
 
-    def _take_turns(self, link: PullLink, number: int) -> None:
-        """A copy of that number has ended: those that were posted after it have moved up."""
+    def _take_turns(self, queue: object, number: int) -> None:
+        """A copy of that number has ended: those that wait there behind it have moved up."""
         for other in list(self._transfers.values()):
             oldest = next(iter(other.operations.values()), None)
-            if other.link is link and oldest is not None and oldest.number > number:
+            if other.link is None or other.link.queue is not queue:
+                continue
+            if oldest is not None and oldest.number > number:
                 self._apply(other, other.machine.copy_before_ended(self._now()))
 
     def _stop_copies(self, transfer: _Transfer) -> None:

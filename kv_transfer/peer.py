@@ -28,7 +28,7 @@ from baton.faults import Faults
 from kv_transfer import handshake
 from kv_transfer.keys import TransferKey
 from kv_transfer.stream import PullStream, RefusedError
-from kv_transfer.transports.base import LinkError, PullLink, PullTransport
+from kv_transfer.transports.base import LinkError, PullLink, PullTransport, UnansweredError
 from kv_transfer.usable_transports import TransportsByPeer
 from kv_transfer.v1 import transfer_pb2 as pb
 from kv_transfer.v1.transfer_pb2_grpc import TransferStub
@@ -197,12 +197,22 @@ class PrefillPeer:
             async with asyncio.timeout(settings.config.attach_s):
                 await settings.faults.wait("decode.greet")
                 names = self._usable.names()
-                welcome = await stream.greet(handshake.make_hello(settings.identity, names))
+                welcome = await self._welcome(stream, names)
                 await settings.faults.wait("decode.link")
                 return await self._connect(stream, welcome, names)
         except TimeoutError:
             waited = f"did not answer in {settings.config.attach_s:g} s"
             raise TransferError(f"{self._named()} {waited}") from None
+
+    async def _welcome(self, stream: PullStream, names: Sequence[str]) -> pb.PeerWelcome:
+        try:
+            return await stream.greet(handshake.make_hello(self._settings.identity, names))
+        except RefusedError as refused:
+            if not (left_out := self._usable.reason):
+                raise
+            # The peer may want the very one that was left out: next time all are offered.
+            self._usable.try_all()
+            raise TransferError(f"{refused.error.message} ({left_out})") from refused
 
     async def _connect(
         self, stream: PullStream, welcome: pb.PeerWelcome, offered: Sequence[str]
@@ -220,7 +230,10 @@ class PrefillPeer:
             if name != offered[-1]:
                 self._usable.leave_out(name, str(error))
                 raise _NextTransportError(f"{name} does not work: {error}") from error
-            failure = IncompatiblePeerError(f"{self._named()}: {name} does not work: {error}")
+            does_not_work = f"{self._named()}: {name} does not work: {error}"
+            if isinstance(error, UnansweredError):
+                raise TransferError(does_not_work) from error
+            failure = IncompatiblePeerError(does_not_work)
             if name in handshake.SAME_HOST:
                 raise RefusedError(failure) from error
             raise failure from error

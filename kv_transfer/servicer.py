@@ -93,13 +93,17 @@ class PullServicer(TransferServicer):
     ) -> None:
         hello = await self._read_hello(context)
         await self._faults.wait("prefill.greet")
+        await self._check_serving(context)
         connection = DecodeConnection(hello, self._faults)
         welcome = handshake.make_welcome(self._identity, verify=self._config.verify)
-        link = connection.link = await self._open(hello, welcome, connection, context)
         stream = asyncio.current_task()
         assert stream is not None
         self._streams.add(stream)
         stream.add_done_callback(self._streams.discard)
+        link = connection.link = await self._open(hello, welcome, connection, context)
+        if not self._started:
+            self._spawn(self._let_go(link, []))
+            await self._check_serving(context)
         self._connections.add(connection)
         tasks = [
             asyncio.create_task(self._read(connection, context)),
@@ -119,11 +123,14 @@ class PullServicer(TransferServicer):
             logger.info("%s lets go of %s: %s", self._identity.worker_id, hello.worker_id, reason)
             await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
 
+    async def _check_serving(self, context: Context) -> None:
+        if not self._started:
+            not_serving = f"{self._identity.worker_id} is not serving"
+            await context.abort(grpc.StatusCode.UNAVAILABLE, not_serving)
+
     async def _read_hello(self, context: Context) -> pb.PeerHello:
         """Refuses, before anything else is done, a peer that this worker must not serve."""
-        if not self._started:
-            not_yet = f"{self._identity.worker_id} is not serving"
-            await context.abort(grpc.StatusCode.UNAVAILABLE, not_yet)
+        await self._check_serving(context)
         first: object = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.attach_s):

@@ -51,6 +51,11 @@ class UsableTransports:
             failure.is_over = failure.is_over or self._is_due(failure)
         return tuple(name for name in self._names if name not in self._left_out())
 
+    def try_all(self) -> None:
+        """None is left out until it fails again."""
+        for failure in self._failures.values():
+            failure.is_over = True
+
     @property
     def is_one_due(self) -> bool:
         """One that has failed may be tried again."""

@@ -37,6 +37,10 @@ class LinkError(Exception):
     """A link cannot be made or is lost; says why."""
 
 
+class UnansweredError(LinkError):
+    """The peer did not answer, this time."""
+
+
 class Quiescence(enum.Enum):
     """What a transport knows of an operation that it was asked to stop."""
 
@@ -102,6 +106,11 @@ class PullLink(ABC):
     """Decode's connection to one prefill worker's pool."""
 
     name: ClassVar[str]
+
+    @property
+    def queue(self) -> object:
+        """What its operations wait in. Links that share one wait for each other's."""
+        return self
 
     @abstractmethod
     def post(self, blocks: BlockRange, *, posted: Callable[[], None], ended: Ended) -> Operation:

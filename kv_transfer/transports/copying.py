@@ -42,6 +42,10 @@ class CopyingPullLink(PullLink):
         self._copies: set[asyncio.Future[None]] = set()
         self._closed = False
 
+    @property
+    def queue(self) -> object:
+        return self._executor
+
     def post(self, blocks: BlockRange, *, posted: object, ended: Ended) -> Operation:
         operation = Operation(blocks, ended)
         loop = asyncio.get_running_loop()

@@ -23,7 +23,7 @@ import socket
 import struct
 
 from kv_transfer.memory import KvMemory
-from kv_transfer.transports.base import LinkError
+from kv_transfer.transports.base import LinkError, UnansweredError
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,8 @@ class MemorySocket:
 async def fetch_memory(path: str, *, secret: str, timeout_s: float) -> tuple[int, socket.socket]:
     """The decode side: a read-only descriptor, and the socket that tells of its owner's death.
 
-    The caller closes both. Raises LinkError, with the reason.
+    The caller closes both. Raises LinkError, with the reason: UnansweredError where the owner
+    may be busy or gone.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -146,10 +147,11 @@ async def fetch_memory(path: str, *, secret: str, timeout_s: float) -> tuple[int
         raise
     except TimeoutError:
         connection.close()
-        raise LinkError(f"the peer's memory socket did not answer in {timeout_s:g} s") from None
+        late = f"the peer's memory socket did not answer in {timeout_s:g} s"
+        raise UnansweredError(late) from None
     except OSError as error:
         connection.close()
-        raise LinkError(f"the peer's memory socket cannot be reached: {error}") from error
+        raise UnansweredError(f"the peer's memory socket cannot be reached: {error}") from error
     except BaseException:
         connection.close()
         raise

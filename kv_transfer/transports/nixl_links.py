@@ -98,6 +98,10 @@ class NixlPullLink(PullLink):
         self._all_finished.set()
         self._closed = False
 
+    @property
+    def queue(self) -> object:
+        return self._reader
+
     def post(self, blocks: BlockRange, *, posted: Callable[[], None], ended: Ended) -> Operation:
         operation = Operation(blocks, ended)
         self._unfinished.add(operation)

@@ -301,26 +301,31 @@ async def test_waiting_transfer_renews_its_lease(config: KvTransferConfig) -> No
 
 
 @pytest.mark.parametrize("config", ["shared_memory", "gloo"], indirect=True)
+@pytest.mark.parametrize("num_peers", [1, 2])
 async def test_one_that_waits_for_copies_before_its_own_is_not_stuck(
-    config: KvTransferConfig,
+    config: KvTransferConfig, num_peers: int
 ) -> None:
     """Where copies take turns; reads over NIXL are under way together."""
     config = config.model_copy(update={"operation_s": 0.5})
     slow = FaultsAt(decode_copy=lambda: time.sleep(0.3))
     prefill, decode = await Prefill.start(config), await Decode.start(config, faults=slow)
-    first, second = (key_between(prefill, decode, number) for number in range(2))
-    for key, blocks in ((first, BLOCKS[:4]), (second, BLOCKS[4:])):
+    other = await Prefill.start(config) if num_peers == 2 else prefill
+    first, second = key_between(prefill, decode, 0), key_between(other, decode, 1)
+    for peer, key, blocks in ((prefill, first, BLOCKS[:4]), (other, second, BLOCKS[4:])):
         num_tokens = 4 * len(blocks)
-        prefill.sender.offer(key, start_token=0, num_tokens=num_tokens)
-        decode.begin(key, prefill, start_token=0, num_tokens=num_tokens, block_ids=blocks)
+        peer.sender.offer(key, start_token=0, num_tokens=num_tokens)
+        decode.begin(key, peer, start_token=0, num_tokens=num_tokens, block_ids=blocks)
+    await until(lambda: state_of(decode, second) is ReceiverState.RECEIVING)
     for num_tokens in (4, 8, 12, 16):  # a copy each
         prefill.sender.ready(first, num_tokens, SOURCE_BLOCKS[: num_tokens // 4])
     prefill.sender.commit(first, 77, 0)
-    prefill.compute(second, 4, SOURCE_BLOCKS[:1])
+    other.compute(second, 4, SOURCE_BLOCKS[:1])
     await until(lambda: len(decode.ready) + len(decode.failed) == 2)
     assert not decode.failed
     await decode.close()
     await prefill.close()
+    if other is not prefill:
+        await other.close()
 
 
 async def test_prefill_of_another_length_fails(pair: tuple[Prefill, Decode]) -> None:

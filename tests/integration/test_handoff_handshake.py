@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from kv_transfer import handshake, peer
 from kv_transfer.blocks import PoolView
 from kv_transfer.keys import TransferKey
 from kv_transfer.memory import KvMemory
-from kv_transfer.transports import memory_socket, nixl_links, shared_memory
-from kv_transfer.transports.base import LinkError
+from kv_transfer.transports import memory_socket, nixl_links, one_sided, shared_memory
+from kv_transfer.transports.base import LinkError, UnansweredError
 from kv_transfer.transports.rendezvous import Rendezvous
 from kv_transfer.v1 import transfer_pb2 as pb
 from tests.support import handoff
@@ -228,6 +229,24 @@ async def test_a_transport_that_failed_is_tried_again_after_a_while(
     assert sample(decode.registry, name, transport="shared_memory") == 6 * LAYOUT.token_bytes
 
 
+@pytest.mark.parametrize("own", [SHARED, AUTO], ids=["forced on both sides", "forced at the peer"])
+async def test_peer_that_is_busy_is_asked_again_where_no_other_transport_will_do(
+    ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch, own: KvTransferConfig
+) -> None:
+    fetch_memory, tries = shared_memory.fetch_memory, []
+
+    async def busy_at_first(*args: object, **kwargs: object) -> object:
+        tries.append(args)
+        if len(tries) == 1:
+            raise UnansweredError("the machine was busy")
+        return await fetch_memory(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shared_memory, "fetch_memory", busy_at_first)
+    prefill, decode = await prefill_in(ends, SHARED), await decode_in(ends, own)
+    await hand_over(prefill, decode)
+    assert len(tries) == 2
+
+
 async def test_memory_that_nobody_came_to_map_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its handshake was given up while the thread that maps was at another's."""
     ours, theirs = socket.socketpair()
@@ -344,6 +363,41 @@ async def test_silent_peer_holds_up_no_other(ends: contextlib.AsyncExitStack) ->
         assert stuck not in decode.failed
         decode.receiver.cancel(stuck)
         await until(lambda: decode.drained == [stuck])
+
+
+async def test_link_that_opens_while_its_worker_leaves_is_closed_before_its_transport(
+    ends: contextlib.AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening, go_on, closed = asyncio.Event(), asyncio.Event(), []
+    serve, link = shared_memory.SharedMemoryServe, one_sided.OneSidedServeLink
+    open_, close_transport, close_link = serve.open, serve.close, link.close
+
+    async def opens_late(*args: Any) -> object:
+        opening.set()
+        await go_on.wait()
+        return await open_(*args)
+
+    async def closes_transport(transport: shared_memory.SharedMemoryServe) -> None:
+        closed.append("transport")
+        await close_transport(transport)
+
+    async def closes_link(own: one_sided.OneSidedServeLink) -> None:
+        closed.append("link")
+        await close_link(own)
+
+    monkeypatch.setattr(serve, "open", opens_late)
+    monkeypatch.setattr(serve, "close", closes_transport)
+    monkeypatch.setattr(link, "close", closes_link)
+    prefill, decode = await Prefill.start(SHARED), await decode_in(ends, SHARED)
+    key = key_between(prefill, decode)
+    decode.begin(key, prefill, start_token=0, num_tokens=6, block_ids=[1, 2])
+    await asyncio.wait_for(opening.wait(), 5)
+    leaving = asyncio.create_task(prefill.close())
+    await asyncio.sleep(0.1)
+    assert not closed
+    go_on.set()
+    await leaving
+    assert closed == ["link", "transport"]
 
 
 async def test_peer_that_dies_in_the_handshake_is_tried_again(

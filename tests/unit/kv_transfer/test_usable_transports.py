@@ -13,6 +13,18 @@ class Clock:
         return self.now
 
 
+def test_all_are_tried_where_none_of_the_rest_is_wanted() -> None:
+    clock = Clock()
+    usable = UsableTransports(["nixl", "gloo"], clock=clock)
+    usable.leave_out("nixl", "no answer")
+    usable.try_all()
+    assert usable.names() == ("nixl", "gloo")
+    assert not usable.reason
+    usable.leave_out("nixl", "no answer")
+    clock.now = 1.5 * RETRY_S
+    assert usable.names() == ("gloo",), "it is left out for longer each time"
+
+
 def test_one_that_failed_is_left_out_until_it_is_due() -> None:
     clock = Clock()
     usable = UsableTransports(["nixl", "gloo"], clock=clock)
