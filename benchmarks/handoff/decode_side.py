@@ -276,7 +276,8 @@ class DecodeSide:
             began_at: float = self._answer()
             return ended_at - began_at
 
-        return self._bound(load, run)
+        with _on_copy_core():
+            return self._bound(load, run)
 
     # ------------------------------------------------------------------------- helpers
 

@@ -284,8 +284,8 @@ class ExpectsToKnow(KvReceiver):
 
     def peer_received(self, peer: PrefillPeer, response: pb.PullResponse) -> None:
         kind = response.WhichOneof("body")
-        assert kind is not None
-        self._transfers[TransferKey.from_proto(getattr(response, kind).key)]
+        if kind not in (None, "welcome"):
+            self._transfers[TransferKey.from_proto(getattr(response, kind).key)]
         super().peer_received(peer, response)
 
 
