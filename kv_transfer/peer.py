@@ -90,16 +90,21 @@ class PrefillPeer:
         self.address = address
         self.worker_id = worker_id
         self.epoch = epoch
-        self.link: PullLink | None = None
-        """Set while the stream is up."""
         self._settings = settings
         self._owner = owner
         self._usable = settings.usable.of((address, epoch))
         self._num_transfers = 0
         self._stream: PullStream | None = None
+        self._link: PullLink | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self.task = asyncio.create_task(self._run(), name=f"kv-peer-{worker_id}")
+
+    @property
+    def link(self) -> PullLink | None:
+        """None unless the stream is up. Once it is lost, though nobody has been told yet, a
+        transfer that begins waits for the next one."""
+        return None if self._stream is None or self._stream.over else self._link
 
     def retain(self) -> None:
         self._num_transfers += 1
@@ -130,7 +135,6 @@ class PrefillPeer:
             self._idle_timer = loop.call_later(idle_s, self._let_stream_go)
 
     def _let_stream_go(self) -> None:
-        self.link = None  # a transfer that begins now waits for the next stream
         if self._stream is not None:
             self._stream.lose("")
 
@@ -178,12 +182,12 @@ class PrefillPeer:
         try:
             link = await self._greet(stream)
             self._usable.works(link.name)
-            self._stream, self.link = stream, link
+            self._stream, self._link = stream, link
             self._owner.peer_up(self)
             self._watch_idleness()
             await stream.wait_end()
         finally:
-            self.link = None
+            self._link = None
             if link is not None:
                 closing = asyncio.create_task(link.close())
                 self._closing.add(closing)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from baton.config import KvTransferConfig
-from baton.errors import ConfigurationError
+from baton.errors import BatonError, ConfigurationError
 from kv_transfer.keys import TransferKey
 from kv_transfer.receiver import ReceiverState
 from kv_transfer.transports import nixl, nixl_links, nixl_reader, ucx
@@ -215,13 +215,24 @@ async def test_agent_whose_read_failed_is_read_from_again_by_the_next_link(
         return is_done(agent, handle)
 
     monkeypatch.setattr(nixl.Agent, "is_done", fails_once)
-    failing = key_between(prefill, decode, 2)
-    prefill.sender.offer(failing, start_token=0, num_tokens=6)
-    decode.begin(failing, prefill, start_token=0, num_tokens=6, block_ids=[5, 6])
-    prefill.compute(failing, 6, [3, 0])
-    await until(lambda: decode.drained == [failing])
+    failing, again = key_between(prefill, decode, 2), key_between(prefill, decode, 3)
+    on_failed = decode.receiver._on_failed
+
+    def tries_again(key: TransferKey, error: BatonError) -> None:
+        on_failed(key, error)
+        if key == failing:
+            offer(again, [7, 8])
+
+    def offer(key: TransferKey, block_ids: list[int]) -> None:
+        prefill.sender.offer(key, start_token=0, num_tokens=6)
+        decode.begin(key, prefill, start_token=0, num_tokens=6, block_ids=block_ids)
+        prefill.compute(key, 6, [3, 0])
+
+    monkeypatch.setattr(decode.receiver, "_on_failed", tries_again)
+    offer(failing, [5, 6])
+    await until(lambda: again in decode.ready and (again, "released") in prefill.freed)
     assert "failed by the test" in str(decode.failed[failing])
-    await hand_over(prefill, decode, 3)
+    np.testing.assert_array_equal(decode.pool.tokens[7], prefill.pool.before[3])
 
 
 @needs_nixl
