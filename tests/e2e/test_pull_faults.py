@@ -1,6 +1,6 @@
 """A worker is killed, stopped or paused while prefill pulls an answer from decode: the request is
-answered all the same, at fp32 with exactly its tokens, and at rest no block is held. Where the
-worker was replaced, the next answers are pulled again."""
+answered all the same, at fp32 with exactly its tokens, and at rest no block is held, and nobody has
+memory of the one that is gone. Where the worker was replaced, the next answers are pulled again."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 from e2e.conftest import Serving
+from support.belongings import kv_memories, unattached_segments
 from support.server import BatonServer, wait_until
 from support.tiny_models import write_tiny_llama
 from support.transports import needs_nixl
 
 from baton.faults import POINTS
+from cluster.procfs import descendants
 
 BLOCK_SIZE = 16
 MOST_TRIES = 5
@@ -95,6 +97,11 @@ def second_turn(server: BatonServer, number: int) -> list[int]:
     return [*prompt, *answer, 200, 201]
 
 
+def num_pools(server: BatonServer) -> int:
+    """KV pools that any process of the server has open or mapped."""
+    return len(kv_memories(process.pid for process in descendants(server.pid)))
+
+
 def num_pulled(server: BatonServer) -> float:
     server.wait_at_rest()
     return server.metric("baton_kv_pulls_total", outcome="ready")
@@ -141,6 +148,7 @@ def test_pull_whose_worker_goes_costs_no_token_and_no_later_pull(
         settings={**SETTINGS, "kv_transfer": {"transport": case.transport}},
         arguments=("--model", str(model), "--prefill", "1", "--decode", "1"),
     )
+    segments = unattached_segments()
     numbers = iter(range(1, 250))
     server.inject(prefill__chunk=SLOW)
     if not case.point.endswith(TO_CONNECT):
@@ -161,6 +169,11 @@ def test_pull_whose_worker_goes_costs_no_token_and_no_later_pull(
     if case.action != "pause":
         wait_replaced(server, case.victim, epoch, pid if case.action == "stop" else None)
     server.wait_at_rest(timeout_s=30.0)
+    wait_until(
+        lambda: num_pools(server) == 2 and unattached_segments() <= segments,
+        timeout_s=30,
+        what="two workers' memory and no other",
+    )
     again = server.complete(prompt=prompt, max_tokens=8, cache_salt="computed")
     assert answer == again["choices"][0]["token_ids"]
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

@@ -64,6 +64,14 @@ def kv_memories(pids: Iterable[int]) -> set[str]:
     return found
 
 
+def unattached_segments() -> set[str]:
+    """Ids of System V's shared memory that no process of the machine has attached."""
+    header, *lines = Path("/proc/sysvipc/shm").read_text().splitlines()
+    names = header.split()
+    segments = [dict(zip(names, line.split(), strict=True)) for line in lines]
+    return {segment["shmid"] for segment in segments if segment["nattch"] == "0"}
+
+
 def _files(pid: int) -> list[Path]:
     with contextlib.suppress(OSError):
         return list(Path(f"/proc/{pid}/fd").iterdir())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support.belongings import Belongings, belongings, kv_memories
+from support.belongings import Belongings, belongings, kv_memories, unattached_segments
 from support.chaos_clients import Answer, Asking, asking
 from support.handoff_schedule import (
     FENCED,
@@ -84,6 +84,7 @@ class ChaosCluster:
         self._expected: dict[Question, list[int]] = {}
         self._num_processes = 0
         self._files: set[Path] = set()
+        self._segments = unattached_segments()
         self._num_blocks: dict[str, int] = {}
         self._waves = 0
         self._known: set[str] = set()
@@ -287,6 +288,7 @@ class ChaosCluster:
         return [
             *(f"{found} {what}, {due} are due" for found, due, what in counts if found != due),
             *(f"file {file}" for file in self._left_files() - self._files),
+            *(f"segment {segment}" for segment in unattached_segments() - self._segments),
         ]
 
     def _belongings(self, worker_id: str) -> Belongings:
