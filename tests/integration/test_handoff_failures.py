@@ -455,7 +455,7 @@ async def test_posted_receive_of_a_stopped_prefill_is_quarantined_until_it_ends(
     await process.tell("ready", key, end_token=16, block_ids=SOURCE_BLOCKS)
     await until(gate.reached.is_set)
     transfer = decode.receiver._transfers[key]
-    process.signal(signal.SIGSTOP)
+    process.stop()
     gate.open.set()
     assert isinstance(transfer.link, GlooPullLink)
     await until(lambda: transfer.link._posted)
@@ -505,7 +505,7 @@ async def test_operation_that_times_out_drains_and_the_pair_is_rebuilt() -> None
     key = await begin_with_process(process, decode)
     await process.tell("ready", key, end_token=16, block_ids=SOURCE_BLOCKS)
     await until(gate.reached.is_set)
-    process.signal(signal.SIGSTOP)
+    process.stop()
     gate.open.set()
     await until(lambda: decode.drained == [key])
     assert decode.failed[key].retriable

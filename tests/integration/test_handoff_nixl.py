@@ -110,7 +110,7 @@ async def stopped_read(
     process, decode, key, gate = await half_read(ends, config=config)
     link = decode.receiver._transfers[key].link
     assert isinstance(link, NixlPullLink)
-    process.signal(signal.SIGSTOP)
+    process.stop()
     gate.open.set()
     await until(lambda: link._posted)
     return process, decode, key
@@ -269,7 +269,7 @@ async def test_peer_that_answers_nothing_keeps_no_other_from_being_read(
     connect, asked = reader.connect, asyncio.Event()
 
     def stops(*args: Any, **kwargs: Any) -> None:
-        process.signal(signal.SIGSTOP)
+        process.stop()
         connect(*args, **kwargs)
         asked.set()
 

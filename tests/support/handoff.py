@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -319,6 +321,18 @@ class PrefillProcess:
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    def stop(self) -> None:
+        """SIGSTOP; returns when every thread has stopped, which may do much in between."""
+        self.signal(signal.SIGSTOP)
+        while not self._has_stopped():
+            time.sleep(0.0005)
+
+    def _has_stopped(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):  # a thread has ended meanwhile
+            stats = [path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/stat")]
+            return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+        return False
 
     async def close(self) -> None:
         if self.process.returncode is None:
