@@ -228,22 +228,24 @@ class KeepsWhatWasLent(Lends):
         del self._lent[lend]
 
 
-MUTANTS: list[dict[str, Any]] = [
-    {"kv": FreesWhatMayBeWritten},
-    {"kv": KeepsSharedBlocks},
-    {"kv": PublishesBeforeItIsReceived},
-    {"prefill": FreesWhatIsRead},
-    {"decode": ForgetsADrain},
-    {"pulls": FreesWhatAPullMayWrite},
-    {"pulls": ForgetsThatAJobPulls},
-    {"pulls": ComputesWhileItPulls},
-    {"kv": ComputesIntoASharedBlock},
-    {"lends": LendsWithoutHolding},
-    {"lends": KeepsWhatWasLent},
+MUTANTS: list[tuple[str, Any, str]] = [
+    ("kv", FreesWhatMayBeWritten, "another may get it"),
+    ("kv", KeepsSharedBlocks, "a block is held by nobody"),
+    ("kv", PublishesBeforeItIsReceived, "a cached block is not what it is named"),
+    ("prefill", FreesWhatIsRead, "blocks that are read were given back"),
+    ("decode", ForgetsADrain, "nobody waits for their drain"),
+    ("pulls", FreesWhatAPullMayWrite, "another may get it"),
+    ("pulls", ForgetsThatAJobPulls, "another may get it"),
+    ("pulls", ComputesWhileItPulls, "shared before it was received"),
+    ("kv", ComputesIntoASharedBlock, "a shared block is written"),
+    ("lends", LendsWithoutHolding, "blocks that are read were given back"),
+    ("lends", KeepsWhatWasLent, "a block is held by nobody"),
 ]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[next(iter(m.values())).__name__ for m in MUTANTS])
-def test_each_mutant_is_noticed(mutant: dict[str, Any]) -> None:
-    with pytest.raises(AssertionError):
-        random_walks(40, **mutant)
+@pytest.mark.parametrize(
+    ("part", "mutant", "violated"), MUTANTS, ids=[mutant.__name__ for _, mutant, _ in MUTANTS]
+)
+def test_each_mutant_is_noticed(part: str, mutant: Any, violated: str) -> None:
+    with pytest.raises(AssertionError, match=violated):
+        random_walks(40, **{part: mutant})

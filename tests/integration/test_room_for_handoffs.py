@@ -245,20 +245,22 @@ class HoldsWhileItWaits(DecodeScheduler):
         return True
 
 
-MUTANTS: list[dict[str, Any]] = [
-    {"decode_scheduler": ReservesTheFirstBlock},
-    {"decode_scheduler": NeverPreempts},
-    {"decode_scheduler": HasNoWatermark},
-    {"decode_scheduler": HoldsWhileItWaits},
-    {"prefill_scheduler": BeginsWithoutRoom},
-    {"prefill": BeginsAtOpen},
+MUTANTS: list[tuple[str, Any, str]] = [
+    ("decode_scheduler", ReservesTheFirstBlock, "not all that will come is reserved"),
+    ("decode_scheduler", NeverPreempts, "a deadlock"),
+    ("decode_scheduler", HasNoWatermark, "nothing is left above the watermark"),
+    ("decode_scheduler", HoldsWhileItWaits, "nothing is left above the watermark"),
+    ("prefill_scheduler", BeginsWithoutRoom, "begun without room to its end"),
+    ("prefill", BeginsAtOpen, "prefill began before decode had reserved"),
 ]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[next(iter(m.values())).__name__ for m in MUTANTS])
-def test_each_mutant_is_killed(mutant: dict[str, Any]) -> None:
-    with pytest.raises(AssertionError):
-        random_walks(200, **mutant)
+@pytest.mark.parametrize(
+    ("part", "mutant", "violated"), MUTANTS, ids=[mutant.__name__ for _, mutant, _ in MUTANTS]
+)
+def test_each_mutant_is_killed(part: str, mutant: Any, violated: str) -> None:
+    with pytest.raises(AssertionError, match=violated):
+        random_walks(200, **{part: mutant})
 
 
 def test_pool_without_preemption_does_deadlock() -> None:

@@ -314,24 +314,26 @@ class TakesReadyTwice(rx.ReceiveTransfer):
         return super().announced(now, blocks)
 
 
-MUTANTS: list[dict[str, Any]] = [
-    {"kv": FreesWhatMayBeWritten},
-    {"receiver": DrainsAtOnce},
-    {"decode": QuarantineRunsOut},
-    {"prefill": FreesAtCommit},
-    {"sender": KeepsWhatAPeerLeft},
-    {"machine": FreesWhileItChecks},
-    {"receiver": ForgetsDrainsOfTheLost},
-    {"receiver": HearsForAnyAttempt},
-    {"sender": ServesAnyAttempt},
-    {"receiver": ExpectsToKnow},
-    {"sender": ExpectsToHaveOffered},
-    {"machine": TrustsItsCopy},
-    {"machine": TakesReadyTwice},
+MUTANTS: list[tuple[str, Any, str]] = [
+    ("kv", FreesWhatMayBeWritten, "a block is written and free"),
+    ("receiver", DrainsAtOnce, "a transfer ended twice"),
+    ("decode", QuarantineRunsOut, "a block is written and free"),
+    ("prefill", FreesAtCommit, "blocks that are leased were given back"),
+    ("sender", KeepsWhatAPeerLeft, "blocks are held at rest"),
+    ("machine", FreesWhileItChecks, "freed while an operation reads the blocks"),
+    ("receiver", ForgetsDrainsOfTheLost, "blocks are held at rest"),
+    ("receiver", HearsForAnyAttempt, "a late message changed another transfer"),
+    ("sender", ServesAnyAttempt, "a late message changed another transfer"),
+    ("receiver", ExpectsToKnow, "the stream to worker"),
+    ("sender", ExpectsToHaveOffered, "stream of decode-0"),
+    ("machine", TrustsItsCopy, "ready without the sender's acknowledgement"),
+    ("machine", TakesReadyTwice, "the process crashed: KeyError"),
 ]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[next(iter(m.values())).__name__ for m in MUTANTS])
-def test_each_mutant_is_killed(mutant: dict[str, Any]) -> None:
-    with pytest.raises(AssertionError):
-        random_walks(200, **mutant)
+@pytest.mark.parametrize(
+    ("part", "mutant", "violated"), MUTANTS, ids=[mutant.__name__ for _, mutant, _ in MUTANTS]
+)
+def test_each_mutant_is_killed(part: str, mutant: Any, violated: str) -> None:
+    with pytest.raises(AssertionError, match=violated):
+        random_walks(200, **{part: mutant})
