@@ -74,6 +74,13 @@ def _load() -> Any:
         logging.getLogger("nixl").propagate = True
 
 
+def area_of(layout: KvLayout, memory: KvMemory | GpuMemory) -> Area:
+    """Where this process has its pool: for as long as ``memory`` is not closed."""
+    if isinstance(memory, KvMemory):
+        return Area(layout, np.frombuffer(memory.buffer, dtype=np.uint8).ctypes.data)
+    return Area(layout, memory.address, memory.device)
+
+
 class Agent:
     """Raises LinkError where it cannot be made.
 
@@ -94,18 +101,16 @@ class Agent:
         serves: bool,
     ) -> None:
         self.name = name
+        self.area = area_of(layout, memory)
         self._library = library = _load()
         if isinstance(memory, KvMemory):
             self._segment = library.DRAM_SEG
-            pool = np.frombuffer(memory.buffer, dtype=np.uint8, count=layout.num_bytes)
             probe = np.zeros(_PROBE_BYTES, dtype=np.uint8)
-            self.area = Area(layout, pool.ctypes.data)
             self._probe = probe.ctypes.data
-            self._kept: Any = pool, probe
+            self._kept: Any = np.frombuffer(memory.buffer, dtype=np.uint8), probe
         else:
             self._segment = library.VRAM_SEG
             on_gpu = memory.buffer.new_zeros(_PROBE_BYTES)
-            self.area = Area(layout, memory.address, memory.device)
             self._probe = on_gpu.data_ptr()
             self._kept = memory, on_gpu
         try:

@@ -20,7 +20,7 @@ from baton.kv_layout import KvLayout
 from kv_transfer.blocks import CheckedBlocks
 from kv_transfer.memory import KvMemory
 from kv_transfer.ranges import BlockRange
-from kv_transfer.runs import Area, Runs, runs
+from kv_transfer.runs import Area, runs
 from kv_transfer.transports import nixl, ucx
 from kv_transfer.transports.base import (
     Ended,
@@ -81,6 +81,7 @@ class NixlPullLink(PullLink):
         reader: Reader,
         peer: Peer,
         pool: CheckedBlocks,
+        target: Area,
         source: Area,
         faults: Faults,
         lost: Callable[[str], None],
@@ -88,6 +89,7 @@ class NixlPullLink(PullLink):
         self._reader = reader
         self._peer = peer
         self._pool = pool
+        self._target = target
         self._source = source
         self._faults = faults
         self._lost = lost
@@ -106,9 +108,17 @@ class NixlPullLink(PullLink):
         operation = Operation(blocks, ended)
         self._unfinished.add(operation)
         self._all_finished.clear()
+        try:
+            # Here, while the reader's thread copies what was posted before.
+            into, out_of = runs(blocks, self._target, self._source)
+        except IndexError as error:
+            self._loop.call_soon(self._end, operation, error)
+            return operation
         self._reader.read(
             self._peer,
-            partial(self._plan, operation),
+            into,
+            out_of,
+            about_to=partial(self._about_to, operation),
             finished=partial(self._finished, operation),
             stalled=self._stalled,
         )
@@ -123,14 +133,12 @@ class NixlPullLink(PullLink):
         await self._all_finished.wait()
         self._reader.let_go(self._peer)
 
-    def _plan(self, operation: Operation, agent: nixl.Agent) -> tuple[Runs, Runs]:
+    def _about_to(self, operation: Operation) -> None:
         """In the reader's thread, right before the range is read."""
         self._faults.hit("decode.copy")
-        planned = runs(operation.blocks, agent.area, self._source)
         if self._closed:
             raise TransferError("the copy was stopped")
         self._posted.add(operation)
-        return planned
 
     def _finished(self, operation: Operation, error: Exception | None) -> None:
         """In the reader's thread."""
@@ -199,6 +207,7 @@ class NixlPull(PullTransport):
         on_fatal: OnFatal,
     ) -> None:
         self._pool = pool
+        self._target = nixl.area_of(pool.layout, memory)
         self._timeout_s = config.operation_s
         self._faults = faults
         self._closed: _Answer[None] | None = None
@@ -230,6 +239,7 @@ class NixlPull(PullTransport):
             reader=self._reader,
             peer=await self._peer(offered, source),
             pool=self._pool,
+            target=self._target,
             source=source,
             faults=self._faults,
             lost=lost,

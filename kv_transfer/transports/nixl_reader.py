@@ -1,7 +1,7 @@
 """The thread of a decode worker that reads from all its peers over NIXL.
 
-It posts reads and asks whether they are done; in between it sleeps, 50 µs at first and up
-to 1 ms while nothing ends. A peer is one agent, known as long as a link wants it:
+It posts reads and asks whether they are done; while nothing ends it sleeps in between, 50 µs at
+first and up to 1 ms. A peer is one agent, known as long as a link wants it:
 
 1. Probed: a few bytes are read from it, which also makes UCX's connection.
 2. Known: links read from it.
@@ -22,6 +22,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,7 +48,6 @@ _LOOP_S = 0.1
 
 Finished = Callable[[Exception | None], None]
 """Called in the thread: the read has ended, and writes no more. LinkErrors are the peer's."""
-Plan = Callable[[Agent], tuple[Runs, Runs]]
 Stalled = Callable[[str], None]
 """Called in the thread: the peer has failed, though this read of it has not ended."""
 
@@ -64,6 +64,18 @@ class Peer:
     has_stalled: bool = False
     moved_at: float = 0.0
     """By the thread's clock: when one of its reads ended, or was the first to be posted."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Post:
+    """A read that waits for its turn."""
+
+    peer: Peer
+    into: Runs
+    out_of: Runs
+    about_to: Callable[[], None]
+    finished: Finished
+    stalled: Stalled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,7 +135,7 @@ class Reader:
         self._made: Agent | None = None
         self._peers: dict[str, Peer] = {}
         self._wishes: list[_Wish] = []
-        self._posts: list[tuple[Peer, Plan, Finished, Stalled]] = []
+        self._posts: deque[_Post] = deque()
         self._reads: list[_Read] = []
         self._doubts: list[_Doubt] = []
         self._must_renew = False
@@ -152,10 +164,20 @@ class Reader:
         wish = _Wish(name, metadata, area, now + timeout_s, made, renews_at=now + _PROBE_S)
         self._jobs.put(lambda: self._wishes.append(wish))
 
-    def read(self, peer: Peer, plan: Plan, *, finished: Finished, stalled: Stalled) -> None:
-        """Reads what ``plan`` says when its turn has come, in the thread: into, out of.
-        Where it raises, nothing is read."""
-        self._jobs.put(lambda: self._posts.append((peer, plan, finished, stalled)))
+    def read(
+        self,
+        peer: Peer,
+        into: Runs,
+        out_of: Runs,
+        *,
+        about_to: Callable[[], None],
+        finished: Finished,
+        stalled: Stalled,
+    ) -> None:
+        """Reads when its turn has come. ``about_to`` is called before, in the thread; where it
+        raises, nothing is read."""
+        post = _Post(peer, into, out_of, about_to, finished, stalled)
+        self._jobs.put(lambda: self._posts.append(post))
 
     def let_go(self, peer: Peer) -> None:
         """A link wants its peer no more; all that it read has finished."""
@@ -205,15 +227,19 @@ class Reader:
             self._settle_doubts()
             self._grant_wishes()
             self._forget_peers()
-            moved |= self._post()
-            pause_s = _PAUSES_S[0] if moved else min(2 * pause_s, _PAUSES_S[1])
+            if self._post():
+                pause_s = 0.0  # on one host it has ended already
+            elif moved or not pause_s:
+                pause_s = _PAUSES_S[0]
+            else:
+                pause_s = min(2 * pause_s, _PAUSES_S[1])
         if self._made is not None:
             self._made.close()
 
     def _end_all(self, error: Exception) -> None:
         """So that nobody waits for what nobody looks after any more."""
-        for _, _, finished, _ in self._posts:
-            finished(error)
+        for post in self._posts:
+            post.finished(error)
         for read in self._reads:
             if not read.is_probe:
                 read.finished(error)
@@ -369,23 +395,26 @@ class Reader:
                     self._made.forget(peer.name)
 
     def _post(self) -> bool:
-        if self._doubts and not any(read.peer.failed for read in self._reads):
+        """Posts the next read: one, since what has ended meanwhile is to be told of."""
+        waits = self._doubts and not any(read.peer.failed for read in self._reads)
+        if waits or not self._posts:
             return False
-        posts, self._posts = self._posts, []
-        for peer, plan, finished, stalled in posts:
-            try:
-                if peer.failed:
-                    raise LinkError(peer.failed)
-                handle = self._agent.read(peer.name, *plan(self._agent))
-            except InDoubtError as error:
+        post = self._posts.popleft()
+        peer = post.peer
+        try:
+            if peer.failed:
+                raise LinkError(peer.failed)
+            post.about_to()
+            handle = self._agent.read(peer.name, post.into, post.out_of)
+        except InDoubtError as error:
+            peer.failed = str(error)
+            self._doubts.append(_Doubt(peer, post.finished, error))
+        except Exception as error:
+            if isinstance(error, LinkError):
                 peer.failed = str(error)
-                self._doubts.append(_Doubt(peer, finished, error))
-            except Exception as error:
-                if isinstance(error, LinkError):
-                    peer.failed = str(error)
-                finished(error)
-            else:
-                if all(read.peer is not peer for read in self._reads):
-                    peer.moved_at = self._clock
-                self._reads.append(_Read(peer, handle, finished, stalled))
-        return bool(posts)
+            post.finished(error)
+        else:
+            if all(read.peer is not peer for read in self._reads):
+                peer.moved_at = self._clock
+            self._reads.append(_Read(peer, handle, post.finished, post.stalled))
+        return True

@@ -210,9 +210,10 @@ async def test_agent_whose_read_failed_is_read_from_again_by_the_next_link(
     is_done, failures = nixl.Agent.is_done, [LinkError("failed by the test")]
 
     def fails_once(agent: nixl.Agent, handle: int) -> bool:
-        if is_done(agent, handle) and failures:
+        done = is_done(agent, handle)
+        if done and failures:
             raise failures.pop()
-        return is_done(agent, handle)
+        return done
 
     monkeypatch.setattr(nixl.Agent, "is_done", fails_once)
     failing, again = key_between(prefill, decode, 2), key_between(prefill, decode, 3)

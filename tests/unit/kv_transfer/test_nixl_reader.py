@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from baton.kv_layout import KvLayout
@@ -19,6 +20,7 @@ from kv_transfer.transports.nixl_reader import Peer, Reader
 
 WITHIN_S = 10.0
 AREA = Area(KvLayout(1, 1, 1, 1, 8, "float32"), 0)
+NO_RUNS: Runs = np.zeros((0, 3), np.uint64)
 
 
 class Broken:
@@ -60,7 +62,9 @@ def test_a_thread_that_fails_ends_its_worker_first_and_leaves_nobody_waiting() -
     for name in ("first", "second"):
         reader.read(
             peer,
-            lambda _: ([], []),
+            NO_RUNS,
+            NO_RUNS,
+            about_to=lambda: None,
             finished=lambda error, name=name: told.put((name, error)),
             stalled=told.put,
         )
@@ -178,7 +182,9 @@ class Watched:
         agent = self.agents[-1]
         self.reader.read(
             peer,
-            lambda _: ([], []),
+            NO_RUNS,
+            NO_RUNS,
+            about_to=lambda: None,
             finished=lambda error: self.told.put(
                 Finished(peer.name, str(error or ""), agent.is_closed)
             ),
@@ -243,6 +249,22 @@ def test_reads_are_given_up_in_a_moment_without_others_and_their_peer_is_kept_un
     ended = watched.heard()
     assert (ended.name, ended.is_closed) == ("lossy", True)
     assert isinstance(watched.connect("lossy"), Peer)
+
+
+def test_the_end_of_a_read_is_told_before_the_next_is_posted(watched: Watched) -> None:
+    """On one host a read copies while it is posted: many posted at once would end as the last."""
+    peer = watched.connect("sound")
+    for number in range(3):
+        watched.reader.read(
+            peer,
+            NO_RUNS,
+            NO_RUNS,
+            about_to=lambda number=number: watched.told.put((number, "posted")),  # type: ignore[misc]
+            finished=lambda error, number=number: watched.told.put((number, "over")),  # type: ignore[misc]
+            stalled=watched.told.put,
+        )
+    told = [watched.heard() for _ in range(6)]
+    assert told == [(number, what) for number in range(3) for what in ("posted", "over")]
 
 
 def test_what_is_posted_later_does_not_excuse_a_peer(watched: Watched) -> None:
