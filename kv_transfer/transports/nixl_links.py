@@ -111,7 +111,7 @@ class NixlPullLink(PullLink):
         try:
             # Here, while the reader's thread copies what was posted before.
             into, out_of = runs(blocks, self._target, self._source)
-        except IndexError as error:
+        except Exception as error:  # a peer's announcement may be about anything
             self._loop.call_soon(self._end, operation, error)
             return operation
         self._reader.read(

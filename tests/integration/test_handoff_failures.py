@@ -37,7 +37,7 @@ from tests.support.handoff import (
     sample,
     until,
 )
-from tests.support.transports import TRANSPORTS
+from tests.support.transports import TRANSPORTS, needs_nixl
 
 SOURCE_BLOCKS = [7, 2, 9, 4, 0]
 BLOCKS = [3, 8, 1, 10, 5]
@@ -300,14 +300,12 @@ async def test_waiting_transfer_renews_its_lease(config: KvTransferConfig) -> No
     await prefill.close()
 
 
-@pytest.mark.parametrize("config", ["shared_memory", "gloo"], indirect=True)
 @pytest.mark.parametrize("num_peers", [1, 2])
 async def test_one_that_waits_for_copies_before_its_own_is_not_stuck(
     config: KvTransferConfig, num_peers: int
 ) -> None:
-    """Where copies take turns; reads over NIXL are under way together."""
-    config = config.model_copy(update={"operation_s": 0.5})
-    slow = FaultsAt(decode_copy=lambda: time.sleep(0.3))
+    config = config.model_copy(update={"operation_s": 1.5})
+    slow = FaultsAt(decode_copy=lambda: time.sleep(0.5))
     prefill, decode = await Prefill.start(config), await Decode.start(config, faults=slow)
     other = await Prefill.start(config) if num_peers == 2 else prefill
     first, second = key_between(prefill, decode, 0), key_between(other, decode, 1)
@@ -326,6 +324,23 @@ async def test_one_that_waits_for_copies_before_its_own_is_not_stuck(
     await prefill.close()
     if other is not prefill:
         await other.close()
+
+
+@pytest.mark.parametrize(
+    "config", ["shared_memory", pytest.param("nixl", marks=needs_nixl)], indirect=True
+)
+@pytest.mark.parametrize("source_blocks", [[13, 2, 9, 4, 0], [7, 2, 9, 4, 2**31 - 1]], ids=str)
+async def test_blocks_that_prefill_does_not_have_fail_the_transfer_and_no_more(
+    pair: tuple[Prefill, Decode], gate: Gate, source_blocks: list[int]
+) -> None:
+    gate.open.set()
+    prefill, decode = pair
+    key = await attached(prefill, decode)
+    prefill.sender.ready(key, NUM_TOKENS, source_blocks)
+    await until(lambda: decode.drained == [key])
+    assert "the copy failed: IndexError" in str(decode.failed[key])
+    prefill.sender.abort(key, TransferError("the test is over"))
+    await works_again(prefill, decode)
 
 
 async def test_prefill_of_another_length_fails(pair: tuple[Prefill, Decode]) -> None:
