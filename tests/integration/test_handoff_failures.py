@@ -317,6 +317,8 @@ async def test_one_that_waits_for_copies_before_its_own_is_not_stuck(
     for num_tokens in (4, 8, 12, 16):  # a copy each
         prefill.sender.ready(first, num_tokens, SOURCE_BLOCKS[: num_tokens // 4])
     prefill.sender.commit(first, 77, 0)
+    copies = decode.receiver._transfers[first].machine
+    await until(lambda: copies._announced_end == 16)
     other.compute(second, 4, SOURCE_BLOCKS[:1])
     await until(lambda: len(decode.ready) + len(decode.failed) == 2)
     assert not decode.failed
