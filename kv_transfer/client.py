@@ -229,8 +229,8 @@ class KvReceiver:
             refusal = IncompatiblePeerError("epoch differs: the transfer is of another process")
         if refusal is not None:
             asyncio.get_running_loop().call_soon(self._fail, transfer, refusal)
-        elif peer.link is not None:
-            self._attach(transfer, peer.link)
+        elif (link := peer.link_to_attach) is not None:
+            self._attach(transfer, link)
         elif within_s is not None:
             transfer.outcome = "connecting"
             self.connect(address, source_worker_id, key.source_epoch)
@@ -254,8 +254,9 @@ class KvReceiver:
 
     def peer_up(self, peer: PrefillPeer) -> None:
         for transfer in self._of(peer):
-            if transfer.machine.state is ReceiverState.RESERVED and peer.link is not None:
-                self._attach(transfer, peer.link)
+            link = peer.link_to_attach
+            if transfer.machine.state is ReceiverState.RESERVED and link is not None:
+                self._attach(transfer, link)
 
     def peer_down(self, peer: PrefillPeer, error: TransferError, *, for_good: bool) -> None:
         for transfer in self._of(peer):

@@ -43,7 +43,7 @@ class PeerOwner(Protocol):
     """Who is told what becomes of a peer; all on the event loop."""
 
     def peer_up(self, peer: PrefillPeer) -> None:
-        """Transfers may attach; ``peer.link`` is set."""
+        """Transfers may attach."""
 
     def peer_received(self, peer: PrefillPeer, response: pb.PullResponse) -> None: ...
 
@@ -90,21 +90,22 @@ class PrefillPeer:
         self.address = address
         self.worker_id = worker_id
         self.epoch = epoch
+        self.link: PullLink | None = None
+        """Set while the stream is up."""
         self._settings = settings
         self._owner = owner
         self._usable = settings.usable.of((address, epoch))
         self._num_transfers = 0
         self._stream: PullStream | None = None
-        self._link: PullLink | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self.task = asyncio.create_task(self._run(), name=f"kv-peer-{worker_id}")
 
     @property
-    def link(self) -> PullLink | None:
-        """None unless the stream is up. Once it is lost, though nobody has been told yet, a
-        transfer that begins waits for the next one."""
-        return None if self._stream is None or self._stream.over else self._link
+    def link_to_attach(self) -> PullLink | None:
+        """For a transfer that begins: None too where the stream is lost, though nobody has been
+        told yet. It waits for the next one then."""
+        return None if self._stream is None or self._stream.over else self.link
 
     def retain(self) -> None:
         self._num_transfers += 1
@@ -135,6 +136,7 @@ class PrefillPeer:
             self._idle_timer = loop.call_later(idle_s, self._let_stream_go)
 
     def _let_stream_go(self) -> None:
+        self.link = None
         if self._stream is not None:
             self._stream.lose("")
 
@@ -182,12 +184,12 @@ class PrefillPeer:
         try:
             link = await self._greet(stream)
             self._usable.works(link.name)
-            self._stream, self._link = stream, link
+            self._stream, self.link = stream, link
             self._owner.peer_up(self)
             self._watch_idleness()
             await stream.wait_end()
         finally:
-            self._link = None
+            self.link = None
             if link is not None:
                 closing = asyncio.create_task(link.close())
                 self._closing.add(closing)

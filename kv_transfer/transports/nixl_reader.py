@@ -338,6 +338,13 @@ class Reader:
             doubt.finished(doubt.error)
         self._doubts.clear()
 
+    @property
+    def _is_to_renew(self) -> bool:
+        """Whether the agent is made anew once nothing reads, and that is to be expected soon."""
+        if not (self._doubts or self._must_renew):
+            return False
+        return not any(read.peer.failed and not read.is_probe for read in self._reads)
+
     def _grant_wishes(self) -> None:
         self._wishes = [wish for wish in self._wishes if not self._grant(wish)]
 
@@ -396,8 +403,7 @@ class Reader:
 
     def _post(self) -> bool:
         """Posts the next read: one, since what has ended meanwhile is to be told of."""
-        waits = self._doubts and not any(read.peer.failed for read in self._reads)
-        if waits or not self._posts:
+        if not self._posts or self._is_to_renew:
             return False
         post = self._posts.popleft()
         peer = post.peer

@@ -325,7 +325,7 @@ MUTANTS: list[tuple[str, Any, str]] = [
     ("receiver", HearsForAnyAttempt, "a late message changed another transfer"),
     ("sender", ServesAnyAttempt, "a late message changed another transfer"),
     ("receiver", ExpectsToKnow, "the stream to worker"),
-    ("sender", ExpectsToHaveOffered, "stream of decode-0"),
+    ("sender", ExpectsToHaveOffered, "stream of decode-"),
     ("machine", TrustsItsCopy, "ready without the sender's acknowledgement"),
     ("machine", TakesReadyTwice, "the process crashed: KeyError"),
 ]

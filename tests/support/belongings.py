@@ -66,7 +66,8 @@ def kv_memories(pids: Iterable[int]) -> set[str]:
 
 def unattached_segments() -> set[str]:
     """Ids of System V's shared memory that no process of the machine has attached."""
-    header, *lines = Path("/proc/sysvipc/shm").read_text().splitlines()
+    known = Path("/proc/sysvipc/shm")
+    header, *lines = known.read_text().splitlines() if known.exists() else [""]
     names = header.split()
     segments = [dict(zip(names, line.split(), strict=True)) for line in lines]
     return {segment["shmid"] for segment in segments if segment["nattch"] == "0"}

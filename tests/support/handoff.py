@@ -325,14 +325,19 @@ class PrefillProcess:
     def stop(self) -> None:
         """SIGSTOP; returns when every thread has stopped, which may do much in between."""
         self.signal(signal.SIGSTOP)
-        while not self._has_stopped():
+        until_at = time.monotonic() + 10
+        while (states := self._thread_states()) != {"T"}:
+            assert not states & {"X", "Z"}, "the process has ended"
+            assert time.monotonic() < until_at, "the process does not stop"
             time.sleep(0.0005)
 
-    def _has_stopped(self) -> bool:
-        with contextlib.suppress(FileNotFoundError):  # a thread has ended meanwhile
-            stats = [path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/stat")]
-            return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
-        return False
+    def _thread_states(self) -> set[str]:
+        """Letters of ``proc(5)``."""
+        states = set()
+        for path in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                states.add(path.read_text().rpartition(")")[2].split()[0])
+        return states
 
     async def close(self) -> None:
         if self.process.returncode is None:

@@ -251,6 +251,60 @@ def test_reads_are_given_up_in_a_moment_without_others_and_their_peer_is_kept_un
     assert isinstance(watched.connect("lossy"), Peer)
 
 
+class LosesAProbe(LosesReads):
+    """The first agent never hears of one peer; what it reads takes a moment."""
+
+    def __init__(self, lossy: set[str]) -> None:
+        super().__init__(lossy)
+        self._ends_at: dict[int, float] = {}
+
+    def probe(self, name: str, area: Area) -> int:
+        return self.read(name, NO_RUNS, NO_RUNS)
+
+    def read(self, name: str, into: Runs, out_of: Runs) -> int:
+        number = super().read(name, into, out_of)
+        self._ends_at[number] = time.monotonic() + 0.02
+        return number
+
+    def is_done(self, handle: int) -> bool:
+        return handle not in self.lost and time.monotonic() > self._ends_at[handle]
+
+
+def test_a_lost_probe_is_made_anew_however_much_is_read_from_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nixl_reader, "_PROBE_S", 0.2)
+    agents: list[LosesAProbe] = []
+
+    def make() -> Agent:
+        agents.append(LosesAProbe(set() if agents else {"lossy"}))
+        return cast(Agent, agents[-1])
+
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    reader, reading = Reader(make, stall_s=WITHIN_S, on_fatal=told.put), True
+
+    def read(error: Exception | None = None) -> None:
+        if error is not None:
+            told.put(error)
+        elif reading:
+            reader.read(
+                sound, NO_RUNS, NO_RUNS, about_to=lambda: None, finished=read, stalled=told.put
+            )
+
+    reader.start(lambda error: None)
+    reader.connect("sound", b"", AREA, timeout_s=WITHIN_S, made=told.put)
+    sound = told.get(timeout=WITHIN_S)
+    for _ in range(2):  # which are under way by turns
+        read()
+        time.sleep(0.01)
+    reader.connect("lossy", b"", AREA, timeout_s=2.0, made=told.put)
+    assert isinstance(told.get(timeout=WITHIN_S), Peer)
+    assert len(agents) == 2
+    reading = False
+    reader.close(lambda: told.put("closed"))
+    assert told.get(timeout=WITHIN_S) == "closed"
+
+
 def test_the_end_of_a_read_is_told_before_the_next_is_posted(watched: Watched) -> None:
     """On one host a read copies while it is posted: many posted at once would end as the last."""
     peer = watched.connect("sound")
