@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -66,6 +67,8 @@ class _Transfer:
     timer: asyncio.TimerHandle | None = None
     holds_peer: bool = True
     patience: asyncio.TimerHandle | None = None
+    committed_at: float | None = None
+    """By ``perf_counter``: an event loop's clock may count whole milliseconds."""
     outcome: str = ""
     """What a failure counts as, where it is no error: cancelled (by the peer), late, connecting."""
 
@@ -292,6 +295,7 @@ class KvReceiver:
                 effects = machine.announced(now, messages.announced(response.ready))
             case "commit":
                 record = response.commit
+                transfer.committed_at = transfer.committed_at or time.perf_counter()
                 effects = machine.committed(
                     now,
                     record.num_tokens,
@@ -421,7 +425,8 @@ class KvReceiver:
     def _ready(self, transfer: _Transfer, effect: receiver.BecameReady) -> None:
         machine, link = transfer.machine, transfer.link
         assert link is not None
-        self._metrics.handoff_seconds.observe(effect.seconds)
+        assert transfer.committed_at is not None
+        self._metrics.handoff_seconds.observe(time.perf_counter() - transfer.committed_at)
         self._metrics.handoff_bytes[link.name, "received"].inc(machine.num_bytes)
         self._outcomes("ready").inc()
         self._forget(transfer)

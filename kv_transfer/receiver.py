@@ -85,8 +85,6 @@ class BecameReady:
     first_token_id: int
     first_position: int
     num_received_tokens: int
-    seconds: float
-    """Since the commit record came."""
     first_logprobs: TokenLogprobs | None = None
 
 
@@ -154,7 +152,6 @@ class ReceiveTransfer:
         self._copied_tokens = 0
         self._copying: set[BlockRange] = set()
         self._commit: tuple[int, int, TokenLogprobs | None] | None = None
-        self._committed_at = 0.0
         self._attach_until = 0.0
         self._lease_until = 0.0
         self._renew_at = 0.0
@@ -267,7 +264,6 @@ class ReceiveTransfer:
             )
             return self._end(now, error)
         self._commit = (first_token_id, first_position, first_logprobs)
-        self._committed_at = now
         self._progress_until = now + self._sizes.operation_s
         return self._release_when_copied(now)
 
@@ -286,8 +282,7 @@ class ReceiveTransfer:
         self.state = ReceiverState.READY
         num_received = self._num_tokens - self._start_token
         token_id, position, logprobs = self._commit
-        seconds = now - self._committed_at
-        return [BecameReady(token_id, position, num_received, seconds, logprobs)]
+        return [BecameReady(token_id, position, num_received, logprobs)]
 
     def aborted(self, now: float, error: BatonError) -> list[ReceiverEffect]:
         """The sender gave the transfer up."""

@@ -73,7 +73,7 @@ def failure(effects: list[Any]) -> Exception:
 
 def test_ready_follows_release_acknowledged_under_the_lease() -> None:
     machine = committing()
-    assert machine.released(5.9, ok=True) == [BecameReady(77, 3, 6, 5.9)]
+    assert machine.released(5.9, ok=True) == [BecameReady(77, 3, 6)]
     assert machine.state is ReceiverState.READY
     assert machine.released(5.9, ok=True) == []
     assert machine.cancel(6.0) == []
@@ -93,7 +93,7 @@ def test_nothing_missing_is_released_at_commit() -> None:
     machine.reserve(0.0, [])
     machine.attach(0.0)
     assert machine.committed(1.0, 8, 77, 0) == [SendRelease(0)]
-    assert machine.released(1.5, ok=True) == [BecameReady(77, 0, 0, 0.5)]
+    assert machine.released(1.5, ok=True) == [BecameReady(77, 0, 0)]
 
 
 # -------------------------------------------------------------- each state's failure
@@ -282,7 +282,7 @@ def test_repeated_commit_keeps_the_first_token() -> None:
     assert machine.committed(0.5, 10, 78, 4) == []
     machine.copy_ended(0.5, FIRST)
     machine.copy_ended(0.5, LAST)
-    assert machine.released(0.6, ok=True) == [BecameReady(77, 3, 6, 0.6)]
+    assert machine.released(0.6, ok=True) == [BecameReady(77, 3, 6)]
 
 
 @pytest.mark.parametrize("make", [reserved, receiving, copying])
