@@ -9,32 +9,19 @@ from typing import Any
 
 import pytest
 from e2e.conftest import Serving
-from support.tiny_architectures import VARIANTS, oracle_logits, save_variant
-from support.tiny_engine import tokens
-from support.tiny_models import write_tiny_llama
+from support.degrees import DEGREES, KINDS, NUM_TOKENS, PROMPTS, write_model
+from support.tiny_architectures import oracle_logits
 from support.transports import needs_nixl
 
 from cluster.procfs import descendants
 
-NUM_TOKENS = 10
-PROMPTS = [tokens(75, seed=1), tokens(20, seed=2), tokens(33, seed=3)]
-HEADS = {
-    "grouped": {"num_heads": 8, "num_kv_heads": 4},
-    "multi-head": {"num_heads": 4, "num_kv_heads": 4},
-    "replicated": {"num_heads": 8, "num_kv_heads": 2},
-}
-LATENT = "latent"
-DEGREES = [(1, 2), (2, 1), (4, 2), (2, 4)]
 TRANSPORTS = ["shared_memory", "gloo", "nixl"]
 USUAL = {("replicated", (2, 4), "shared_memory"), ("latent", (2, 1), "gloo")}
 """Run every time; ``make exhaustive`` runs them all."""
 
 Case = tuple[str, tuple[int, int], str]
 CASES: list[Case] = [
-    (kind, degrees, transport)
-    for kind in (*HEADS, LATENT)
-    for degrees in DEGREES
-    for transport in TRANSPORTS
+    (kind, degrees, transport) for kind in KINDS for degrees in DEGREES for transport in TRANSPORTS
 ]
 
 
@@ -43,15 +30,12 @@ def marks_of(case: Case) -> list[pytest.MarkDecorator]:
     return [*marks, needs_nixl] if case[2] == "nixl" else marks
 
 
-def written(kind: str, folder: Path) -> Any:
-    """transformers' model of the folder that it writes."""
-    if kind == LATENT:
-        return save_variant(folder, VARIANTS["deepseek v2"])
+def loaded(folder: Path) -> Any:
+    """By transformers."""
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        write_tiny_llama(folder, **HEADS[kind])
         return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
 
 
@@ -78,10 +62,11 @@ def test_workers_of_other_degrees_hand_over_and_the_tokens_are_transformers(
     degrees: tuple[int, int],
     transport: str,
 ) -> None:
-    model = written(kind, tmp_path / "model")
+    folder = write_model(kind, tmp_path / "model")
+    model = loaded(folder)
     prefill, decode = ({"tensor_parallel_size": degree} for degree in degrees)
     server = serving_one_test(
-        arguments=("--model", str(tmp_path / "model")),
+        arguments=("--model", str(folder)),
         settings={
             "engine": {"dtype": "float32", "kv_cache_bytes": 16_777_216},
             "pools": {"prefill": prefill, "decode": decode},

@@ -8,26 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.degrees import DEGREES, KINDS, NUM_TOKENS, PROMPTS, write_model
 from support.handoff import sample
 from support.rank_pool import RankPool, one_thread_and_own_cache
-from support.tiny_architectures import VARIANTS, save_variant
-from support.tiny_engine import tokens
-from support.tiny_models import write_tiny_llama
 from support.transports import TRANSPORTS
 from support.worker_pair import TRANSFER, Ask, Built, built, worker_pair
 
 from baton.parallelism import Parallelism
-
-NUM_TOKENS = 10
-PROMPTS = [tokens(75, seed=1), tokens(20, seed=2), tokens(33, seed=3)]
-HEADS = {
-    "grouped": {"num_heads": 8, "num_kv_heads": 4},
-    "multi-head": {"num_heads": 4, "num_kv_heads": 4},
-    "replicated": {"num_heads": 8, "num_kv_heads": 2},
-}
-"""Of models with K and V; with two KV heads, four ranks hold each twice."""
-LATENT = "latent"
-DEGREES = [(1, 2), (2, 1), (4, 2), (2, 4)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,10 +36,7 @@ def ranks(surroundings: None) -> Iterator[tuple[RankPool, RankPool]]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    found = {name: write_tiny_llama(folder / name, **sizes) for name, sizes in HEADS.items()}
-    found[LATENT] = folder / LATENT
-    save_variant(found[LATENT], VARIANTS["deepseek v2"])
-    return found
+    return {kind: write_model(kind, folder / kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +66,7 @@ def pools_of(
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("degrees", DEGREES, ids=lambda degrees: "{} to {}".format(*degrees))
-@pytest.mark.parametrize("kind", [*HEADS, LATENT])
+@pytest.mark.parametrize("kind", KINDS)
 async def test_tokens_are_those_of_one_process(
     models: dict[str, Path],
     expected: dict[str, list[list[int]]],
